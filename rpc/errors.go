@@ -1,0 +1,64 @@
+package rpc
+
+import (
+	"errors"
+	"fmt"
+)
+
+// The errors of the package, to be compared with errors.Is. Status gives each
+// of them its gRPC code.
+var (
+	// ErrNoSpace: the disk of the leader is nearly full, so commands that make
+	// the state grow are refused. The command was not proposed.
+	ErrNoSpace = errors.New("rpc: the leader's disk is nearly full: commands that add data are refused " +
+		"until space is freed; deletes still work; nothing was changed")
+	// ErrUnreachable: the node that should have taken the command could not be
+	// reached. The command was not sent.
+	ErrUnreachable = errors.New("rpc: the leader cannot be reached from this node; the command was not sent")
+	// ErrInvalidMetadata: a conveyor-* metadata value of the request cannot be
+	// understood. Nothing was done.
+	ErrInvalidMetadata = errors.New("rpc: invalid request metadata")
+	// ErrBehind: this node has not yet applied the revision the caller asked
+	// for. Nothing was read.
+	ErrBehind = errors.New("rpc: this node has not reached the requested revision yet")
+	// ErrRefused: the other node refused the handshake, or was refused. It is
+	// a *RefusedError.
+	ErrRefused = errors.New("rpc: handshake refused")
+	// ErrMalformed: a peer sent something that no version of this program
+	// sends. The stream was ended.
+	ErrMalformed = errors.New("rpc: malformed message from a peer")
+	// ErrClosed: the component was closed. Nothing was done.
+	ErrClosed = errors.New("rpc: closed")
+)
+
+// FutureRevisionError refuses a read at a revision that no command of this
+// cluster has reached. Nothing was read.
+type FutureRevisionError struct {
+	// Asked is the revision of the request.
+	Asked uint64
+	// Current is a revision no older than the newest at the time.
+	Current uint64
+}
+
+// Error implements error.
+func (e *FutureRevisionError) Error() string {
+	return fmt.Sprintf("rpc: revision %d does not exist yet, the newest is at most %d; nothing was read: "+
+		"check that the revision came from this cluster", e.Asked, e.Current)
+}
+
+// RefusedError says which two nodes do not talk and why. It matches
+// ErrRefused.
+type RefusedError struct {
+	// Peer is the id of the other node as far as it is known, 0 otherwise.
+	Peer uint64
+	// Reason is a sentence for people.
+	Reason string
+}
+
+// Error implements error.
+func (e *RefusedError) Error() string {
+	return fmt.Sprintf("rpc: handshake with node %d refused: %s", e.Peer, e.Reason)
+}
+
+// Is makes errors.Is(err, ErrRefused) true.
+func (e *RefusedError) Is(target error) bool { return target == ErrRefused }

@@ -1,0 +1,190 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"conveyor.etl/router/raftnode"
+)
+
+// Names of the metadata that a request or a reply may carry.
+const (
+	// MetadataConsistency: "linearizable" (the default) or "stale".
+	MetadataConsistency = "conveyor-consistency"
+	// MetadataMinRevision: a decimal revision that the answer must reflect.
+	MetadataMinRevision = "conveyor-min-revision"
+	// MetadataRevision: in replies, the revision the answer reflects.
+	MetadataRevision = "conveyor-revision"
+	// MetadataClusterID: in replies, the id of the cluster, 16 hex digits.
+	MetadataClusterID = "conveyor-cluster-id"
+	// MetadataRequestID: in requests, the id under which a repeated command
+	// gets the result of the first.
+	MetadataRequestID = "conveyor-request-id"
+)
+
+// DefaultMaxWait is how long a call waits for a leader before it fails.
+const DefaultMaxWait = 5 * time.Second
+
+// ReadNode is what a Reader needs of a raft node.
+type ReadNode interface {
+	ReadIndex(ctx context.Context) (uint64, error)
+	WaitApplied(ctx context.Context, index uint64) error
+	// Changed returns a channel that is closed at the next change of
+	// leadership.
+	Changed() <-chan struct{}
+}
+
+// Reader brings the local state up to what a request may see before it is
+// read. Its methods are safe for concurrent use.
+type Reader struct {
+	node      ReadNode
+	clusterID string
+	maxWait   time.Duration
+}
+
+// NewReader returns a Reader over node. clusterID goes into reply headers;
+// maxWait bounds the waiting for a leader or a revision, 0 = DefaultMaxWait.
+func NewReader(node ReadNode, clusterID uint64, maxWait time.Duration) *Reader {
+	if maxWait <= 0 {
+		maxWait = DefaultMaxWait
+	}
+	return &Reader{node: node, clusterID: fmt.Sprintf("%016x", clusterID), maxWait: maxWait}
+}
+
+// readOptions is what the metadata of a request asks for.
+type readOptions struct {
+	stale       bool
+	minRevision uint64
+}
+
+func parseReadOptions(ctx context.Context) (readOptions, error) {
+	var o readOptions
+	md, ok := metadata.FromIncomingContext(ctx)
+	if !ok {
+		return o, nil
+	}
+	value, err := oneValue(md, MetadataConsistency)
+	if err != nil {
+		return o, err
+	}
+	switch value {
+	case "", "linearizable":
+	case "stale":
+		o.stale = true
+	default:
+		return o, fmt.Errorf("%w: %s is %.40q, must be \"linearizable\" or \"stale\"; nothing was read",
+			ErrInvalidMetadata, MetadataConsistency, value)
+	}
+	if value, err = oneValue(md, MetadataMinRevision); err != nil || value == "" {
+		return o, err
+	}
+	if o.minRevision, err = strconv.ParseUint(value, 10, 64); err != nil {
+		return o, fmt.Errorf("%w: %s is %.40q, must be a decimal number; nothing was read",
+			ErrInvalidMetadata, MetadataMinRevision, value)
+	}
+	return o, nil
+}
+
+// oneValue returns the value of key, "" when absent. Several values would
+// leave open which of them the caller relies on.
+func oneValue(md metadata.MD, key string) (string, error) {
+	values := md.Get(key)
+	switch len(values) {
+	case 0:
+		return "", nil
+	case 1:
+		return values[0], nil
+	}
+	return "", fmt.Errorf("%w: %s is given %d times, give it once; nothing was read",
+		ErrInvalidMetadata, key, len(values))
+}
+
+// Wait blocks until the local state may answer the request of ctx: by default
+// until it holds everything acknowledged before Wait was called
+// (linearizable), with metadata conveyor-consistency "stale" at once, and in
+// both cases not before the revision of conveyor-min-revision. It waits at
+// most maxWait; an error means that nothing may be read.
+func (r *Reader) Wait(ctx context.Context) error {
+	o, err := parseReadOptions(ctx)
+	if err != nil {
+		return err
+	}
+	if o.stale && o.minRevision == 0 {
+		return nil
+	}
+	wait, cancel := context.WithTimeout(ctx, r.maxWait)
+	defer cancel()
+	if !o.stale {
+		index, err := r.readIndex(ctx, wait)
+		if err != nil {
+			return err
+		}
+		if o.minRevision > index {
+			// A revision is the index of an applied command, and index covers
+			// all that were acknowledged: nobody can have been told this one.
+			return &FutureRevisionError{Asked: o.minRevision, Current: index}
+		}
+		return nil
+	}
+	err = r.node.WaitApplied(wait, o.minRevision)
+	if err != nil && wait.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("%w: revision %d was not applied here within %v; nothing was read: "+
+			"try again, or ask another node", ErrBehind, o.minRevision, r.maxWait)
+	}
+	return err
+}
+
+// readIndex asks for a read index until one is given. A read has no effect, so
+// every failure of the group, also an unknown outcome, may be repeated.
+func (r *Reader) readIndex(ctx, wait context.Context) (uint64, error) {
+	var last error
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		// Taken before the attempt, so that a change during it is not missed.
+		changed := r.node.Changed()
+		index, err := r.node.ReadIndex(wait)
+		if err == nil {
+			return index, nil
+		}
+		var notLeader *raftnode.NotLeaderError
+		switch {
+		case errors.As(err, &notLeader), errors.Is(err, raftnode.ErrNoLeader),
+			errors.Is(err, raftnode.ErrAmbiguous), errors.Is(err, raftnode.ErrBusy):
+			last = err
+		case wait.Err() != nil && ctx.Err() == nil:
+			if last == nil {
+				last = raftnode.ErrNoLeader
+			}
+		default:
+			return 0, err
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-changed:
+		case <-timer.C:
+		case <-wait.Done():
+		}
+		timer.Stop()
+		if ctx.Err() != nil {
+			return 0, ctx.Err()
+		}
+		if wait.Err() != nil {
+			return 0, fmt.Errorf("%w: no read index within %v (last: %v); nothing was read: try again, "+
+				"or accept metadata %s: stale", raftnode.ErrNoLeader, r.maxWait, last, MetadataConsistency)
+		}
+	}
+}
+
+// SetHeader puts the revision of the answer, and the cluster it comes from,
+// into the headers of the reply. A failure (no gRPC call in ctx, or headers
+// already sent) leaves a reply without them, which is no reason to fail it.
+func (r *Reader) SetHeader(ctx context.Context, revision uint64) {
+	_ = grpc.SetHeader(ctx, metadata.Pairs(
+		MetadataRevision, strconv.FormatUint(revision, 10),
+		MetadataClusterID, r.clusterID))
+}

@@ -1,0 +1,224 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/snap"
+)
+
+// errorDomain is the domain of every ErrorInfo this program attaches.
+const errorDomain = "conveyor.etl"
+
+// Outcome says what a failed call leaves behind. It travels in
+// ErrorInfo.metadata["outcome"].
+type Outcome string
+
+const (
+	// NotDone: nothing changed and nothing will. Safe to repeat.
+	NotDone Outcome = "not_done"
+	// Refused: the state machine considered the command and refused it.
+	Refused Outcome = "refused"
+	// Unknown: the command may or may not take effect. Repeat it only with
+	// the same request id or with a precondition.
+	Unknown Outcome = "unknown"
+)
+
+// statusRow is one line of the table from errors to codes.
+type statusRow struct {
+	is      error
+	code    codes.Code
+	reason  string
+	outcome Outcome
+	retry   time.Duration // > 0: attached as RetryInfo
+}
+
+// statusTable maps sentinels to codes; the first row that matches wins. Two
+// rules hold it together. UNAVAILABLE means certainly not done, so that generic
+// retry policies are safe. Rows that say "not done" come before those of
+// contexts: an error that is both (a deadline that passed while waiting for a
+// leader, say) was made by someone who knew that nothing had been proposed.
+func statusTable() []statusRow {
+	const soon, later = 100 * time.Millisecond, time.Second
+	return []statusRow{
+		// Unknown first: when a repeat failed for a definite reason, the first
+		// attempt may still have happened.
+		{raftnode.ErrAmbiguous, codes.Unknown, "AMBIGUOUS", Unknown, 0},
+
+		{raftnode.ErrNoLeader, codes.Unavailable, "NO_LEADER", NotDone, soon},
+		{raftnode.ErrStopping, codes.Unavailable, "STOPPING", NotDone, soon},
+		{ErrUnreachable, codes.Unavailable, "LEADER_UNREACHABLE", NotDone, soon},
+		{ErrClosed, codes.Unavailable, "STOPPING", NotDone, soon},
+		{raftnode.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, soon},
+		{ErrNoSpace, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
+		{raftnode.ErrTooLarge, codes.InvalidArgument, "TOO_LARGE", NotDone, 0},
+		{raftnode.ErrMembershipPending, codes.FailedPrecondition, "MEMBERSHIP_PENDING", NotDone, later},
+		{raftnode.ErrTransferFailed, codes.Aborted, "TRANSFER_FAILED", Unknown, later},
+		{raftnode.ErrStateBehindLog, codes.Unavailable, "STATE_BEHIND_LOG", NotDone, later},
+
+		{ErrInvalidMetadata, codes.InvalidArgument, "INVALID_METADATA", NotDone, 0},
+		{ErrBehind, codes.Unavailable, "BEHIND", NotDone, soon},
+		{ErrRefused, codes.PermissionDenied, "HANDSHAKE_REFUSED", NotDone, 0},
+		{ErrMalformed, codes.InvalidArgument, "MALFORMED", NotDone, 0},
+
+		{snap.ErrNotFound, codes.NotFound, "IMAGE_NOT_FOUND", NotDone, 0},
+		{snap.ErrExists, codes.AlreadyExists, "IMAGE_EXISTS", NotDone, 0},
+		{snap.ErrCorrupt, codes.DataLoss, "IMAGE_CORRUPT", NotDone, 0},
+		{snap.ErrNewerFormat, codes.FailedPrecondition, "IMAGE_NEWER_FORMAT", NotDone, 0},
+		{snap.ErrInvalidID, codes.InvalidArgument, "IMAGE_INVALID_ID", NotDone, 0},
+		{snap.ErrTooLarge, codes.InvalidArgument, "IMAGE_TOO_LARGE", NotDone, 0},
+		{snap.ErrOutOfOrder, codes.Aborted, "IMAGE_OUT_OF_ORDER", NotDone, 0},
+		{snap.ErrBadChunk, codes.Aborted, "IMAGE_BAD_CHUNK", NotDone, 0},
+		{snap.ErrBusy, codes.Unavailable, "IMAGE_BUSY", NotDone, later},
+		{snap.ErrNoSpace, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
+		{snap.ErrClosed, codes.Unavailable, "IMAGE_CLOSED", NotDone, later},
+
+		// gRPC itself calls an expired deadline unknown: the command may have
+		// been proposed before.
+		{context.DeadlineExceeded, codes.DeadlineExceeded, "DEADLINE", Unknown, 0},
+		{context.Canceled, codes.Canceled, "CANCELLED", Unknown, 0},
+	}
+}
+
+// Status returns the gRPC status of err, and nil for nil. It is the only place
+// where an error becomes a code. An err that is a status error already is
+// returned as it is. An error that no row knows becomes INTERNAL with a fixed
+// text: what went wrong inside is for the log, not for callers.
+func Status(err error) *status.Status {
+	if err == nil {
+		return nil
+	}
+	if s, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
+		return s.GRPCStatus()
+	}
+	if s := statusOfRevision(err); s != nil {
+		return s
+	}
+	var notLeader *raftnode.NotLeaderError
+	ambiguous := errors.Is(err, raftnode.ErrAmbiguous)
+	if !ambiguous && errors.As(err, &notLeader) {
+		return newStatus(codes.Unavailable, err.Error(), "NOT_LEADER", NotDone, 50*time.Millisecond, map[string]string{
+			"leader":    strconv.FormatUint(notLeader.Leader, 10),
+			"peer_addr": notLeader.Addr,
+			"term":      strconv.FormatUint(notLeader.Term, 10),
+		})
+	}
+	for _, row := range statusTable() {
+		if errors.Is(err, row.is) {
+			return newStatus(row.code, err.Error(), row.reason, row.outcome, row.retry, nil)
+		}
+	}
+	return newStatus(codes.Internal, "internal error; the log of the node has the details",
+		"INTERNAL", Unknown, 0, nil)
+}
+
+// statusOfRevision covers the errors that carry the current revision.
+func statusOfRevision(err error) *status.Status {
+	var future *FutureRevisionError
+	if errors.As(err, &future) {
+		return newStatus(codes.OutOfRange, err.Error(), "FUTURE_REVISION", NotDone, 0,
+			map[string]string{"current_revision": strconv.FormatUint(future.Current, 10)})
+	}
+	return nil
+}
+
+// rejectionCode gives a code of the state machine its gRPC code. Only codes
+// whose repetition without a change can succeed get one that clients repeat.
+func rejectionCode(c commandpb.Code) codes.Code {
+	switch c {
+	case commandpb.Code_CODE_INVALID:
+		return codes.InvalidArgument
+	case commandpb.Code_CODE_NOT_FOUND:
+		return codes.NotFound
+	case commandpb.Code_CODE_EXISTS:
+		return codes.AlreadyExists
+	case commandpb.Code_CODE_PRECONDITION, commandpb.Code_CODE_REGRESSION:
+		return codes.FailedPrecondition
+	case commandpb.Code_CODE_CONFLICT, commandpb.Code_CODE_FENCED:
+		// ABORTED: read again, decide again, then repeat.
+		return codes.Aborted
+	case commandpb.Code_CODE_LIMIT:
+		return codes.ResourceExhausted
+	}
+	// A code of a newer version: refused is all that is known.
+	return codes.FailedPrecondition
+}
+
+// FromRejection returns the status of a refusal, for calls whose reply has no
+// field for it, and nil for nil.
+func FromRejection(r *commandpb.Rejection) *status.Status {
+	if r == nil {
+		return nil
+	}
+	const prefix = "CODE_"
+	reason := r.GetCode().String()
+	if len(reason) > len(prefix) && reason[:len(prefix)] == prefix {
+		reason = reason[len(prefix):]
+	}
+	meta := map[string]string{}
+	if r.GetSubject() != "" {
+		meta["subject"] = r.GetSubject()
+	}
+	switch r.GetCode() {
+	case commandpb.Code_CODE_CONFLICT, commandpb.Code_CODE_FENCED, commandpb.Code_CODE_REGRESSION:
+		meta["current"] = strconv.FormatUint(r.GetCurrent(), 10)
+	}
+	var more []protoadapt.MessageV1
+	if len(r.GetViolations()) > 0 {
+		bad := &errdetails.BadRequest{}
+		for _, v := range r.GetViolations() {
+			bad.FieldViolations = append(bad.FieldViolations,
+				&errdetails.BadRequest_FieldViolation{Field: r.GetSubject(), Description: v})
+		}
+		more = append(more, bad)
+	}
+	return newStatus(rejectionCode(r.GetCode()), r.GetReason(), reason, Refused, 0, meta, more...)
+}
+
+// InvalidArgument returns the status of a malformed field of a request.
+func InvalidArgument(field, description string) *status.Status {
+	return newStatus(codes.InvalidArgument, field+": "+description, "INVALID", NotDone, 0,
+		map[string]string{"field": field}, &errdetails.BadRequest{
+			FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: description}},
+		})
+}
+
+// OutcomeOf returns what the failed call left behind as far as the status says,
+// which is Unknown when it carries no such detail.
+func OutcomeOf(s *status.Status) Outcome {
+	for _, d := range s.Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == errorDomain {
+			if o := Outcome(info.GetMetadata()["outcome"]); o != "" {
+				return o
+			}
+		}
+	}
+	return Unknown
+}
+
+func newStatus(code codes.Code, text, reason string, outcome Outcome, retry time.Duration,
+	meta map[string]string, more ...protoadapt.MessageV1) *status.Status {
+	if meta == nil {
+		meta = map[string]string{}
+	}
+	meta["outcome"] = string(outcome)
+	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Reason: reason, Domain: errorDomain, Metadata: meta}}
+	if retry > 0 {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(retry)})
+	}
+	s := status.New(code, text)
+	if full, err := s.WithDetails(append(details, more...)...); err == nil {
+		return full
+	}
+	return s // details are a service to the caller; the code is the contract
+}
