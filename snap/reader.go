@@ -1,0 +1,212 @@
+package snap
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"sort"
+	"sync"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// Chunk is a piece of an image's stream.
+type Chunk struct {
+	// Offset is where Data starts in the stream.
+	Offset int64
+	// Data is never empty and belongs to the holder of the chunk.
+	Data []byte
+	// CRC is the crc32c (Castagnoli) of Data.
+	CRC uint32
+	// Last marks the chunk that ends the stream.
+	Last bool
+}
+
+// Reader reads one image as a flat stream: the manifest, then the files in the
+// order of the manifest, without gaps or separators. While it is open, the
+// image stays on disk. Its methods are safe for concurrent use.
+type Reader struct {
+	store    *Store
+	img      *image
+	info     *Info
+	manifest []byte
+	// starts holds the stream offset of every file.
+	starts []int64
+
+	mu     sync.Mutex
+	closed bool
+	// open is the file read last, openIndex its index in info.Files.
+	open      vfs.File
+	openIndex int
+	// sum is the checksum of the first sumPos bytes of file sumIndex, which
+	// is -1 when that file was not read from its beginning.
+	sum      uint32
+	sumIndex int
+	sumPos   int64
+}
+
+// Open opens image id for reading and pins it until Reader.Close.
+func (s *Store) Open(id string) (*Reader, error) {
+	img, err := s.pin(id)
+	if err != nil {
+		return nil, err
+	}
+	// Read again what OpenStore read: the disk may have rotted since.
+	info, raw, err := loadManifest(s.fs, s.Dir(id), id, &s.opts)
+	if err != nil {
+		return nil, errors.Join(err, s.unpin(id, img))
+	}
+	r := &Reader{
+		store:    s,
+		img:      img,
+		info:     info,
+		manifest: raw,
+		starts:   make([]int64, len(info.Files)),
+		sumIndex: -1,
+	}
+	at := int64(len(raw))
+	for i, f := range info.Files {
+		r.starts[i] = at
+		at += f.Size
+	}
+	return r, nil
+}
+
+// Info describes the image.
+func (r *Reader) Info() Info { return *r.info }
+
+// Size returns the length of the stream in bytes.
+func (r *Reader) Size() int64 { return r.info.Size }
+
+// Dir returns the directory of the image, which stays in place and unchanged
+// until Close. It is for reading only.
+func (r *Reader) Dir() string { return r.store.Dir(r.info.ID) }
+
+// ReadChunk returns the chunk at offset with at most max bytes; max is brought
+// into the range 1 to Options.MaxChunkBytes, 0 means the latter. It returns
+// io.EOF when offset is the end of the stream. Any offset may be asked for, in
+// any order.
+//
+// Files that are read from beginning to end in order are checked against the
+// manifest on the way: ErrCorrupt then means that this copy is damaged and the
+// image must be made anew. The receiver checks everything in any case.
+func (r *Reader) ReadChunk(offset int64, max int) (Chunk, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	size := r.info.Size
+	switch {
+	case r.closed:
+		return Chunk{}, fmt.Errorf("%w: reader of image %s", ErrClosed, r.info.ID)
+	case offset == size:
+		return Chunk{}, io.EOF
+	case offset < 0 || offset > size:
+		return Chunk{}, fmt.Errorf("%w: offset %d is outside of image %s, which has %d bytes",
+			ErrOutOfOrder, offset, r.info.ID, size)
+	}
+	limit := r.store.opts.MaxChunkBytes
+	if max <= 0 || max > limit {
+		max = limit
+	}
+	data := make([]byte, min(int64(max), size-offset))
+	if err := r.fillLocked(data, offset); err != nil {
+		return Chunk{}, err
+	}
+	return Chunk{
+		Offset: offset,
+		Data:   data,
+		CRC:    crc32.Checksum(data, castagnoli),
+		Last:   offset+int64(len(data)) == size,
+	}, nil
+}
+
+// fillLocked fills p from the stream at offset; the stream is long enough.
+func (r *Reader) fillLocked(p []byte, offset int64) error {
+	if offset < int64(len(r.manifest)) {
+		n := copy(p, r.manifest[offset:])
+		p, offset = p[n:], offset+int64(n)
+	}
+	// The last file that starts at or before offset. Of empty files, several
+	// start there; the last of them is the one with the bytes.
+	i := sort.Search(len(r.starts), func(i int) bool { return r.starts[i] > offset }) - 1
+	for ; len(p) > 0; i++ {
+		f := r.info.Files[i]
+		pos := offset - r.starts[i]
+		n := min(int64(len(p)), f.Size-pos)
+		if err := r.readFileLocked(i, p[:n], pos); err != nil {
+			return err
+		}
+		p, offset = p[n:], offset+n
+	}
+	return nil
+}
+
+func (r *Reader) readFileLocked(i int, p []byte, pos int64) error {
+	if len(p) == 0 {
+		return nil
+	}
+	f := r.info.Files[i]
+	path := r.store.fs.PathJoin(r.Dir(), f.Name)
+	if r.open == nil || r.openIndex != i {
+		if err := r.closeFileLocked(); err != nil {
+			return err
+		}
+		file, err := r.store.fs.Open(path)
+		if err != nil {
+			return fmt.Errorf("snap: open %s: %w", path, err)
+		}
+		r.open, r.openIndex = file, i
+	}
+	n, err := r.open.ReadAt(p, pos)
+	if n < len(p) {
+		if errors.Is(err, io.EOF) {
+			return &CorruptError{Image: r.info.ID, File: f.Name, Detail: fmt.Sprintf(
+				"it ends after %d bytes, the manifest says %d", pos+int64(n), f.Size)}
+		}
+		return fmt.Errorf("snap: read %s: %w", path, err)
+	}
+	return r.sumLocked(i, p, pos)
+}
+
+// sumLocked continues the checksum of file i when p is what comes next in it.
+func (r *Reader) sumLocked(i int, p []byte, pos int64) error {
+	switch {
+	case pos == 0:
+		r.sum, r.sumIndex, r.sumPos = 0, i, 0
+	case i != r.sumIndex || pos != r.sumPos:
+		r.sumIndex = -1
+		return nil
+	}
+	f := r.info.Files[i]
+	r.sum = crc32.Update(r.sum, castagnoli, p)
+	r.sumPos += int64(len(p))
+	if r.sumPos == f.Size && r.sum != f.CRC {
+		return &CorruptError{Image: r.info.ID, File: f.Name, Detail: fmt.Sprintf(
+			"checksum %08x, the manifest says %08x", r.sum, f.CRC)}
+	}
+	return nil
+}
+
+func (r *Reader) closeFileLocked() error {
+	if r.open == nil {
+		return nil
+	}
+	err := r.open.Close()
+	r.open = nil
+	if err != nil {
+		return fmt.Errorf("snap: close a file of image %s: %w", r.info.ID, err)
+	}
+	return nil
+}
+
+// Close unpins the image and carries out a deletion that waited for that; an
+// error can come from either. Calling it again does nothing.
+func (r *Reader) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil
+	}
+	r.closed = true
+	return errors.Join(r.closeFileLocked(), r.store.unpin(r.info.ID, r.img))
+}

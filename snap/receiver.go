@@ -1,0 +1,433 @@
+package snap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"sync"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// Receiver takes the stream of one image, chunk by chunk. Its methods are safe
+// for concurrent use; exactly one Receiver is open per image.
+type Receiver struct {
+	store    *Store
+	id       string
+	size     int64
+	dir      string
+	imageDir string
+	partial  *partial
+
+	mu sync.Mutex
+	// err refuses further use: ErrClosed, or why the receive failed.
+	err error
+	// offset is how much of the stream has been taken.
+	offset int64
+	// manifest grows until it is whole; then info is set.
+	manifest []byte
+	info     *Info
+	// index and pos say which file, and where in it, offset is.
+	index int
+	pos   int64
+	// file is info.Files[index] when it is open.
+	file    vfs.File
+	journal vfs.File
+	// unsynced is how much was written since the last fsync.
+	unsynced int64
+}
+
+// ID returns the id of the image being received.
+func (r *Receiver) ID() string { return r.id }
+
+// Offset returns the stream offset at which the next chunk must start.
+// Everything before it has been received and verified against chunk checksums.
+func (r *Receiver) Offset() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.offset
+}
+
+// Write takes the next chunk. It blocks on the disk and does not keep c.Data.
+//
+// After ErrOutOfOrder, ErrBadChunk, or ErrTooLarge for a chunk, nothing was
+// taken and the stream can go on from Offset. After any other error the
+// receive is over and what was received is removed: a new Receive starts at
+// offset 0.
+func (r *Receiver) Write(c Chunk) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err != nil {
+		return r.err
+	}
+	if err := r.admitLocked(&c); err != nil {
+		return err
+	}
+	if err := r.takeLocked(c.Data); err != nil {
+		return r.failLocked(err)
+	}
+	// The journal entry follows the data: an entry whose data is missing is
+	// found out by reading back, but costs the whole tail.
+	if _, err := r.journal.Write(encodeSpan(span{c.Offset, uint32(len(c.Data)), c.CRC})); err != nil {
+		return r.failLocked(fmt.Errorf("snap: write the journal of image %s: %w", r.id, err))
+	}
+	r.offset += int64(len(c.Data))
+	r.unsynced += int64(len(c.Data))
+	if r.unsynced >= r.store.opts.SyncBytes {
+		if err := r.syncLocked(); err != nil {
+			return r.failLocked(err)
+		}
+	}
+	return nil
+}
+
+// admitLocked checks c against the stream before anything is written.
+func (r *Receiver) admitLocked(c *Chunk) error {
+	n := int64(len(c.Data))
+	end := c.Offset + n
+	switch {
+	case c.Offset != r.offset:
+		return &OffsetError{Expected: r.offset, Got: c.Offset}
+	case n > int64(r.store.opts.MaxChunkBytes):
+		return fmt.Errorf("%w: a chunk of image %s has %d bytes, the limit is %d",
+			ErrTooLarge, r.id, n, r.store.opts.MaxChunkBytes)
+	case n > r.size-r.offset:
+		return fmt.Errorf("%w: a chunk of image %s ends at %d, the stream was announced with %d bytes",
+			ErrTooLarge, r.id, end, r.size)
+	case n == 0:
+		return fmt.Errorf("%w: empty, at offset %d of image %s", ErrBadChunk, c.Offset, r.id)
+	case c.Last != (end == r.size):
+		return fmt.Errorf("%w: end mark %t at offset %d of the %d bytes of image %s",
+			ErrBadChunk, c.Last, end, r.size, r.id)
+	}
+	if crc := crc32.Checksum(c.Data, castagnoli); crc != c.CRC {
+		return fmt.Errorf("%w: checksum %08x, it was sent with %08x, at offset %d of image %s",
+			ErrBadChunk, crc, c.CRC, c.Offset, r.id)
+	}
+	return nil
+}
+
+// takeLocked stores data, which continues the stream.
+func (r *Receiver) takeLocked(data []byte) error {
+	for len(data) > 0 {
+		var n int
+		var err error
+		if r.info == nil {
+			n, err = r.takeManifestLocked(data)
+		} else {
+			n, err = r.takeFileLocked(data)
+		}
+		if err != nil {
+			return err
+		}
+		data = data[n:]
+	}
+	return nil
+}
+
+// takeManifestLocked takes what data holds of the manifest, up to the end of
+// the header or of the whole.
+func (r *Receiver) takeManifestLocked(data []byte) (int, error) {
+	o := &r.store.opts
+	want := headerLen
+	if int64(len(r.manifest)) >= headerLen {
+		h, err := decodeHeader(r.manifest)
+		if err != nil {
+			return 0, &CorruptError{Image: r.id, File: manifestName, Detail: err.Error()}
+		}
+		if want = h.size(); want > o.MaxManifestBytes {
+			return 0, manifestTooLarge(r.id, want, o)
+		}
+		if want > r.size {
+			return 0, &CorruptError{Image: r.id, File: manifestName,
+				Detail: fmt.Sprintf("%d bytes do not fit into a stream of %d", want, r.size)}
+		}
+	}
+	n := int(min(want-int64(len(r.manifest)), int64(len(data))))
+	r.manifest = append(r.manifest, data[:n]...)
+	if want == headerLen && n > 0 || int64(len(r.manifest)) < want {
+		return n, nil
+	}
+	return n, r.openImageLocked()
+}
+
+// openImageLocked checks the complete manifest and prepares the image for its
+// files.
+func (r *Receiver) openImageLocked() error {
+	s := r.store
+	info, err := decodeManifest(r.manifest, r.id, &s.opts)
+	if err != nil {
+		return err
+	}
+	if info.ID != r.id {
+		return &CorruptError{Image: r.id, File: manifestName, Detail: "it belongs to image " + info.ID}
+	}
+	if info.Size != r.size {
+		return &CorruptError{Image: r.id, File: manifestName,
+			Detail: fmt.Sprintf("it describes a stream of %d bytes, %d were announced", info.Size, r.size)}
+	}
+	if err := writeFile(s.fs, s.fs.PathJoin(r.imageDir, manifestName), r.manifest); err != nil {
+		return err
+	}
+	for _, f := range info.Files {
+		if f.Size > 0 {
+			continue
+		}
+		if err := writeFile(s.fs, s.fs.PathJoin(r.imageDir, f.Name), nil); err != nil {
+			return err
+		}
+	}
+	r.info = info
+	r.index, r.pos = 0, 0
+	return syncDir(s.fs, r.imageDir)
+}
+
+// takeFileLocked writes what data holds of the current file.
+func (r *Receiver) takeFileLocked(data []byte) (int, error) {
+	for r.pos == r.info.Files[r.index].Size {
+		if err := r.closeFileLocked(); err != nil {
+			return 0, err
+		}
+		r.index, r.pos = r.index+1, 0
+	}
+	f := r.info.Files[r.index]
+	path := r.store.fs.PathJoin(r.imageDir, f.Name)
+	if r.file == nil {
+		file, err := r.store.fs.OpenReadWrite(path, writeCategory)
+		if err != nil {
+			return 0, fmt.Errorf("snap: open %s: %w", path, err)
+		}
+		r.file = file
+	}
+	n := int(min(f.Size-r.pos, int64(len(data))))
+	if _, err := r.file.WriteAt(data[:n], r.pos); err != nil {
+		return 0, fmt.Errorf("snap: write %s: %w", path, err)
+	}
+	r.pos += int64(n)
+	return n, nil
+}
+
+// seek sets index and pos from offset.
+func (r *Receiver) seek() {
+	if r.info == nil {
+		return
+	}
+	r.index, r.pos = 0, r.offset-int64(len(r.manifest))
+	for r.index < len(r.info.Files) && r.pos > r.info.Files[r.index].Size {
+		r.pos -= r.info.Files[r.index].Size
+		r.index++
+	}
+}
+
+// syncLocked makes the current file, its directory entry and the journal
+// durable. Files that were closed since the last time are left to Commit: this
+// only bounds how much is dirty, and what survives is found by reading back.
+func (r *Receiver) syncLocked() error {
+	if r.file != nil {
+		if err := r.file.Sync(); err != nil {
+			return fmt.Errorf("snap: fsync a file of image %s: %w", r.id, err)
+		}
+	}
+	if err := syncDir(r.store.fs, r.imageDir); err != nil {
+		return err
+	}
+	if err := r.journal.Sync(); err != nil {
+		return fmt.Errorf("snap: fsync the journal of image %s: %w", r.id, err)
+	}
+	r.unsynced = 0
+	return nil
+}
+
+// Commit reads the whole image back, compares every checksum, makes it durable
+// and adds it to the store. It takes time in proportion to the image.
+//
+// Called before the end of the stream, it returns ErrOutOfOrder and changes
+// nothing. After any other error, ErrCorrupt among them, what was received is
+// removed, because a resumed receive would end in the same way.
+func (r *Receiver) Commit() (Info, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err != nil {
+		return Info{}, r.err
+	}
+	if r.offset != r.size {
+		return Info{}, fmt.Errorf("%w: image %s is not complete: %d of %d bytes were received; go on sending",
+			ErrOutOfOrder, r.id, r.offset, r.size)
+	}
+	info, err := r.commitLocked()
+	if err != nil {
+		return Info{}, r.failLocked(err)
+	}
+	// From here on the image is in the store; what remains is the journal.
+	err = r.closeFilesLocked()
+	r.endLocked()
+	if err != nil {
+		r.store.opts.Logger.Warn("closing the files of a received image", "image", r.id, "err", err)
+	}
+	return info, nil
+}
+
+func (r *Receiver) commitLocked() (Info, error) {
+	s := r.store
+	if err := r.closeFileLocked(); err != nil {
+		return Info{}, err
+	}
+	// Everything from the disk: what arrived was checked on arrival, what was
+	// stored has not been, and parts of it an earlier process may have stored.
+	info, _, err := loadManifest(s.fs, r.imageDir, r.id, &s.opts)
+	if err != nil {
+		return Info{}, err
+	}
+	if err := checkFiles(context.Background(), s.fs, r.imageDir, info, true); err != nil {
+		return Info{}, err
+	}
+	if err := syncFile(s.fs, s.fs.PathJoin(r.imageDir, manifestName)); err != nil {
+		return Info{}, err
+	}
+	if err := syncDir(s.fs, r.imageDir); err != nil {
+		return Info{}, err
+	}
+	return s.publish(r.imageDir, info)
+}
+
+// Abort ends the receive and removes what was received. After Commit or Close
+// it does nothing.
+func (r *Receiver) Abort() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err != nil {
+		return nil
+	}
+	err := r.closeFilesLocked()
+	r.endLocked()
+	return err
+}
+
+// Close ends the receive and keeps what was received for a later Receive.
+// After Commit, Abort or a failure it does nothing.
+func (r *Receiver) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err != nil {
+		return nil
+	}
+	err := r.closeFilesLocked()
+	r.err = fmt.Errorf("%w: receiver of image %s", ErrClosed, r.id)
+	r.store.release(r.id, r.partial, false)
+	return err
+}
+
+// failLocked ends the receive because of err, which it returns. The partial
+// image goes: after a failed write or fsync the kernel may show pages that
+// will never reach the disk, so reading back proves nothing any more.
+func (r *Receiver) failLocked(err error) error {
+	err = errors.Join(err, r.closeFilesLocked())
+	r.endLocked()
+	r.err = err
+	return err
+}
+
+// endLocked removes the partial image and gives up the claim on it.
+func (r *Receiver) endLocked() {
+	s := r.store
+	rmErr := s.fs.RemoveAll(r.dir)
+	if rmErr != nil {
+		s.opts.Logger.Warn("could not remove a partial receive", "path", r.dir, "err", rmErr)
+		s.mu.Lock()
+		r.partial.spoiled = true
+		s.mu.Unlock()
+	}
+	r.err = fmt.Errorf("%w: receiver of image %s", ErrClosed, r.id)
+	s.release(r.id, r.partial, rmErr == nil)
+}
+
+func (r *Receiver) closeFileLocked() error {
+	if r.file == nil {
+		return nil
+	}
+	err := r.file.Close()
+	r.file = nil
+	if err != nil {
+		return fmt.Errorf("snap: close a file of image %s: %w", r.id, err)
+	}
+	return nil
+}
+
+func (r *Receiver) closeFilesLocked() error {
+	err := r.closeFileLocked()
+	if r.journal != nil {
+		if cerr := r.journal.Close(); cerr != nil {
+			err = errors.Join(err, fmt.Errorf("snap: close the journal of image %s: %w", r.id, cerr))
+		}
+		r.journal = nil
+	}
+	return err
+}
+
+// received reads the stream of a partial image from the disk.
+type received struct {
+	receiver *Receiver
+	file     vfs.File
+	index    int
+}
+
+// readAt fills p with the stream at offset. It returns false when the disk
+// does not hold that much.
+func (in *received) readAt(p []byte, offset int64) (bool, error) {
+	r := in.receiver
+	if offset < int64(len(r.manifest)) {
+		n := copy(p, r.manifest[offset:])
+		p, offset = p[n:], offset+int64(n)
+	}
+	at := int64(len(r.manifest))
+	for i, f := range r.info.Files {
+		if len(p) == 0 {
+			break
+		}
+		pos := offset - at
+		at += f.Size
+		if pos >= f.Size {
+			continue
+		}
+		n := min(int64(len(p)), f.Size-pos)
+		if ok, err := in.readFile(i, p[:n], pos); !ok || err != nil {
+			return false, err
+		}
+		p, offset = p[n:], offset+n
+	}
+	return true, nil
+}
+
+func (in *received) readFile(i int, p []byte, pos int64) (bool, error) {
+	r := in.receiver
+	if in.file == nil || in.index != i {
+		in.close()
+		path := r.store.fs.PathJoin(r.imageDir, r.info.Files[i].Name)
+		f, err := r.store.fs.Open(path)
+		if isNotExist(err) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("snap: open %s: %w", path, err)
+		}
+		in.file, in.index = f, i
+	}
+	n, err := in.file.ReadAt(p, pos)
+	if n == len(p) {
+		return true, nil
+	}
+	if errors.Is(err, io.EOF) {
+		return false, nil
+	}
+	return false, fmt.Errorf("snap: read back image %s: %w", r.id, err)
+}
+
+func (in *received) close() {
+	if in.file != nil {
+		// Opened for reading only: nothing can be lost.
+		_ = in.file.Close()
+		in.file = nil
+	}
+}
