@@ -1,0 +1,19 @@
+// Command router is the Conveyor router: the node of the metadata cluster and
+// the tools of those who run it, in one binary.
+//
+// This package holds command definitions and wiring, no logic. What a command
+// does lives in the package it is about: config (settings), server (one node),
+// manifest (pipeline files), output (tables and documents), rpc/client (calls).
+//
+// # Exit codes
+//
+//	0  done
+//	1  error
+//	2  wrong use: unknown command or flag, bad argument
+//	3  not found
+//	4  conflict: the state does not allow it, or it changed meanwhile
+//	5  unavailable: no node answered or the cluster has no leader; not done
+//	6  denied
+//	7  deadline passed: the outcome of a change is unknown
+//	8  a check failed: config check, pipeline validate, wal verify
+package main

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// The exit codes, documented in doc.go and in the help of the root command.
+const (
+	exitOK          = 0
+	exitError       = 1
+	exitUsage       = 2
+	exitNotFound    = 3
+	exitConflict    = 4
+	exitUnavailable = 5
+	exitDenied      = 6
+	exitDeadline    = 7
+	exitCheckFailed = 8
+)
+
+// usageError is a command line that does not make sense.
+type usageError struct {
+	cmd *cobra.Command
+	err error
+}
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+// codedError gives err a fixed exit code.
+type codedError struct {
+	code int
+	err  error
+}
+
+func (e codedError) Error() string { return e.err.Error() }
+func (e codedError) Unwrap() error { return e.err }
+
+// silentError ends the process with its code after the command itself has
+// printed everything there is to say.
+type silentError struct{ code int }
+
+func (e silentError) Error() string { return fmt.Sprintf("exit code %d", e.code) }
+
+func notFound(format string, args ...any) error {
+	return codedError{exitNotFound, fmt.Errorf(format, args...)}
+}
+
+func checkFailed(err error) error { return codedError{exitCheckFailed, err} }
+
+func exitCode(err error) int {
+	var silent silentError
+	var coded codedError
+	var usage usageError
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &silent):
+		return silent.code
+	case errors.As(err, &coded):
+		return coded.code
+	case errors.As(err, &usage):
+		return exitUsage
+	case errors.Is(err, context.DeadlineExceeded):
+		return exitDeadline
+	case errors.Is(err, os.ErrNotExist):
+		return exitNotFound
+	}
+	st, ok := status.FromError(err)
+	if !ok {
+		return exitError
+	}
+	switch st.Code() {
+	case codes.OK:
+		return exitOK
+	case codes.NotFound:
+		return exitNotFound
+	case codes.AlreadyExists, codes.Aborted, codes.FailedPrecondition:
+		return exitConflict
+	case codes.Unavailable:
+		return exitUnavailable
+	case codes.PermissionDenied, codes.Unauthenticated:
+		return exitDenied
+	case codes.DeadlineExceeded:
+		return exitDeadline
+	default:
+		return exitError
+	}
+}
+
+// explain turns err into sentences for people: what happened, whether it was
+// done, what to do.
+func explain(err error) string {
+	st, ok := status.FromError(err)
+	if !ok {
+		return err.Error()
+	}
+	switch st.Code() {
+	case codes.Unavailable:
+		return st.Message() + "\nNothing was done. Check that the nodes given by --server run and that a majority of the cluster is up, then try again."
+	case codes.DeadlineExceeded:
+		return st.Message() + "\nThe time allowed by --timeout passed. A change may or may not have been made: look before you repeat it."
+	case codes.Unknown:
+		return st.Message() + "\nIt is not known whether the change was made: look before you repeat it."
+	case codes.ResourceExhausted:
+		return st.Message() + "\nNothing was done. Try again later."
+	case codes.Aborted:
+		return st.Message() + "\nNothing was changed. Read the current state and try again."
+	default:
+		return st.Message()
+	}
+}

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/output"
+)
+
+// app is what every command works with: the outside world and the global
+// flags. Commands take nothing from the process itself, so tests run them in
+// memory.
+type app struct {
+	stdin   io.Reader
+	stdout  io.Writer
+	stderr  io.Writer
+	environ []string
+
+	servers []string      // --server: client addresses of nodes
+	timeout time.Duration // --timeout: for one call; 0 = none
+	format  output.Format // -o
+}
+
+// constructors lists the commands of the binary, in the order help shows them.
+// A new command is one function and one line here.
+func constructors() []func(*app) *cobra.Command {
+	return []func(*app) *cobra.Command{
+		newServeCommand,
+		newConfigCommand,
+		newPipelineCommand,
+		newSidecarCommand,
+		newServiceCommand,
+		newGroupCommand,
+		newOffsetCommand,
+		newCheckpointCommand,
+		newClusterCommand,
+		newWALCommand,
+		newVersionCommand,
+	}
+}
+
+// newRootCommand returns the whole command tree, bound to a.
+func newRootCommand(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "router",
+		Short: "The metadata cluster of Conveyor, and the tools to run it",
+		Long: `router runs a node of Conveyor's metadata cluster (router serve) and talks to
+one: pipelines, sidecars, services, groups, offsets and the cluster itself.
+
+Exit codes: 0 done, 1 error, 2 wrong use, 3 not found, 4 conflict, 5 unavailable
+or no leader, 6 denied, 7 deadline passed (outcome unknown), 8 a check failed.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	flags := root.PersistentFlags()
+	flags.StringSliceVarP(&a.servers, "server", "s", a.defaultServers(),
+		"client addresses (host:port) of one or more nodes; env CONVEYOR_ROUTER_SERVER")
+	flags.DurationVar(&a.timeout, "timeout", 10*time.Second, "give up after this long; 0 waits without end")
+	flags.VarP(&a.format, "output", "o", "output format: table, json or yaml")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(
+		[]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+	for _, newCommand := range constructors() {
+		root.AddCommand(newCommand(a))
+	}
+	root.SetIn(a.stdin)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, err} })
+	strictGroups(root)
+	return root
+}
+
+// strictGroups makes a command that only groups others refuse unknown names.
+// Left alone, cobra answers `router pipeline lsit` with help and exit code 0,
+// and a script goes on as if it had listed something.
+func strictGroups(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		strictGroups(sub)
+	}
+	if args := cmd.Args; args != nil {
+		cmd.Args = func(cmd *cobra.Command, given []string) error {
+			if err := args(cmd, given); err != nil {
+				return usageError{cmd, err}
+			}
+			return nil
+		}
+	}
+	if cmd.HasSubCommands() && !cmd.Runnable() {
+		cmd.Args = cobra.ArbitraryArgs
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			err := fmt.Errorf("unknown command %q for %q", args[0], cmd.CommandPath())
+			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+				err = fmt.Errorf("%w; did you mean %s?", err, strings.Join(near, " or "))
+			}
+			return usageError{cmd, err}
+		}
+		cmd.SuggestionsMinimumDistance = 2
+	}
+}
+
+// getenv returns the value of an environment variable, empty when unset.
+func (a *app) getenv(name string) string {
+	for i := len(a.environ) - 1; i >= 0; i-- {
+		if value, ok := strings.CutPrefix(a.environ[i], name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}
+
+func (a *app) defaultServers() []string {
+	var servers []string
+	for _, s := range strings.Split(a.getenv("CONVEYOR_ROUTER_SERVER"), ",") {
+		if s = strings.TrimSpace(s); s != "" {
+			servers = append(servers, s)
+		}
+	}
+	if len(servers) == 0 {
+		servers = []string{"127.0.0.1:50051"}
+	}
+	return servers
+}
+
+// run executes one command line and returns the exit code of the process.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer, environ []string) int {
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: environ}
+	root := newRootCommand(a)
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	var silent silentError
+	if !errors.As(err, &silent) {
+		fmt.Fprintf(stderr, "Error: %s\n", explain(err))
+	}
+	var usage usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintf(stderr, "See '%s --help'.\n", usage.cmd.CommandPath())
+	}
+	return exitCode(err)
+}

@@ -1,0 +1,93 @@
+package config
+
+import (
+	"log/slog"
+	"time"
+)
+
+// Config holds the settings of one node. It comes out of Load complete and
+// checked; change a copy only.
+type Config struct {
+	// NodeID is the raft id of the node, never zero.
+	NodeID uint64
+	// ClusterName names the cluster for people; nodes of one cluster agree on it.
+	ClusterName string
+	// DataDir is the directory of everything the node keeps.
+	DataDir string
+	// Peers are all members of the cluster at its first start, the node itself
+	// included, sorted by id.
+	Peers []Peer
+
+	// ListenAddr is where clients connect, RaftAddr where other nodes do.
+	ListenAddr string
+	RaftAddr   string
+	// AdvertiseAddr and AdvertiseRaftAddr are what others are told to dial.
+	AdvertiseAddr     string
+	AdvertiseRaftAddr string
+
+	LogLevel  slog.Level
+	LogFormat string // "text" or "json"
+
+	Raft     Raft
+	Store    Store
+	GRPC     GRPC
+	Liveness Liveness
+	// ShutdownTimeout bounds an orderly stop as a whole.
+	ShutdownTimeout time.Duration
+}
+
+// Peer is one member of the cluster and the address its peers reach it at.
+type Peer struct {
+	ID   uint64
+	Addr string
+}
+
+// Raft holds the settings of the replication.
+type Raft struct {
+	// ElectionTimeout is the least time without a leader before a node stands
+	// for election; each node draws from [ElectionTimeout, 2*ElectionTimeout).
+	ElectionTimeout time.Duration
+	// HeartbeatInterval is how often a leader shows that it is there.
+	HeartbeatInterval time.Duration
+	// TickInterval is the grain of both.
+	TickInterval time.Duration
+	// TrailingEntries is how many applied entries the log keeps, so that a
+	// follower that was away for a while needs no image.
+	TrailingEntries uint64
+	// MaxAppendBytes bounds one message of entries to a follower.
+	MaxAppendBytes uint64
+	// SegmentBytes is the size of one file of the log.
+	SegmentBytes int64
+}
+
+// Store holds the settings of the state on disk.
+type Store struct {
+	MemTableBytes int64
+	CacheBytes    int64
+	// HistoryBytes bounds the changes kept for watches that resume.
+	HistoryBytes int64
+}
+
+// GRPC holds the settings of the client listener.
+type GRPC struct {
+	MaxMessageBytes   int
+	KeepaliveInterval time.Duration
+	KeepaliveTimeout  time.Duration
+}
+
+// Liveness holds what the leader expects of sidecars and services.
+type Liveness struct {
+	// SuspectAfter is the silence after which a sidecar's stages are moved.
+	SuspectAfter time.Duration
+	// ExpireAfter is the silence after which it counts as gone.
+	ExpireAfter time.Duration
+}
+
+// Members returns the ids of c.Peers in order.
+func (c *Config) Members() []uint64 {
+	ids := make([]uint64, len(c.Peers))
+	for i, p := range c.Peers {
+		ids[i] = p.ID
+	}
+	return ids
+}

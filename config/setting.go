@@ -1,0 +1,150 @@
+package config
+
+import (
+	"strings"
+	"time"
+)
+
+// setting is one row of the table of everything that can be set: the one place
+// that ties a YAML key to its flag, its variables, its default and its field.
+type setting struct {
+	key   string // path in the YAML file, sections separated by dots
+	flag  string
+	short string
+	usage string
+	def   string
+	// original marks a key of the original router: ETL_ROUTER__... is read too.
+	original bool
+	// unused is non-empty for a key that is accepted for the sake of existing
+	// files and has no effect; it says why.
+	unused string
+	list   bool // a repeatable flag, a YAML list, comma-separated in a variable
+	bind   func(*Config) value
+}
+
+// env returns the name of the setting's environment variable.
+func (s *setting) env() string {
+	return "CONVEYOR_ROUTER_" + strings.ToUpper(strings.ReplaceAll(s.key, ".", "_"))
+}
+
+// originalEnv returns the variable the original read for this key.
+func (s *setting) originalEnv() string {
+	return "ETL_ROUTER__" + strings.ToUpper(strings.ReplaceAll(s.key, ".", "__"))
+}
+
+// alias maps the flat keys the Kubernetes operator writes to their settings.
+var aliases = map[string]string{
+	"election_timeout_ms":   "cluster.election_timeout_min_ms",
+	"heartbeat_interval_ms": "cluster.heartbeat_interval_ms",
+	"snapshot_interval":     "cluster.snapshot_interval",
+}
+
+const (
+	notBuffered = "records never pass through the router, so it has no buffers"
+	notMetrics  = "this version has no metrics listener"
+)
+
+// settings returns the table, in the order help and explain show it.
+func settings() []*setting {
+	return []*setting{
+		{key: "node_id", flag: "node-id", short: "n", usage: "id of this node, 1 or more, unique in the cluster",
+			bind: func(c *Config) value { return unsigned{&c.NodeID, 0, maxUint} }},
+		{key: "cluster_name", flag: "cluster-name", def: "conveyor", usage: "name of the cluster; two clusters need two names",
+			bind: func(c *Config) value { return name{&c.ClusterName} }},
+		{key: "listen_addr", flag: "listen-addr", short: "l", def: "127.0.0.1:50051", usage: "host:port to serve clients on",
+			bind: func(c *Config) value { return listen{&c.ListenAddr} }},
+		{key: "raft_addr", flag: "raft-addr", def: "127.0.0.1:50052", usage: "host:port to serve other nodes on",
+			bind: func(c *Config) value { return listen{&c.RaftAddr} }},
+		{key: "advertise_addr", flag: "advertise-addr", usage: "host:port clients are told to use; default: derived from --listen-addr",
+			bind: func(c *Config) value { return dial{&c.AdvertiseAddr} }},
+		{key: "advertise_raft_addr", flag: "advertise-raft-addr", usage: "host:port other nodes are told to use; default: this node's entry in --peers, else --raft-addr",
+			bind: func(c *Config) value { return dial{&c.AdvertiseRaftAddr} }},
+		{key: "peers", flag: "peers", list: true, usage: "ID:HOST:PORT of a member; repeat for each, with or without this node",
+			bind: func(c *Config) value { return peers{&c.Peers} }},
+		{key: "data_dir", flag: "data-dir", def: "./data", usage: "directory of everything this node keeps",
+			bind: func(c *Config) value { return path{&c.DataDir} }},
+		{key: "shutdown_timeout", flag: "shutdown-timeout", def: "20s", usage: "bound of an orderly stop",
+			bind: func(c *Config) value { return span{&c.ShutdownTimeout, time.Nanosecond, time.Second, time.Hour} }},
+
+		{key: "log.level", flag: "log-level", def: "info", usage: "debug, info, warn or error",
+			bind: func(c *Config) value { return level{&c.LogLevel} }},
+		{key: "log.format", flag: "log-format", def: "text", usage: "text or json",
+			bind: func(c *Config) value { return choice{&c.LogFormat, []string{"text", "json"}} }},
+
+		{key: "cluster.election_timeout_min_ms", flag: "election-timeout-ms", def: "150", original: true,
+			usage: "milliseconds without a leader before an election; each node draws from one to two times this",
+			bind: func(c *Config) value {
+				return span{&c.Raft.ElectionTimeout, time.Millisecond, 20 * time.Millisecond, time.Minute}
+			}},
+		{key: "cluster.election_timeout_max_ms", def: "300", original: true,
+			unused: "the timeout is drawn from one to two times election_timeout_min_ms",
+			usage:  "accepted for existing files",
+			bind:   func(*Config) value { return ignoredInteger() }},
+		{key: "cluster.heartbeat_interval_ms", flag: "heartbeat-interval-ms", def: "50", original: true,
+			usage: "milliseconds between heartbeats of the leader",
+			bind: func(c *Config) value {
+				return span{&c.Raft.HeartbeatInterval, time.Millisecond, time.Millisecond, 30 * time.Second}
+			}},
+		{key: "cluster.snapshot_interval", def: "10000", original: true,
+			unused: "the state is on disk at all times, so no periodic snapshot is needed; raft.trailing_entries bounds the log",
+			usage:  "accepted for existing files",
+			bind:   func(*Config) value { return ignoredInteger() }},
+		{key: "cluster.max_entries_per_append", def: "100", original: true,
+			unused: "messages to followers are bounded in bytes: raft.max_append_bytes",
+			usage:  "accepted for existing files",
+			bind:   func(*Config) value { return ignoredInteger() }},
+
+		{key: "raft.tick_interval", flag: "raft-tick-interval", def: "10ms", usage: "grain of the election timeout and of the heartbeat",
+			bind: func(c *Config) value {
+				return span{&c.Raft.TickInterval, time.Nanosecond, time.Millisecond, time.Second}
+			}},
+		{key: "raft.trailing_entries", flag: "raft-trailing-entries", def: "10000", usage: "applied entries the log keeps for followers that were away",
+			bind: func(c *Config) value { return unsigned{&c.Raft.TrailingEntries, 16, 100_000_000} }},
+		{key: "raft.max_append_bytes", flag: "raft-max-append-bytes", def: "1MiB", usage: "bound of one message of entries to a follower",
+			bind: func(c *Config) value { return bytesU{&c.Raft.MaxAppendBytes, 64 << 10, 64 << 20} }},
+		{key: "raft.segment_bytes", flag: "raft-segment-bytes", def: "64MiB", usage: "size of one file of the log",
+			bind: func(c *Config) value { return bytesI{&c.Raft.SegmentBytes, 1 << 20, 1 << 30} }},
+
+		{key: "store.memtable_bytes", flag: "store-memtable-bytes", def: "16MiB", usage: "memory that gathers changes before they become a file",
+			bind: func(c *Config) value { return bytesI{&c.Store.MemTableBytes, 1 << 20, 1 << 30} }},
+		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "64MiB", usage: "memory that caches the state on disk",
+			bind: func(c *Config) value { return bytesI{&c.Store.CacheBytes, 1 << 20, 1 << 40} }},
+		{key: "store.history_bytes", flag: "store-history-bytes", def: "16MiB", usage: "recent changes kept for watches that resume",
+			bind: func(c *Config) value { return bytesI{&c.Store.HistoryBytes, 64 << 10, 1 << 34} }},
+
+		{key: "liveness.suspect_after", flag: "liveness-suspect-after", def: "30s", usage: "silence of a sidecar or service after which its work is moved",
+			bind: func(c *Config) value {
+				return span{&c.Liveness.SuspectAfter, time.Nanosecond, 100 * time.Millisecond, time.Hour}
+			}},
+		{key: "liveness.expire_after", flag: "liveness-expire-after", def: "5m", usage: "silence after which a sidecar or service counts as gone",
+			bind: func(c *Config) value {
+				return span{&c.Liveness.ExpireAfter, time.Nanosecond, 100 * time.Millisecond, 240 * time.Hour}
+			}},
+
+		{key: "grpc.max_message_size", flag: "grpc-max-message-size", def: "4MiB", original: true, usage: "largest request of a client",
+			bind: func(c *Config) value { return bytesInt{&c.GRPC.MaxMessageBytes, 64 << 10, 1 << 30} }},
+		{key: "grpc.keepalive_interval_secs", flag: "grpc-keepalive-interval-secs", def: "10", original: true, usage: "seconds of silence before a client is asked whether it is there",
+			bind: func(c *Config) value {
+				return span{&c.GRPC.KeepaliveInterval, time.Second, time.Second, time.Hour}
+			}},
+		{key: "grpc.keepalive_timeout_secs", flag: "grpc-keepalive-timeout-secs", def: "5", original: true, usage: "seconds a client has to answer that",
+			bind: func(c *Config) value {
+				return span{&c.GRPC.KeepaliveTimeout, time.Second, time.Second, time.Hour}
+			}},
+
+		{key: "buffer.max_total_records", def: "1000000", original: true, unused: notBuffered, usage: "accepted for existing files",
+			bind: func(*Config) value { return ignoredInteger() }},
+		{key: "buffer.max_per_source", def: "100000", original: true, unused: notBuffered, usage: "accepted for existing files",
+			bind: func(*Config) value { return ignoredInteger() }},
+		{key: "buffer.max_per_stage", def: "100000", original: true, unused: notBuffered, usage: "accepted for existing files",
+			bind: func(*Config) value { return ignoredInteger() }},
+		{key: "buffer.backpressure_threshold", def: "0.8", original: true, unused: notBuffered, usage: "accepted for existing files",
+			bind: func(*Config) value { return &ignored{check: isFloat} }},
+		{key: "buffer.backpressure_resume_threshold", def: "0.6", original: true, unused: notBuffered, usage: "accepted for existing files",
+			bind: func(*Config) value { return &ignored{check: isFloat} }},
+		{key: "metrics.enabled", def: "false", original: true, unused: notMetrics, usage: "accepted for existing files",
+			bind: func(*Config) value { return &ignored{check: isBool} }},
+		{key: "metrics.listen_addr", def: "0.0.0.0:9090", original: true, unused: notMetrics, usage: "accepted for existing files",
+			bind: func(*Config) value { return &ignored{check: isListen} }},
+	}
+}
