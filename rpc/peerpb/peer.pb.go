@@ -92,13 +92,16 @@ func (Failure) EnumDescriptor() ([]byte, []int) {
 
 // Hello opens every stream: two nodes talk only within one cluster.
 type Hello struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Protocol      uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // 1
-	ClusterId     uint64                 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	NodeId        uint64                 `protobuf:"varint,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	ToNodeId      uint64                 `protobuf:"varint,4,opt,name=to_node_id,json=toNodeId,proto3" json:"to_node_id,omitempty"`
-	ClientAddr    string                 `protobuf:"bytes,5,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"` // where the sender serves clients
-	Version       string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Protocol   uint32                 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // 1
+	ClusterId  uint64                 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	NodeId     uint64                 `protobuf:"varint,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	ToNodeId   uint64                 `protobuf:"varint,4,opt,name=to_node_id,json=toNodeId,proto3" json:"to_node_id,omitempty"`
+	ClientAddr string                 `protobuf:"bytes,5,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"` // where the sender serves clients
+	Version    string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
+	// Where the sender serves its peers. A node whose membership is older than
+	// the sender's cannot know this address, yet must be able to answer it.
+	PeerAddr      string `protobuf:"bytes,7,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -171,6 +174,13 @@ func (x *Hello) GetClientAddr() string {
 func (x *Hello) GetVersion() string {
 	if x != nil {
 		return x.Version
+	}
+	return ""
+}
+
+func (x *Hello) GetPeerAddr() string {
+	if x != nil {
+		return x.PeerAddr
 	}
 	return ""
 }
@@ -331,6 +341,7 @@ type ImageProgress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Offset        int64                  `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"` // bytes held safely
 	Stored        bool                   `protobuf:"varint,2,opt,name=stored,proto3" json:"stored,omitempty"`
+	Hello         *Hello                 `protobuf:"bytes,3,opt,name=hello,proto3" json:"hello,omitempty"` // first frame only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -377,6 +388,13 @@ func (x *ImageProgress) GetStored() bool {
 		return x.Stored
 	}
 	return false
+}
+
+func (x *ImageProgress) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
 }
 
 type FetchImageRequest struct {
@@ -615,6 +633,7 @@ func (x *Beat) GetServiceId() string {
 type ForwardResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Results       []*ForwardedResult     `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	Hello         *Hello                 `protobuf:"bytes,2,opt,name=hello,proto3" json:"hello,omitempty"` // first frame only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -652,6 +671,13 @@ func (*ForwardResponse) Descriptor() ([]byte, []int) {
 func (x *ForwardResponse) GetResults() []*ForwardedResult {
 	if x != nil {
 		return x.Results
+	}
+	return nil
+}
+
+func (x *ForwardResponse) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
 	}
 	return nil
 }
@@ -744,7 +770,7 @@ var File_conveyor_peer_peer_proto protoreflect.FileDescriptor
 
 const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\n" +
-	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xb4\x01\n" +
+	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xd1\x01\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x1d\n" +
 	"\n" +
@@ -754,7 +780,8 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"to_node_id\x18\x04 \x01(\x04R\btoNodeId\x12\x1f\n" +
 	"\vclient_addr\x18\x05 \x01(\tR\n" +
 	"clientAddr\x12\x18\n" +
-	"\aversion\x18\x06 \x01(\tR\aversion\"V\n" +
+	"\aversion\x18\x06 \x01(\tR\aversion\x12\x1b\n" +
+	"\tpeer_addr\x18\a \x01(\tR\bpeerAddr\"V\n" +
 	"\fMessageFrame\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1a\n" +
 	"\bmessages\x18\x02 \x03(\fR\bmessages\"\xd3\x01\n" +
@@ -767,10 +794,11 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\x04data\x18\x05 \x01(\fR\x04data\x12\x10\n" +
 	"\x03crc\x18\x06 \x01(\rR\x03crc\x12\x12\n" +
 	"\x04last\x18\a \x01(\bR\x04last\x12\x18\n" +
-	"\amessage\x18\b \x01(\fR\amessage\"?\n" +
+	"\amessage\x18\b \x01(\fR\amessage\"k\n" +
 	"\rImageProgress\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x16\n" +
-	"\x06stored\x18\x02 \x01(\bR\x06stored\"\x8f\x01\n" +
+	"\x06stored\x18\x02 \x01(\bR\x06stored\x12*\n" +
+	"\x05hello\x18\x03 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\"\x8f\x01\n" +
 	"\x11FetchImageRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1b\n" +
 	"\tmin_index\x18\x02 \x01(\x04R\bminIndex\x12\x19\n" +
@@ -787,9 +815,10 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1d\n" +
 	"\n" +
-	"service_id\x18\x02 \x01(\tR\tserviceId\"K\n" +
+	"service_id\x18\x02 \x01(\tR\tserviceId\"w\n" +
 	"\x0fForwardResponse\x128\n" +
-	"\aresults\x18\x01 \x03(\v2\x1e.conveyor.peer.ForwardedResultR\aresults\"\xb3\x01\n" +
+	"\aresults\x18\x01 \x03(\v2\x1e.conveyor.peer.ForwardedResultR\aresults\x12*\n" +
+	"\x05hello\x18\x02 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\"\xb3\x01\n" +
 	"\x0fForwardedResult\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06result\x18\x02 \x01(\fR\x06result\x120\n" +
@@ -843,25 +872,27 @@ var file_conveyor_peer_peer_proto_goTypes = []any{
 var file_conveyor_peer_peer_proto_depIdxs = []int32{
 	1,  // 0: conveyor.peer.MessageFrame.hello:type_name -> conveyor.peer.Hello
 	1,  // 1: conveyor.peer.ImageFrame.hello:type_name -> conveyor.peer.Hello
-	1,  // 2: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
-	1,  // 3: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
-	7,  // 4: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
-	8,  // 5: conveyor.peer.ForwardRequest.beats:type_name -> conveyor.peer.Beat
-	10, // 6: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
-	0,  // 7: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
-	2,  // 8: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
-	3,  // 9: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
-	5,  // 10: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
-	6,  // 11: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
-	1,  // 12: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
-	4,  // 13: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
-	3,  // 14: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
-	9,  // 15: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
-	12, // [12:16] is the sub-list for method output_type
-	8,  // [8:12] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	1,  // 2: conveyor.peer.ImageProgress.hello:type_name -> conveyor.peer.Hello
+	1,  // 3: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
+	1,  // 4: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
+	7,  // 5: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
+	8,  // 6: conveyor.peer.ForwardRequest.beats:type_name -> conveyor.peer.Beat
+	10, // 7: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
+	1,  // 8: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
+	0,  // 9: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
+	2,  // 10: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
+	3,  // 11: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
+	5,  // 12: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
+	6,  // 13: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
+	1,  // 14: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
+	4,  // 15: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
+	3,  // 16: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
+	9,  // 17: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
+	14, // [14:18] is the sub-list for method output_type
+	10, // [10:14] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_peer_peer_proto_init() }
