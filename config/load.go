@@ -118,11 +118,10 @@ func Load(in Input) (*Loaded, error) {
 				faults.add(where, s.key, "%v", err)
 			}
 		}
-		out := Value{Key: s.key, Value: v.show(), Source: e.where}
-		if given {
-			out.Note = s.unused
+		// A default without effect is not worth a line.
+		if given || s.unused == "" {
+			l.values = append(l.values, Value{Key: s.key, Value: v.show(), Source: e.where, Note: s.unused})
 		}
-		l.values = append(l.values, out)
 	}
 	l.complete(in, &faults)
 	if len(faults) > 0 {

@@ -24,6 +24,7 @@ type app struct {
 
 	servers []string      // --server: client addresses of nodes
 	timeout time.Duration // --timeout: for one call; 0 = none
+	stale   bool          // --stale
 	format  output.Format // -o
 }
 
@@ -31,7 +32,6 @@ type app struct {
 // A new command is one function and one line here.
 func constructors() []func(*app) *cobra.Command {
 	return []func(*app) *cobra.Command{
-		newServeCommand,
 		newConfigCommand,
 		newPipelineCommand,
 		newSidecarCommand,
@@ -40,7 +40,6 @@ func constructors() []func(*app) *cobra.Command {
 		newOffsetCommand,
 		newCheckpointCommand,
 		newClusterCommand,
-		newWALCommand,
 		newVersionCommand,
 	}
 }
@@ -62,6 +61,7 @@ or no leader, 6 denied, 7 deadline passed (outcome unknown), 8 a check failed.`,
 	flags.StringSliceVarP(&a.servers, "server", "s", a.defaultServers(),
 		"client addresses (host:port) of one or more nodes; env CONVEYOR_ROUTER_SERVER")
 	flags.DurationVar(&a.timeout, "timeout", 10*time.Second, "give up after this long; 0 waits without end")
+	flags.BoolVar(&a.stale, "stale", false, "read what the node asked knows instead of the newest state; works without a leader")
 	flags.VarP(&a.format, "output", "o", "output format: table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(
 		[]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))

@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/manifest"
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+)
+
+// manifestFlags are those of the commands that read files.
+type manifestFlags struct {
+	files        []string
+	strict       bool
+	noReferences bool
+}
+
+func (f *manifestFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringArrayVarP(&f.files, "filename", "f", nil, "file or folder to read, - for standard input; repeatable")
+	cmd.Flags().BoolVar(&f.strict, "strict", false, "take warnings for errors")
+	cmd.Flags().BoolVar(&f.noReferences, "skip-references", false, "do not require the Sources, Transforms and Sinks a Pipeline names to be in the files")
+}
+
+// load reads the files and checks what can be checked without a cluster.
+func (f *manifestFlags) load(cmd *cobra.Command, a *app) (*manifest.Set, error) {
+	if len(f.files) == 0 {
+		return nil, usageError{cmd, errors.New("no file given; use -f FILE")}
+	}
+	set, err := manifest.Load(f.files, a.stdin)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range set.Warnings {
+		fmt.Fprintf(a.stderr, "Warning: %s\n", w)
+	}
+	if f.strict && len(set.Warnings) > 0 {
+		return nil, fmt.Errorf("%d warnings, and --strict was given", len(set.Warnings))
+	}
+	if !f.noReferences {
+		if err := set.CheckReferences(); err != nil {
+			return nil, err
+		}
+	}
+	return set, nil
+}
+
+func newPipelineApplyCommand(a *app) *cobra.Command {
+	var from manifestFlags
+	var dryRun bool
+	var version uint64
+	cmd := &cobra.Command{
+		Use:   "apply -f FILE|FOLDER...",
+		Short: "Create pipelines or change them to what the files say",
+		Long: `Create pipelines or change them to what the files say. Files hold Source,
+Transform, Sink and Pipeline resources, or whole PipelineConfigs. A pipeline that
+is already as declared is left alone. All files are checked before anything is
+sent; then each pipeline is applied by itself, and the exit code is that of the
+first that failed.`,
+		Example: "  router pipeline apply -f examples/\n  router pipeline get default/orders -o yaml | router pipeline apply -f -",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			set, err := from.load(cmd, a)
+			if err != nil {
+				return fmt.Errorf("%w\nNothing was applied.", err)
+			}
+			if len(set.Pipelines) == 0 {
+				return errors.New("the files declare no pipeline; nothing was applied")
+			}
+			expected, err := expectedVersion(cmd, version, len(set.Pipelines))
+			if err != nil {
+				return err
+			}
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				var errs []error
+				for _, p := range set.Pipelines {
+					line, err := apply(ctx, c, p.Config, expected, dryRun)
+					if err != nil {
+						errs = append(errs, err)
+						continue
+					}
+					fmt.Fprintln(a.stdout, line)
+				}
+				return errors.Join(errs...)
+			})
+		},
+	}
+	from.add(cmd)
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "let the cluster check the pipelines and change nothing")
+	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version; 0: only if it does not exist")
+	return cmd
+}
+
+// apply makes one pipeline what p says and returns the line to print.
+func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (string, error) {
+	id := p.GetId()
+	before, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
+	if err != nil {
+		return "", fmt.Errorf("pipeline %s was not applied: %w", id, err)
+	}
+	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
+		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
+	})
+	if err != nil {
+		return "", fmt.Errorf("pipeline %s: %w", id, err)
+	}
+	if !reply.GetSuccess() {
+		text := reply.GetError()
+		if len(reply.GetViolations()) > 0 {
+			return "", fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))
+		}
+		return "", refused("pipeline "+id+" was not applied", text, expected != nil)
+	}
+	switch {
+	case dryRun:
+		return fmt.Sprintf("pipeline %s is valid (dry run)", id), nil
+	case !before.GetFound():
+		return fmt.Sprintf("pipeline %s created", id), nil
+	case before.GetStatus().GetVersion() == reply.GetVersion():
+		return fmt.Sprintf("pipeline %s unchanged", id), nil
+	default:
+		return fmt.Sprintf("pipeline %s changed, version %d", id, reply.GetVersion()), nil
+	}
+}
+
+func newPipelineValidateCommand(a *app) *cobra.Command {
+	var from manifestFlags
+	cmd := &cobra.Command{
+		Use:   "validate -f FILE|FOLDER...",
+		Short: "Check pipeline files without a cluster",
+		Long: `Check pipeline files without a cluster: syntax, fields, references and the graph
+of every pipeline. Every fault is reported, with file and line. Exit code 8 means
+that at least one was found. To have the cluster check too, use apply --dry-run.
+
+With -o yaml or -o json the pipelines are printed as the cluster would store them.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			set, err := from.load(cmd, a)
+			if err != nil {
+				var usage usageError
+				if errors.As(err, &usage) {
+					return err
+				}
+				return checkFailed(err)
+			}
+			var faults manifest.Faults
+			configs := make([]*adminpb.PipelineConfig, len(set.Pipelines))
+			for i, p := range set.Pipelines {
+				configs[i] = p.Config
+			}
+			if len(faults) > 0 {
+				return checkFailed(faults)
+			}
+			if a.format != output.Table {
+				return output.Document(a.stdout, a.format, output.Messages(configs))
+			}
+			fmt.Fprintf(a.stdout, "%d pipelines and %d other resources are valid\n", len(set.Pipelines), set.Resources())
+			return nil
+		},
+	}
+	from.add(cmd)
+	return cmd
+}

@@ -1,0 +1,234 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+)
+
+func newPipelineCommand(a *app) *cobra.Command {
+	cmd := &cobra.Command{Use: "pipeline", Aliases: []string{"pipelines"}, Short: "Apply, show and steer pipelines"}
+	cmd.AddCommand(
+		newPipelineApplyCommand(a),
+		newPipelineGetCommand(a),
+		newPipelineListCommand(a),
+		newPipelineDeleteCommand(a),
+		newPipelineEnableCommand(a, true),
+		newPipelineEnableCommand(a, false),
+		newPipelineValidateCommand(a),
+	)
+	return cmd
+}
+
+func newPipelineGetCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "get ID",
+		Short: "Show one pipeline, where its stages run and why one does not",
+		Long: `Show one pipeline. With -o yaml or -o json the output is the pipeline itself, in
+the form pipeline apply reads.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				reply, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: args[0]})
+				if err != nil {
+					return err
+				}
+				if !reply.GetFound() {
+					return notFound("there is no pipeline %q; see 'router pipeline list'", args[0])
+				}
+				if a.format != output.Table {
+					return output.Document(a.stdout, a.format, reply.GetConfig())
+				}
+				return printPipeline(a, reply.GetConfig(), reply.GetStatus())
+			})
+		},
+	}
+}
+
+func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus) error {
+	head := &output.Grid{}
+	head.Add("ID", p.GetId())
+	if p.GetDescription() != "" {
+		head.Add("DESCRIPTION", p.GetDescription())
+	}
+	head.Add("ENABLED", yesNo(p.GetEnabled()))
+	head.Add("VERSION", st.GetVersion())
+	head.Add("UPDATED", when(st.GetUpdatedAt()))
+	if err := head.Write(a.stdout); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.stdout)
+	placed := map[string]*adminpb.StagePlacement{}
+	for _, pl := range st.GetPlacements() {
+		placed[pl.GetStageId()] = pl
+	}
+	next := map[string][]string{}
+	for _, e := range p.GetEdges() {
+		next[e.GetFromStage()] = append(next[e.GetFromStage()], e.GetToStage())
+	}
+	stages := &output.Grid{Header: []string{"STAGE", "TYPE", "SERVICE", "NEXT", "RUNS ON"}}
+	for _, s := range p.GetStages() {
+		where := strings.Join(placed[s.GetId()].GetSidecarIds(), ",")
+		if reason := placed[s.GetId()].GetPendingReason(); reason != "" {
+			where = "pending: " + reason
+		}
+		stages.Add(s.GetId(), short(s.GetStageType().String(), "STAGE_TYPE_"),
+			s.GetServiceSelector().GetServiceName(), strings.Join(next[s.GetId()], ","), where)
+	}
+	return stages.Write(a.stdout)
+}
+
+func newPipelineListCommand(a *app) *cobra.Command {
+	var enabledOnly bool
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the pipelines",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				var configs []*adminpb.PipelineConfig
+				var statuses []*adminpb.PipelineStatus
+				req := &adminpb.ListPipelinesRequest{IncludeDisabled: !enabledOnly, PageSize: 500}
+				for {
+					reply, err := c.Admin.ListPipelines(ctx, req)
+					if err != nil {
+						return err
+					}
+					configs = append(configs, reply.GetPipelines()...)
+					statuses = append(statuses, reply.GetStatuses()...)
+					if req.PageToken = reply.GetNextPageToken(); req.PageToken == "" {
+						break
+					}
+				}
+				return output.Print(a.stdout, a.format, output.Messages(configs), func() *output.Grid {
+					g := &output.Grid{Header: []string{"ID", "ENABLED", "VERSION", "STAGES", "PENDING", "UPDATED"}}
+					for i, p := range configs {
+						var st *adminpb.PipelineStatus
+						if i < len(statuses) {
+							st = statuses[i]
+						}
+						pending := 0
+						for _, pl := range st.GetPlacements() {
+							if pl.GetPendingReason() != "" {
+								pending++
+							}
+						}
+						g.Add(p.GetId(), yesNo(p.GetEnabled()), st.GetVersion(), len(p.GetStages()), pending, when(st.GetUpdatedAt()))
+					}
+					return g
+				})
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&enabledOnly, "enabled-only", false, "leave out disabled pipelines")
+	return cmd
+}
+
+func newPipelineDeleteCommand(a *app) *cobra.Command {
+	var missingOK bool
+	var version uint64
+	cmd := &cobra.Command{
+		Use:   "delete ID...",
+		Short: "Delete pipelines",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			expected, err := expectedVersion(cmd, version, len(args))
+			if err != nil {
+				return err
+			}
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				var errs []error
+				for _, id := range args {
+					reply, err := c.Admin.DeletePipeline(ctx, &adminpb.DeletePipelineRequest{PipelineId: id, ExpectedVersion: expected})
+					switch {
+					case err != nil:
+						errs = append(errs, fmt.Errorf("pipeline %s: %w", id, err))
+					case !reply.GetSuccess():
+						errs = append(errs, refused("pipeline "+id+" was not deleted", reply.GetError(), expected != nil))
+					case !reply.GetExisted() && !missingOK:
+						errs = append(errs, notFound("there is no pipeline %q; nothing was deleted", id))
+					case !reply.GetExisted():
+						fmt.Fprintf(a.stdout, "pipeline %s did not exist\n", id)
+					default:
+						fmt.Fprintf(a.stdout, "pipeline %s deleted\n", id)
+					}
+				}
+				return errors.Join(errs...)
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&missingOK, "ignore-missing", false, "succeed when a pipeline does not exist")
+	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version")
+	return cmd
+}
+
+func newPipelineEnableCommand(a *app, enable bool) *cobra.Command {
+	verb, long := "enable", "Let a pipeline run: its stages are assigned to sidecars"
+	if !enable {
+		verb, long = "disable", "Stop a pipeline: its stages are taken from the sidecars, its config stays"
+	}
+	var version uint64
+	cmd := &cobra.Command{
+		Use:   verb + " ID...",
+		Short: long,
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			expected, err := expectedVersion(cmd, version, len(args))
+			if err != nil {
+				return err
+			}
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				var errs []error
+				for _, id := range args {
+					done, text, err := setEnabled(ctx, c, id, enable, expected)
+					switch {
+					case err != nil:
+						errs = append(errs, fmt.Errorf("pipeline %s: %w", id, err))
+					case !done:
+						errs = append(errs, refused("pipeline "+id+" was not changed", text, expected != nil))
+					default:
+						fmt.Fprintf(a.stdout, "pipeline %s %sd\n", id, verb)
+					}
+				}
+				return errors.Join(errs...)
+			})
+		},
+	}
+	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version")
+	return cmd
+}
+
+func setEnabled(ctx context.Context, c *clients, id string, enable bool, expected *uint64) (bool, string, error) {
+	if enable {
+		reply, err := c.Admin.EnablePipeline(ctx, &adminpb.EnablePipelineRequest{PipelineId: id, ExpectedVersion: expected})
+		return reply.GetSuccess(), reply.GetError(), err
+	}
+	reply, err := c.Admin.DisablePipeline(ctx, &adminpb.DisablePipelineRequest{PipelineId: id, Drain: true, ExpectedVersion: expected})
+	return reply.GetSuccess(), reply.GetError(), err
+}
+
+// expectedVersion returns the --if-version of a command about count objects.
+func expectedVersion(cmd *cobra.Command, version uint64, count int) (*uint64, error) {
+	if !cmd.Flags().Changed("if-version") {
+		return nil, nil
+	}
+	if count > 1 {
+		return nil, usageError{cmd, errors.New("--if-version is about one pipeline; name only one")}
+	}
+	return &version, nil
+}
+
+// refused is a change the state did not allow, reported inside a reply.
+func refused(what, text string, conditional bool) error {
+	code := exitError
+	if conditional {
+		code = exitConflict
+	}
+	return codedError{code, fmt.Errorf("%s: %s", what, text)}
+}

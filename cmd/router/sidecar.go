@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+func newSidecarCommand(a *app) *cobra.Command {
+	cmd := &cobra.Command{Use: "sidecar", Aliases: []string{"sidecars"}, Short: "Show the sidecars and what they run"}
+	cmd.AddCommand(newSidecarListCommand(a), newSidecarGetCommand(a), newSidecarAssignmentsCommand(a))
+	return cmd
+}
+
+// listSidecars reads every page.
+func listSidecars(ctx context.Context, c *clients, namespace string) ([]*clusterpb.SidecarInfo, error) {
+	var all []*clusterpb.SidecarInfo
+	req := &clusterpb.ListSidecarsRequest{Namespace: namespace}
+	for {
+		reply, err := c.Cluster.ListSidecars(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, reply.GetSidecars()...)
+		if req.PageToken = reply.GetNextPageToken(); req.PageToken == "" {
+			return all, nil
+		}
+	}
+}
+
+func getSidecar(ctx context.Context, c *clients, id string) (*clusterpb.SidecarInfo, error) {
+	reply, err := c.Cluster.GetSidecar(ctx, &clusterpb.GetSidecarRequest{SidecarId: id})
+	if err != nil {
+		return nil, err
+	}
+	if !reply.GetFound() {
+		return nil, notFound("there is no sidecar %q; see 'router sidecar list'", id)
+	}
+	return reply.GetSidecar(), nil
+}
+
+func newSidecarListCommand(a *app) *cobra.Command {
+	var namespace string
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the registered sidecars",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				all, err := listSidecars(ctx, c, namespace)
+				if err != nil {
+					return err
+				}
+				return output.Print(a.stdout, a.format, output.Messages(all), func() *output.Grid {
+					g := &output.Grid{Header: []string{"ID", "STATE", "ENDPOINT", "SERVICES", "ASSIGNMENTS", "SINCE"}}
+					for _, s := range all {
+						g.Add(s.GetSidecarId(), short(s.GetState().String(), "SIDECAR_STATE_"), s.GetEndpoint(),
+							len(s.GetLocalServices()), len(s.GetAssignments()), when(s.GetStateChangedAt()))
+					}
+					return g
+				})
+			})
+		},
+	}
+	cmd.Flags().StringVar(&namespace, "namespace", "", "only those of this namespace")
+	return cmd
+}
+
+func newSidecarGetCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "get ID",
+		Short: "Show one sidecar, its services and its assignments",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				s, err := getSidecar(ctx, c, args[0])
+				if err != nil {
+					return err
+				}
+				if a.format != output.Table {
+					return output.Document(a.stdout, a.format, s)
+				}
+				head := &output.Grid{}
+				head.Add("ID", s.GetSidecarId())
+				head.Add("STATE", short(s.GetState().String(), "SIDECAR_STATE_")+" since "+when(s.GetStateChangedAt()))
+				head.Add("ENDPOINT", s.GetEndpoint())
+				head.Add("REGISTERED", when(s.GetRegisteredAt()))
+				if err := head.Write(a.stdout); err != nil {
+					return err
+				}
+				services := &output.Grid{Header: []string{"SERVICE", "TYPE", "ENDPOINT"}}
+				for _, l := range s.GetLocalServices() {
+					services.Add(l.GetServiceName(), short(l.GetServiceType().String(), "SERVICE_TYPE_"), l.GetLocalEndpoint())
+				}
+				fmt.Fprintln(a.stdout)
+				if err := services.Write(a.stdout); err != nil {
+					return err
+				}
+				fmt.Fprintln(a.stdout)
+				return assignmentGrid([]*clusterpb.SidecarInfo{s}).Write(a.stdout)
+			})
+		},
+	}
+}
+
+func newSidecarAssignmentsCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "assignments [ID]",
+		Short: "Show which stage runs where, of one sidecar or all",
+		Args:  cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				var list []*clusterpb.SidecarInfo
+				if len(args) == 1 {
+					s, err := getSidecar(ctx, c, args[0])
+					if err != nil {
+						return err
+					}
+					list = []*clusterpb.SidecarInfo{s}
+				} else {
+					all, err := listSidecars(ctx, c, "")
+					if err != nil {
+						return err
+					}
+					list = all
+				}
+				if a.format == output.Table {
+					return assignmentGrid(list).Write(a.stdout)
+				}
+				// Only what the command is about: who runs what.
+				short := make([]*clusterpb.SidecarInfo, len(list))
+				for i, s := range list {
+					short[i] = &clusterpb.SidecarInfo{SidecarId: s.GetSidecarId(), Assignments: s.GetAssignments()}
+				}
+				return output.Document(a.stdout, a.format, output.Messages(short))
+			})
+		},
+	}
+}
+
+func assignmentGrid(list []*clusterpb.SidecarInfo) *output.Grid {
+	g := &output.Grid{Header: []string{"SIDECAR", "PIPELINE", "STAGE", "TARGET", "VERSION", "GENERATION"}}
+	for _, s := range list {
+		for _, as := range s.GetAssignments() {
+			for _, st := range as.GetStages() {
+				g.Add(s.GetSidecarId(), as.GetPipelineId(), st.GetStageId(), target(st), as.GetPipelineVersion(), as.GetGeneration())
+			}
+		}
+	}
+	return g
+}
+
+func target(st *sidecarpb.StageAssignment) string {
+	if r := st.GetRemoteSidecar(); r != nil {
+		return "forward to " + r.GetSidecarId()
+	}
+	return "local " + st.GetLocalEndpoint()
+}
