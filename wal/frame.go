@@ -161,7 +161,7 @@ func (fr *frameReader) next(rec *record) error {
 		return err
 	}
 	if !parseRecord(fr.buf[:n], rec) {
-		return &badFrame{off: fr.off, reason: "a record cannot be parsed", missing: hasZeroSector(fr.buf, fr.off+frameHeader)}
+		return &badFrame{off: fr.off, reason: "a record cannot be parsed", missing: fr.unfinished(n)}
 	}
 	if rec.typ == etcdwal.CrcType {
 		if fr.chained && rec.crc != fr.crc {
@@ -171,7 +171,7 @@ func (fr *frameReader) next(rec *record) error {
 	} else {
 		sum := crc32.Update(fr.crc, castagnoli, rec.data)
 		if sum != rec.crc {
-			return &badFrame{off: fr.off, reason: fmt.Sprintf("checksum mismatch: stored %08x, computed %08x", rec.crc, sum), missing: hasZeroSector(fr.buf, fr.off+frameHeader)}
+			return &badFrame{off: fr.off, reason: fmt.Sprintf("checksum mismatch: stored %08x, computed %08x", rec.crc, sum), missing: fr.unfinished(n)}
 		}
 		fr.crc = sum
 	}
@@ -188,6 +188,20 @@ func (fr *frameReader) fill(p []byte) error {
 		return &badFrame{off: fr.off, reason: "the file ended inside a record", beyond: true}
 	}
 	return err
+}
+
+// unfinished tells whether the record in buf, of n bytes, may be a write that
+// did not reach the disk whole: a sector of it is missing, or it stops somewhere
+// and nothing follows (a full disk or a limit can end a write at any byte).
+func (fr *frameReader) unfinished(n int64) bool {
+	if hasZeroSector(fr.buf, fr.off+frameHeader) {
+		return true
+	}
+	if fr.buf[n-1] != 0 {
+		return false
+	}
+	zero, err := fr.zeroToEnd()
+	return err == nil && zero
 }
 
 func (fr *frameReader) zeroToEnd() (bool, error) {

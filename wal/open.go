@@ -190,7 +190,9 @@ func (l *Log) repair(t *tornTail) (int64, error) {
 	defer f.Close()
 	// Cut, then grown back: the underlying package preallocates again up to the
 	// size it finds, and a short file would pay for its growth at every sync.
-	for _, n := range []int64{t.off, int64(len(data))} {
+	// Whole sectors, or the rest of a frame length would look like another tear.
+	size := (int64(len(data)) + sector - 1) / sector * sector
+	for _, n := range []int64{t.off, size} {
 		if err := f.Truncate(n); err != nil {
 			return 0, wrap(err)
 		}
