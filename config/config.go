@@ -30,7 +30,6 @@ type Config struct {
 
 	Raft     Raft
 	Store    Store
-	GRPC     GRPC
 	Liveness Liveness
 	// ShutdownTimeout bounds an orderly stop as a whole.
 	ShutdownTimeout time.Duration
@@ -68,15 +67,10 @@ type Store struct {
 	HistoryBytes int64
 }
 
-// GRPC holds the settings of the client listener.
-type GRPC struct {
-	MaxMessageBytes   int
-	KeepaliveInterval time.Duration
-	KeepaliveTimeout  time.Duration
-}
-
 // Liveness holds what the leader expects of sidecars and services.
 type Liveness struct {
+	// HeartbeatInterval is how often they are asked to show that they live.
+	HeartbeatInterval time.Duration
 	// SuspectAfter is the silence after which a sidecar's stages are moved.
 	SuspectAfter time.Duration
 	// ExpireAfter is the silence after which it counts as gone.

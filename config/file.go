@@ -170,11 +170,12 @@ func (r *fileReader) suggest(full string) string {
 
 func nearest(given string, known []string) string {
 	last := func(s string) string { return s[strings.LastIndexByte(s, '.')+1:] }
-	best, bestDistance := "", 3 // more than two edits apart is no slip of the keyboard
+	// More edits apart than this is no slip of the keyboard.
+	best, bestDistance := "", max(4, len(given)/6)
 	for _, k := range known {
 		d := distance(given, k)
 		if last(given) == last(k) {
-			d = min(d, 2) // right key, wrong section
+			d = min(d, 3) // right key, wrong section
 		}
 		if d < bestDistance {
 			best, bestDistance = k, d

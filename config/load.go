@@ -266,6 +266,11 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 		faults.add(l.source("raft.tick_interval", ""), "raft.tick_interval",
 			"%s is longer than the heartbeat interval of %s", c.Raft.TickInterval, c.Raft.HeartbeatInterval)
 	}
+	if c.Liveness.SuspectAfter <= c.Liveness.HeartbeatInterval && !faults.about("liveness.suspect_after", "liveness.heartbeat_interval") {
+		faults.add(l.source("liveness.suspect_after", ""), "liveness.suspect_after",
+			"%s is not longer than liveness.heartbeat_interval, %s: everything would be suspect all the time",
+			c.Liveness.SuspectAfter, c.Liveness.HeartbeatInterval)
+	}
 	if c.Liveness.ExpireAfter < c.Liveness.SuspectAfter && !faults.about("liveness.expire_after", "liveness.suspect_after") {
 		faults.add(l.source("liveness.expire_after", ""), "liveness.expire_after",
 			"%s is shorter than liveness.suspect_after, %s", c.Liveness.ExpireAfter, c.Liveness.SuspectAfter)

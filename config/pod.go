@@ -37,7 +37,7 @@ func derive(env variables, given func(key string) bool, faults *Faults) map[stri
 	}
 	replicas, ok := number(env["REPLICAS"])
 	if !ok || replicas == 0 || replicas > maxReplicas {
-		faults.add("env REPLICAS", "peers", "%q is not a number from 1 to %d", env["REPLICAS"], maxReplicas)
+		faults.add("env REPLICAS", "node_id", "%q is not a number from 1 to %d", env["REPLICAS"], maxReplicas)
 		return nil
 	}
 	if ordinal >= replicas {
@@ -46,7 +46,7 @@ func derive(env variables, given func(key string) bool, faults *Faults) map[stri
 	}
 	service := env["HEADLESS_SERVICE"]
 	if service == "" && replicas > 1 {
-		faults.add("env HEADLESS_SERVICE", "peers", "is missing: the names of the other pods follow from it")
+		faults.add("env HEADLESS_SERVICE", "node_id", "is missing: the names of the other pods follow from it")
 		return nil
 	}
 	from := "pod " + pod

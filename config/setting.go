@@ -40,8 +40,10 @@ var aliases = map[string]string{
 }
 
 const (
-	notBuffered = "records never pass through the router, so it has no buffers"
-	notMetrics  = "this version has no metrics listener"
+	notBuffered    = "records never pass through the router, so it has no buffers"
+	notMessageSize = "a request is at most 4 MiB, and no record passes through the router"
+	notKeepalive   = "connections are probed after 30 s of silence, with 10 s to answer"
+	notMetrics     = "this version has no metrics listener"
 )
 
 // settings returns the table, in the order help and explain show it.
@@ -112,6 +114,10 @@ func settings() []*setting {
 		{key: "store.history_bytes", flag: "store-history-bytes", def: "16MiB", usage: "recent changes kept for watches that resume",
 			bind: func(c *Config) value { return bytesI{&c.Store.HistoryBytes, 64 << 10, 1 << 34} }},
 
+		{key: "liveness.heartbeat_interval", flag: "liveness-heartbeat-interval", def: "10s", usage: "how often sidecars and services are asked to show that they live",
+			bind: func(c *Config) value {
+				return span{&c.Liveness.HeartbeatInterval, time.Nanosecond, 100 * time.Millisecond, time.Hour}
+			}},
 		{key: "liveness.suspect_after", flag: "liveness-suspect-after", def: "30s", usage: "silence of a sidecar or service after which its work is moved",
 			bind: func(c *Config) value {
 				return span{&c.Liveness.SuspectAfter, time.Nanosecond, 100 * time.Millisecond, time.Hour}
@@ -121,17 +127,12 @@ func settings() []*setting {
 				return span{&c.Liveness.ExpireAfter, time.Nanosecond, 100 * time.Millisecond, 240 * time.Hour}
 			}},
 
-		{key: "grpc.max_message_size", flag: "grpc-max-message-size", def: "4MiB", original: true, usage: "largest request of a client",
-			bind: func(c *Config) value { return bytesInt{&c.GRPC.MaxMessageBytes, 64 << 10, 1 << 30} }},
-		{key: "grpc.keepalive_interval_secs", flag: "grpc-keepalive-interval-secs", def: "10", original: true, usage: "seconds of silence before a client is asked whether it is there",
-			bind: func(c *Config) value {
-				return span{&c.GRPC.KeepaliveInterval, time.Second, time.Second, time.Hour}
-			}},
-		{key: "grpc.keepalive_timeout_secs", flag: "grpc-keepalive-timeout-secs", def: "5", original: true, usage: "seconds a client has to answer that",
-			bind: func(c *Config) value {
-				return span{&c.GRPC.KeepaliveTimeout, time.Second, time.Second, time.Hour}
-			}},
-
+		{key: "grpc.max_message_size", def: "4194304", original: true, unused: notMessageSize, usage: "accepted for existing files",
+			bind: func(*Config) value { return ignoredInteger() }},
+		{key: "grpc.keepalive_interval_secs", def: "30", original: true, unused: notKeepalive, usage: "accepted for existing files",
+			bind: func(*Config) value { return ignoredInteger() }},
+		{key: "grpc.keepalive_timeout_secs", def: "10", original: true, unused: notKeepalive, usage: "accepted for existing files",
+			bind: func(*Config) value { return ignoredInteger() }},
 		{key: "buffer.max_total_records", def: "1000000", original: true, unused: notBuffered, usage: "accepted for existing files",
 			bind: func(*Config) value { return ignoredInteger() }},
 		{key: "buffer.max_per_source", def: "100000", original: true, unused: notBuffered, usage: "accepted for existing files",

@@ -107,21 +107,6 @@ func (v bytesU) parse(text string) error {
 }
 func (v bytesU) show() string { return showBytes(int64(*v.p)) }
 
-type bytesInt struct {
-	p        *int
-	min, max int64
-}
-
-func (v bytesInt) parse(text string) error {
-	var n int64
-	if err := (bytesI{&n, v.min, v.max}).parse(text); err != nil {
-		return err
-	}
-	*v.p = int(n)
-	return nil
-}
-func (v bytesInt) show() string { return showBytes(int64(*v.p)) }
-
 var byteUnits = []struct {
 	name string
 	size int64

@@ -143,7 +143,14 @@ func split(file string, raw []byte, faults *Faults) []document {
 		if len(n.Content) != 1 || isNull(n.Content[0]) {
 			continue // an empty document between two separators
 		}
-		docs = append(docs, document{file: file, node: n.Content[0]})
+		if top := n.Content[0]; top.Kind == yaml.SequenceNode {
+			// A list of pipelines, as pipeline list -o yaml prints it.
+			for _, item := range top.Content {
+				docs = append(docs, document{file: file, node: resolve(item)})
+			}
+		} else {
+			docs = append(docs, document{file: file, node: top})
+		}
 	}
 }
 
