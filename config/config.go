@@ -50,9 +50,9 @@ type Raft struct {
 	HeartbeatInterval time.Duration
 	// TickInterval is the grain of both.
 	TickInterval time.Duration
-	// TrailingEntries is how many applied entries the log keeps, so that a
-	// follower that was away for a while needs no image.
-	TrailingEntries uint64
+	// TailBytes of log start a truncation; half of it stays, so that a follower
+	// that was away for a while needs no image.
+	TailBytes int64
 	// MaxAppendBytes bounds one message of entries to a follower.
 	MaxAppendBytes uint64
 	// SegmentBytes is the size of one file of the log.
@@ -63,6 +63,8 @@ type Raft struct {
 type Store struct {
 	MemTableBytes int64
 	CacheBytes    int64
+	// HotBytes bounds records kept decoded because they change all the time.
+	HotBytes int64
 	// HistoryBytes bounds the changes kept for watches that resume.
 	HistoryBytes int64
 }

@@ -261,7 +261,7 @@ func TestFaults(t *testing.T) {
 		{"level", append(one, "--log-level", "loud"), nil, "", []string{`flag --log-level: log.level: "loud" is not one of`}},
 		{"format", one, []string{"CONVEYOR_ROUTER_LOG_FORMAT=xml"}, "", []string{`env CONVEYOR_ROUTER_LOG_FORMAT: log.format: "xml" is not one of text, json`}},
 		{"size", one, nil, "store:\n  cache_bytes: lots\n", []string{`router.yaml:2: store.cache_bytes: "lots" is not a size`}},
-		{"size range", one, nil, "store:\n  cache_bytes: 1\n", []string{"router.yaml:2: store.cache_bytes: 1 is out of range: 1MiB to 1TiB"}},
+		{"size range", one, nil, "store:\n  cache_bytes: 1\n", []string{"router.yaml:2: store.cache_bytes: 1 is out of range: 1MiB to 64GiB"}},
 		{"duration", one, nil, "liveness:\n  suspect_after: 10\n", []string{`router.yaml:2: liveness.suspect_after: "10" is not a duration`}},
 		{"duration negative", append(one, "--election-timeout-ms", "-5"), nil, "", []string{"out of range"}},
 		{"duration huge", append(one, "--election-timeout-ms", "9223372036854775807"), nil, "", []string{"out of range"}},

@@ -88,7 +88,7 @@ func settings() []*setting {
 				return span{&c.Raft.HeartbeatInterval, time.Millisecond, time.Millisecond, 30 * time.Second}
 			}},
 		{key: "cluster.snapshot_interval", def: "10000", original: true,
-			unused: "the state is on disk at all times, so no periodic snapshot is needed; raft.trailing_entries bounds the log",
+			unused: "the state is on disk at all times, so no periodic snapshot is needed; raft.tail_bytes bounds the log",
 			usage:  "accepted for existing files",
 			bind:   func(*Config) value { return ignoredInteger() }},
 		{key: "cluster.max_entries_per_append", def: "100", original: true,
@@ -100,8 +100,8 @@ func settings() []*setting {
 			bind: func(c *Config) value {
 				return span{&c.Raft.TickInterval, time.Nanosecond, time.Millisecond, time.Second}
 			}},
-		{key: "raft.trailing_entries", flag: "raft-trailing-entries", def: "10000", usage: "applied entries the log keeps for followers that were away",
-			bind: func(c *Config) value { return unsigned{&c.Raft.TrailingEntries, 16, 100_000_000} }},
+		{key: "raft.tail_bytes", flag: "raft-tail-bytes", def: "32MiB", usage: "size at which the log is cut; half of it is kept for followers that were away",
+			bind: func(c *Config) value { return bytesI{&c.Raft.TailBytes, 1 << 20, 1 << 34} }},
 		{key: "raft.max_append_bytes", flag: "raft-max-append-bytes", def: "1MiB", usage: "bound of one message of entries to a follower",
 			bind: func(c *Config) value { return bytesU{&c.Raft.MaxAppendBytes, 64 << 10, 64 << 20} }},
 		{key: "raft.segment_bytes", flag: "raft-segment-bytes", def: "64MiB", usage: "size of one file of the log",
@@ -109,9 +109,11 @@ func settings() []*setting {
 
 		{key: "store.memtable_bytes", flag: "store-memtable-bytes", def: "16MiB", usage: "memory that gathers changes before they become a file",
 			bind: func(c *Config) value { return bytesI{&c.Store.MemTableBytes, 1 << 20, 1 << 30} }},
-		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "64MiB", usage: "memory that caches the state on disk",
-			bind: func(c *Config) value { return bytesI{&c.Store.CacheBytes, 1 << 20, 1 << 40} }},
-		{key: "store.history_bytes", flag: "store-history-bytes", def: "16MiB", usage: "recent changes kept for watches that resume",
+		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "16MiB", usage: "memory that caches the state on disk",
+			bind: func(c *Config) value { return bytesI{&c.Store.CacheBytes, 1 << 20, 1 << 36} }},
+		{key: "store.hot_bytes", flag: "store-hot-bytes", def: "16MiB", usage: "memory for offsets and watermarks that are written again and again",
+			bind: func(c *Config) value { return bytesI{&c.Store.HotBytes, 64 << 10, 1 << 34} }},
+		{key: "store.history_bytes", flag: "store-history-bytes", def: "32MiB", usage: "recent changes kept for watches that resume",
 			bind: func(c *Config) value { return bytesI{&c.Store.HistoryBytes, 64 << 10, 1 << 34} }},
 
 		{key: "liveness.heartbeat_interval", flag: "liveness-heartbeat-interval", def: "10s", usage: "how often sidecars and services are asked to show that they live",

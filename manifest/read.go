@@ -117,11 +117,26 @@ func split(file string, raw []byte, faults *Faults) []document {
 		faults.add(file, "is larger than %d MiB", maxFileBytes>>20)
 		return nil
 	}
-	if first := bytes.TrimSpace(raw); len(first) > 0 && (first[0] == '{' || first[0] == '[') {
-		// JSON is YAML but for tabs, which JSON allows between tokens only.
-		raw = bytes.ReplaceAll(raw, []byte("\t"), []byte(" "))
-	}
 	var docs []document
+	add := func(top *yaml.Node) {
+		if top.Kind != yaml.SequenceNode {
+			docs = append(docs, document{file: file, node: top})
+			return
+		}
+		// A list of pipelines, as pipeline list -o yaml prints it.
+		for _, item := range top.Content {
+			docs = append(docs, document{file: file, node: resolve(item)})
+		}
+	}
+	if first := bytes.TrimSpace(raw); len(first) > 0 && (first[0] == '{' || first[0] == '[') {
+		// What is no JSON may still be YAML in its flow form.
+		if nodes, err := jsonNodes(raw); err == nil {
+			for _, n := range nodes {
+				add(n)
+			}
+			return docs
+		}
+	}
 	dec := yaml.NewDecoder(bytes.NewReader(raw))
 	for {
 		var n yaml.Node
@@ -143,14 +158,7 @@ func split(file string, raw []byte, faults *Faults) []document {
 		if len(n.Content) != 1 || isNull(n.Content[0]) {
 			continue // an empty document between two separators
 		}
-		if top := n.Content[0]; top.Kind == yaml.SequenceNode {
-			// A list of pipelines, as pipeline list -o yaml prints it.
-			for _, item := range top.Content {
-				docs = append(docs, document{file: file, node: resolve(item)})
-			}
-		} else {
-			docs = append(docs, document{file: file, node: top})
-		}
+		add(n.Content[0])
 	}
 }
 
