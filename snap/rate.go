@@ -37,7 +37,7 @@ func (l *RateLimit) SetRate(bytesPerSecond int64) { l.limiter.SetLimit(asLimit(b
 // when the deadline of ctx comes before the turn of the n bytes.
 func (l *RateLimit) Wait(ctx context.Context, n int) error {
 	// The limiter refuses to wait for more than its burst at a time.
-	for n > 0 {
+	for n > 0 && l.limiter.Limit() != rate.Inf {
 		part := min(n, l.burst)
 		if err := l.limiter.WaitN(ctx, part); err != nil {
 			if ctx.Err() != nil {
