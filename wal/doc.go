@@ -22,7 +22,10 @@
 //  5. Every Append that carries entries ends with a hard state record and one
 //     fsync. So an entry found behind "entry, hard state" proves that
 //     everything before was synced once; Open uses that to tell a write that
-//     was cut short by a power loss (cut off, once) from rot (refused).
+//     was cut short by a power loss (cut off, once) from rot (refused). The
+//     limit of it: rot that looks like missing sectors or a broken length in the
+//     last two appends has no such proof behind it and is cut off. A commit or
+//     an applied index past the end of the log then still tells.
 //  6. A start record (etcd calls it a snapshot record) counts only when it was
 //     complete: either the log held that very entry, committed, or the hard
 //     state that commits it follows at once. A crash between the two records
