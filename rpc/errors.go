@@ -15,12 +15,18 @@ var (
 	// ErrUnreachable: the node that should have taken the command could not be
 	// reached. The command was not sent.
 	ErrUnreachable = errors.New("rpc: the leader cannot be reached from this node; the command was not sent")
+	// ErrNotProposed: the caller's deadline passed, or the caller left, while
+	// the command waited for a leader. It was not and will not be proposed.
+	ErrNotProposed = errors.New("rpc: the call ended before the command was proposed; nothing was changed")
 	// ErrInvalidMetadata: a conveyor-* metadata value of the request cannot be
 	// understood. Nothing was done.
 	ErrInvalidMetadata = errors.New("rpc: invalid request metadata")
 	// ErrBehind: this node has not yet applied the revision the caller asked
 	// for. Nothing was read.
 	ErrBehind = errors.New("rpc: this node has not reached the requested revision yet")
+	// ErrFutureRevision: the caller asked for a revision that no command of
+	// this cluster has reached. It is a *FutureRevisionError.
+	ErrFutureRevision = errors.New("rpc: this revision does not exist yet")
 	// ErrRefused: the other node refused the handshake, or was refused. It is
 	// a *RefusedError.
 	ErrRefused = errors.New("rpc: handshake refused")
@@ -32,7 +38,7 @@ var (
 )
 
 // FutureRevisionError refuses a read at a revision that no command of this
-// cluster has reached. Nothing was read.
+// cluster has reached. Nothing was read. It matches ErrFutureRevision.
 type FutureRevisionError struct {
 	// Asked is the revision of the request.
 	Asked uint64
@@ -45,6 +51,9 @@ func (e *FutureRevisionError) Error() string {
 	return fmt.Sprintf("rpc: revision %d does not exist yet, the newest is at most %d; nothing was read: "+
 		"check that the revision came from this cluster", e.Asked, e.Current)
 }
+
+// Is makes errors.Is(err, ErrFutureRevision) true.
+func (e *FutureRevisionError) Is(target error) bool { return target == ErrFutureRevision }
 
 // RefusedError says which two nodes do not talk and why. It matches
 // ErrRefused.

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/snap"
 )
@@ -55,6 +56,7 @@ func statusTable() []statusRow {
 		// attempt may still have happened.
 		{raftnode.ErrAmbiguous, codes.Unknown, "AMBIGUOUS", Unknown, 0},
 
+		{ErrNotProposed, codes.Unavailable, "NOT_PROPOSED", NotDone, soon},
 		{raftnode.ErrNoLeader, codes.Unavailable, "NO_LEADER", NotDone, soon},
 		{raftnode.ErrStopping, codes.Unavailable, "STOPPING", NotDone, soon},
 		{ErrUnreachable, codes.Unavailable, "LEADER_UNREACHABLE", NotDone, soon},
@@ -67,6 +69,7 @@ func statusTable() []statusRow {
 		{raftnode.ErrStateBehindLog, codes.Unavailable, "STATE_BEHIND_LOG", NotDone, later},
 
 		{ErrInvalidMetadata, codes.InvalidArgument, "INVALID_METADATA", NotDone, 0},
+		{ErrFutureRevision, codes.OutOfRange, "FUTURE_REVISION", NotDone, 0},
 		{ErrBehind, codes.Unavailable, "BEHIND", NotDone, soon},
 		{ErrRefused, codes.PermissionDenied, "HANDSHAKE_REFUSED", NotDone, 0},
 		{ErrMalformed, codes.InvalidArgument, "MALFORMED", NotDone, 0},
@@ -82,6 +85,17 @@ func statusTable() []statusRow {
 		{snap.ErrBusy, codes.Unavailable, "IMAGE_BUSY", NotDone, later},
 		{snap.ErrNoSpace, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
 		{snap.ErrClosed, codes.Unavailable, "IMAGE_CLOSED", NotDone, later},
+
+		{router.ErrClosed, codes.Unavailable, "STOPPING", NotDone, soon},
+		{router.ErrCompacted, codes.OutOfRange, "COMPACTED", NotDone, 0},
+		{router.ErrFutureRevision, codes.OutOfRange, "FUTURE_REVISION", NotDone, 0},
+		{router.ErrResync, codes.OutOfRange, "RESYNC", NotDone, 0},
+		{router.ErrNewerFormat, codes.FailedPrecondition, "STATE_NEWER_FORMAT", NotDone, 0},
+		// These three stop the node; what it had proposed, others may apply.
+		{router.ErrUnknownCommand, codes.DataLoss, "UNKNOWN_COMMAND", Unknown, 0},
+		{router.ErrCorrupt, codes.DataLoss, "STATE_CORRUPT", Unknown, 0},
+		{router.ErrLostMarker, codes.DataLoss, "STATE_CORRUPT", Unknown, 0},
+		{router.ErrNoSpace, codes.ResourceExhausted, "NO_SPACE", Unknown, 0},
 
 		// gRPC itself calls an expired deadline unknown: the command may have
 		// been proposed before.
@@ -101,9 +115,6 @@ func Status(err error) *status.Status {
 	if s, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 		return s.GRPCStatus()
 	}
-	if s := statusOfRevision(err); s != nil {
-		return s
-	}
 	var notLeader *raftnode.NotLeaderError
 	ambiguous := errors.Is(err, raftnode.ErrAmbiguous)
 	if !ambiguous && errors.As(err, &notLeader) {
@@ -115,19 +126,22 @@ func Status(err error) *status.Status {
 	}
 	for _, row := range statusTable() {
 		if errors.Is(err, row.is) {
-			return newStatus(row.code, err.Error(), row.reason, row.outcome, row.retry, nil)
+			return newStatus(row.code, err.Error(), row.reason, row.outcome, row.retry, revisionOf(err))
 		}
 	}
 	return newStatus(codes.Internal, "internal error; the log of the node has the details",
 		"INTERNAL", Unknown, 0, nil)
 }
 
-// statusOfRevision covers the errors that carry the current revision.
-func statusOfRevision(err error) *status.Status {
+// revisionOf returns the metadata of errors that carry the current revision.
+func revisionOf(err error) map[string]string {
 	var future *FutureRevisionError
-	if errors.As(err, &future) {
-		return newStatus(codes.OutOfRange, err.Error(), "FUTURE_REVISION", NotDone, 0,
-			map[string]string{"current_revision": strconv.FormatUint(future.Current, 10)})
+	var revision *router.RevisionError
+	switch {
+	case errors.As(err, &future):
+		return map[string]string{"current_revision": strconv.FormatUint(future.Current, 10)}
+	case errors.As(err, &revision):
+		return map[string]string{"current_revision": strconv.FormatUint(revision.Current, 10)}
 	}
 	return nil
 }

@@ -1,0 +1,70 @@
+package rpc
+
+import (
+	"errors"
+	"fmt"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc/peerpb"
+)
+
+// maxFailureText bounds the text of a failure on the wire.
+const maxFailureText = 512
+
+// failureOf says on the wire why a command has no result. Whatever is not known
+// to be definite is ambiguous: to the node that forwarded the command, a wrong
+// "not done" is a command done twice.
+func failureOf(id uint64, err error) forwardedResult {
+	r := forwardedResult{id: id}
+	var notLeader *raftnode.NotLeaderError
+	switch {
+	case errors.Is(err, raftnode.ErrAmbiguous):
+		r.failure = peerpb.Failure_FAILURE_AMBIGUOUS
+	case errors.As(err, &notLeader):
+		r.failure, r.leader = peerpb.Failure_FAILURE_NOT_LEADER, notLeader.Leader
+	case errors.Is(err, raftnode.ErrNoLeader):
+		r.failure = peerpb.Failure_FAILURE_NO_LEADER
+	case errors.Is(err, raftnode.ErrBusy):
+		r.failure = peerpb.Failure_FAILURE_BUSY
+	case errors.Is(err, raftnode.ErrTooLarge):
+		r.failure = peerpb.Failure_FAILURE_TOO_LARGE
+	case errors.Is(err, raftnode.ErrStopping):
+		r.failure = peerpb.Failure_FAILURE_STOPPING
+	case errors.Is(err, ErrNoSpace):
+		r.failure = peerpb.Failure_FAILURE_NO_SPACE
+	default:
+		r.failure = peerpb.Failure_FAILURE_AMBIGUOUS
+		r.message = err.Error()
+		if len(r.message) > maxFailureText {
+			r.message = r.message[:maxFailureText]
+		}
+	}
+	return r
+}
+
+// errorOf is the inverse of failureOf, on the node that forwarded the command
+// to node leader.
+func errorOf(r *forwardedResult, leader uint64) error {
+	switch r.failure {
+	case peerpb.Failure_FAILURE_NOT_LEADER:
+		if r.leader == 0 {
+			return raftnode.ErrNoLeader
+		}
+		return &raftnode.NotLeaderError{Leader: r.leader}
+	case peerpb.Failure_FAILURE_NO_LEADER:
+		return raftnode.ErrNoLeader
+	case peerpb.Failure_FAILURE_BUSY:
+		return raftnode.ErrBusy
+	case peerpb.Failure_FAILURE_TOO_LARGE:
+		return raftnode.ErrTooLarge
+	case peerpb.Failure_FAILURE_STOPPING:
+		// The leader stops, not this node: another one will lead.
+		return fmt.Errorf("%w: node %d is stopping", raftnode.ErrNoLeader, leader)
+	case peerpb.Failure_FAILURE_NO_SPACE:
+		return ErrNoSpace
+	}
+	if r.message != "" {
+		return fmt.Errorf("%w: node %d says: %s", raftnode.ErrAmbiguous, leader, r.message)
+	}
+	return raftnode.ErrAmbiguous
+}

@@ -1,0 +1,317 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"conveyor.etl/router/rpc/peerpb"
+	"conveyor.etl/router/snap"
+)
+
+// endOfStream turns the end that a client announced into success.
+func endOfStream(err error) error {
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// SendImage implements raftnode.Transport. It uses a connection of its own, so
+// that an image never delays log entries, and starts again from what the
+// receiver holds after every break, as long as that grows.
+func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(t.ctx, cancel)()
+
+	to, id := m.GetTo(), image.Info().ID
+	if string(m.GetSnapshot().GetData()) != id {
+		return fmt.Errorf("rpc: the message names image %q, the image is %s; nothing was sent",
+			m.GetSnapshot().GetData(), id)
+	}
+	raw, err := proto.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("rpc: encode a snapshot message: %w", err)
+	}
+	held := int64(-1)
+	failures := 0
+	pause := t.o.BackoffMin
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		reached, err := t.sendImageOnce(ctx, to, raw, image)
+		if err == nil {
+			return nil
+		}
+		if t.ctx.Err() != nil {
+			return fmt.Errorf("%w: the transport was closed while image %s was sent to node %d", ErrClosed, id, to)
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("rpc: image %s was not sent to node %d: %w (last: %v)", id, to, ctx.Err(), err)
+		}
+		if final(err) {
+			return fmt.Errorf("rpc: node %d cannot take image %s: %w", to, id, err)
+		}
+		if reached > held {
+			held, failures, pause = reached, 0, t.o.BackoffMin
+		} else if failures++; failures >= t.o.ImageAttempts {
+			return fmt.Errorf("rpc: image %s: %d attempts without progress, node %d holds %d of %d bytes: %w",
+				id, failures, to, max(held, 0), image.Size(), err)
+		}
+		t.o.Logger.Warn("sending an image was interrupted; going on", "peer", to, "image", id,
+			"receiver_holds_bytes", max(held, 0), "size", image.Size(), "err", err)
+		timer.Reset(pause)
+		pause = min(2*pause, t.o.BackoffMax)
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+		}
+	}
+}
+
+// final reports whether trying again cannot help.
+func final(err error) bool {
+	if errors.Is(err, ErrRefused) || errors.Is(err, snap.ErrCorrupt) || errors.Is(err, snap.ErrClosed) {
+		return true
+	}
+	switch status.Code(err) {
+	case codes.InvalidArgument, codes.PermissionDenied, codes.FailedPrecondition,
+		codes.ResourceExhausted, codes.Unimplemented:
+		return true
+	}
+	return false
+}
+
+// sendImageOnce makes one attempt and returns how much the receiver held at its
+// beginning, -1 when it did not say.
+func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []byte, image *snap.Reader) (int64, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	conn, err := t.connect(to)
+	if err != nil {
+		return -1, err
+	}
+	defer conn.Close()
+	timeout := time.AfterFunc(2*t.o.DialTimeout, func() {
+		cancel(fmt.Errorf("rpc: no connection to node %d within %v", to, 2*t.o.DialTimeout))
+	})
+	defer timeout.Stop()
+	stream, err := peerpb.NewPeerClient(conn).SendImage(ctx)
+	if err != nil {
+		return -1, cause(ctx, fromPeer(to, err))
+	}
+	// Connected. What the receiver does next can take long: it reads back what
+	// it holds of the image.
+	timeout.Stop()
+	// Send fails with EOF when the stream is gone; Recv knows why.
+	failed := func(err error) error {
+		if errors.Is(err, io.EOF) {
+			_, err = stream.Recv()
+			if err == nil {
+				err = fmt.Errorf("%w: an answer to an unfinished image", ErrMalformed)
+			}
+		}
+		return cause(ctx, fromPeer(to, err))
+	}
+	err = stream.Send(&peerpb.ImageFrame{
+		Hello:   t.o.Identity.hello(to),
+		ImageId: image.Info().ID,
+		Size:    image.Size(),
+	})
+	if err != nil {
+		return -1, failed(err)
+	}
+	progress, err := stream.Recv()
+	if err != nil {
+		return -1, failed(err)
+	}
+	if err := t.o.Identity.check(progress.GetHello(), to); err != nil {
+		return -1, err
+	}
+	held := progress.GetOffset()
+	if held < 0 || held > image.Size() {
+		return -1, fmt.Errorf("%w: it holds %d of %d bytes", ErrMalformed, held, image.Size())
+	}
+	for offset := held; ; {
+		frame := &peerpb.ImageFrame{Offset: offset}
+		chunk, err := t.o.ImageLimit.ReadChunk(ctx, image, offset, t.o.ImageChunkBytes)
+		switch {
+		case errors.Is(err, io.EOF): // everything is there, only the end is missing
+			frame.Last = true
+		case err != nil:
+			return held, err
+		default:
+			frame.Data, frame.Crc, frame.Last = chunk.Data, chunk.CRC, chunk.Last
+			offset += int64(len(chunk.Data))
+		}
+		if frame.Last {
+			frame.Message = message
+		}
+		if err := stream.Send(frame); err != nil {
+			return held, failed(err)
+		}
+		if frame.Last {
+			break
+		}
+	}
+	if err := stream.CloseSend(); err != nil {
+		return held, failed(err)
+	}
+	progress, err = stream.Recv()
+	if err != nil {
+		return held, failed(err)
+	}
+	if !progress.GetStored() {
+		return held, fmt.Errorf("%w: the whole image was sent, but not stored", ErrMalformed)
+	}
+	return held, nil
+}
+
+// SendImage implements peerpb.PeerServer: it stores an image and then steps the
+// message that announces it.
+func (s *PeerServer) SendImage(stream peerpb.Peer_SendImageServer) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	from := first.GetHello().GetNodeId()
+	done, err := s.greet(first.GetHello())
+	if err != nil {
+		return err
+	}
+	defer done()
+	id, size := first.GetImageId(), first.GetSize()
+	held := size
+	r, err := s.c.Node.Images().Receive(id, size)
+	switch {
+	case err == nil:
+		// Close keeps what has come for the next attempt; after Commit it does
+		// nothing.
+		defer r.Close()
+		held = r.Offset()
+	case !errors.Is(err, snap.ErrExists):
+		return Status(err).Err()
+	}
+	if err := stream.Send(&peerpb.ImageProgress{Hello: s.self.hello(from), Offset: held}); err != nil {
+		return err
+	}
+	for {
+		f, err := stream.Recv()
+		if err != nil {
+			return endOfStream(err)
+		}
+		if len(f.GetData()) > 0 {
+			if r == nil {
+				return Status(fmt.Errorf("%w: data of an image that is here", ErrMalformed)).Err()
+			}
+			err := r.Write(snap.Chunk{Offset: f.GetOffset(), Data: f.GetData(), CRC: f.GetCrc(), Last: f.GetLast()})
+			if err != nil {
+				return Status(err).Err()
+			}
+		}
+		if f.GetLast() {
+			return s.finishImage(stream, r, id, from, f.GetMessage())
+		}
+	}
+}
+
+// finishImage stores what r received and steps the message raw.
+func (s *PeerServer) finishImage(stream peerpb.Peer_SendImageServer, r *snap.Receiver, id string, from uint64, raw []byte) error {
+	m := &raftpb.Message{}
+	if err := proto.Unmarshal(raw, m); err != nil {
+		return Status(fmt.Errorf("%w: the message of image %s: %w", ErrMalformed, id, err)).Err()
+	}
+	if m.GetType() != raftpb.MsgSnap || m.GetTo() != s.self.NodeID || m.GetFrom() != from ||
+		string(m.GetSnapshot().GetData()) != id {
+		return Status(fmt.Errorf("%w: the message of image %s is not about it", ErrMalformed, id)).Err()
+	}
+	if r != nil {
+		if _, err := r.Commit(); err != nil {
+			return Status(err).Err()
+		}
+	}
+	// Only now: a snapshot message whose image is not safely here would make
+	// raft give up its log for a state that does not exist.
+	if err := s.c.Node.Step(stream.Context(), []*raftpb.Message{m}); err != nil {
+		return Status(err).Err()
+	}
+	return stream.Send(&peerpb.ImageProgress{Stored: true})
+}
+
+// FetchImage implements peerpb.PeerServer.
+func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Peer_FetchImageServer) error {
+	done, err := s.greet(req.GetHello())
+	if err != nil {
+		return err
+	}
+	defer done()
+	ctx := stream.Context()
+	image, offset, err := s.imageFor(ctx, req)
+	if err != nil {
+		return Status(err).Err()
+	}
+	defer image.Close()
+	info := image.Info()
+	if offset < 0 || offset > image.Size() {
+		return InvalidArgument("offset", fmt.Sprintf("%d is outside of image %s", offset, info.ID)).Err()
+	}
+	err = stream.Send(&peerpb.ImageFrame{
+		Hello:   s.self.hello(req.GetHello().GetNodeId()),
+		ImageId: info.ID,
+		Size:    image.Size(),
+		Offset:  offset,
+	})
+	if err != nil {
+		return err
+	}
+	for {
+		chunk, err := s.c.ImageLimit.ReadChunk(ctx, image, offset, 256<<10)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return Status(err).Err()
+		}
+		err = stream.Send(&peerpb.ImageFrame{
+			Offset: chunk.Offset, Data: chunk.Data, Crc: chunk.CRC, Last: chunk.Last,
+		})
+		if err != nil {
+			return err
+		}
+		offset += int64(len(chunk.Data))
+	}
+}
+
+// imageFor returns the image a FetchImage asked for, and the offset to begin
+// at: the one to resume when it is still here and new enough.
+func (s *PeerServer) imageFor(ctx context.Context, req *peerpb.FetchImageRequest) (*snap.Reader, int64, error) {
+	if id := req.GetImageId(); id != "" {
+		image, err := s.c.Node.Images().Open(id)
+		switch {
+		case err == nil && image.Info().Index >= req.GetMinIndex():
+			return image, req.GetOffset(), nil
+		case err == nil:
+			image.Close()
+		case !errors.Is(err, snap.ErrNotFound):
+			return nil, 0, err
+		}
+	}
+	image, err := s.c.Image(ctx, req.GetMinIndex())
+	if err != nil {
+		return nil, 0, err
+	}
+	if got := image.Info().Index; got < req.GetMinIndex() {
+		image.Close()
+		return nil, 0, fmt.Errorf("%w: the newest image is of index %d, %d was asked for",
+			ErrBehind, got, req.GetMinIndex())
+	}
+	return image, 0, nil
+}

@@ -1,0 +1,252 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc"
+
+	"conveyor.etl/router/rpc/peerpb"
+)
+
+// peer is one other node as a target of messages.
+type peer struct {
+	t      *PeerTransport
+	id     uint64
+	addr   string
+	cancel context.CancelFunc
+	// entries and control are the two classes of messages. Order holds within
+	// a class; raft needs none between them.
+	entries *peerQueue
+	control *peerQueue
+	// kick ends a pause between attempts to connect.
+	kick chan struct{}
+
+	// member and guests (open streams from the peer) are guarded by
+	// PeerTransport.mu.
+	member bool
+	guests int
+
+	connected atomic.Bool
+	sent      atomic.Uint64
+
+	mu      sync.Mutex
+	lastErr string
+}
+
+// queueFor returns the queue of m's class.
+func (p *peer) queueFor(m *raftpb.Message) *peerQueue {
+	switch m.GetType() {
+	case raftpb.MsgApp, raftpb.MsgAppResp, raftpb.MsgSnap:
+		return p.entries
+	}
+	return p.control
+}
+
+// run keeps a session with the peer until ctx is done.
+func (p *peer) run(ctx context.Context) {
+	pause := p.t.o.BackoffMin
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	for {
+		begun := time.Now()
+		err := p.session(ctx)
+		p.connected.Store(false)
+		// What waited was for the raft state of back then; raft makes new
+		// messages once it knows that these are lost.
+		lost := p.entries.drop() + p.control.drop()
+		if ctx.Err() != nil {
+			return
+		}
+		p.t.report.unreachable(p.id)
+		p.failed(err, lost)
+		if time.Since(begun) > p.t.o.BackoffMax {
+			pause = p.t.o.BackoffMin
+		}
+		// Jitter: the peers of a node that comes back do not all come at once.
+		timer.Reset(pause/2 + rand.N(pause/2+1))
+		pause = min(2*pause, p.t.o.BackoffMax)
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			continue
+		case <-p.kick:
+		}
+		// Not at once: two nodes that fail each other right after the greeting
+		// would spin.
+		timer.Reset(p.t.o.BackoffMin)
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+	}
+}
+
+// failed logs why a session ended, but not again while the reason stays.
+func (p *peer) failed(err error, lost int) {
+	text := err.Error()
+	p.mu.Lock()
+	again := p.lastErr == text
+	p.lastErr = text
+	p.mu.Unlock()
+	if again {
+		return
+	}
+	log := p.t.o.Logger.With("peer", p.id, "addr", p.addr)
+	if errors.Is(err, ErrRefused) {
+		log.Error("the peer does not talk to this node; trying again, without repeating this message", "err", err)
+		return
+	}
+	log.Warn("the connection to the peer is down; trying again", "err", err, "dropped", lost)
+}
+
+// session connects, greets and sends until something fails. It always returns
+// an error.
+func (p *peer) session(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	conn, err := p.t.dialer.conn(p.addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+
+	timeout := time.AfterFunc(2*p.t.o.DialTimeout, func() {
+		cancel(fmt.Errorf("rpc: no greeting from node %d at %s within %v", p.id, p.addr, 2*p.t.o.DialTimeout))
+	})
+	defer timeout.Stop()
+	control, err := p.open(ctx, conn)
+	if err != nil {
+		return cause(ctx, err)
+	}
+	entries, err := p.open(ctx, conn)
+	if err != nil {
+		return cause(ctx, err)
+	}
+	if !timeout.Stop() {
+		return cause(ctx, ctx.Err())
+	}
+	p.connected.Store(true)
+	p.mu.Lock()
+	p.lastErr = ""
+	p.mu.Unlock()
+	p.t.o.Logger.Info("connected to the peer", "peer", p.id, "addr", p.addr)
+
+	var wg sync.WaitGroup
+	for _, s := range []struct {
+		stream grpc.ClientStream
+		queue  *peerQueue
+	}{{control, p.control}, {entries, p.entries}} {
+		wg.Go(func() { cancel(p.sendLoop(ctx, s.stream, s.queue)) })
+		// Nothing more is to be received: what comes is the end of the stream.
+		wg.Go(func() {
+			err := s.stream.RecvMsg(&peerpb.Hello{})
+			if err == nil {
+				err = fmt.Errorf("%w: a second greeting", ErrMalformed)
+			}
+			cancel(fromPeer(p.id, err))
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// cause prefers the reason ctx was cancelled for over err, which then only says
+// that it was.
+func cause(ctx context.Context, err error) error {
+	if c := context.Cause(ctx); c != nil {
+		return c
+	}
+	return err
+}
+
+// open starts a Messages stream and exchanges greetings on it.
+func (p *peer) open(ctx context.Context, conn *grpc.ClientConn) (grpc.ClientStream, error) {
+	stream, err := peerpb.NewPeerClient(conn).Messages(ctx)
+	if err != nil {
+		return nil, fromPeer(p.id, err)
+	}
+	err = stream.Send(&peerpb.MessageFrame{Hello: p.t.o.Identity.hello(p.id)})
+	if err != nil && !errors.Is(err, io.EOF) { // EOF: the reason is in Recv
+		return nil, fromPeer(p.id, err)
+	}
+	h, err := stream.Recv()
+	if err != nil {
+		return nil, fromPeer(p.id, err)
+	}
+	if err := p.t.o.Identity.check(h, p.id); err != nil {
+		return nil, err
+	}
+	p.t.learn(h)
+	return stream, nil
+}
+
+// sendLoop sends what queue holds until the stream breaks.
+func (p *peer) sendLoop(ctx context.Context, stream grpc.ClientStream, queue *peerQueue) error {
+	var frame messagesOut
+	for {
+		batch := queue.take()
+		if batch == nil {
+			select {
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			case <-queue.wake:
+			}
+			continue
+		}
+		for len(batch) > 0 {
+			n := cut(batch, p.t.o.FrameBytes)
+			frame.msgs = batch[:n]
+			err := stream.SendMsg(&frame)
+			queue.release(batch[:n], err == nil)
+			batch = batch[n:]
+			if err != nil {
+				queue.release(batch, false)
+				if errors.Is(err, io.EOF) {
+					// The goroutine in RecvMsg learns why; it cancels ctx.
+					<-ctx.Done()
+					return context.Cause(ctx)
+				}
+				return fromPeer(p.id, err)
+			}
+			p.sent.Add(uint64(n))
+		}
+	}
+}
+
+// cut returns how many of msgs go into one frame of about limit bytes; at least
+// one, however large it is.
+func cut(msgs []*raftpb.Message, limit int64) int {
+	size := messageBytes(msgs[0])
+	n := 1
+	for n < len(msgs) {
+		size += messageBytes(msgs[n])
+		if size > limit {
+			break
+		}
+		n++
+	}
+	return n
+}
+
+func (p *peer) stats() PeerStats {
+	s := PeerStats{ID: p.id, Addr: p.addr, Connected: p.connected.Load(), Sent: p.sent.Load()}
+	for _, q := range []*peerQueue{p.entries, p.control} {
+		bytes, dropped := q.stats()
+		s.QueuedBytes += bytes
+		s.Dropped += dropped
+	}
+	p.mu.Lock()
+	s.LastError = p.lastErr
+	p.mu.Unlock()
+	return s
+}

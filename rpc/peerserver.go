@@ -1,0 +1,131 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"go.etcd.io/raft/v3/raftpb"
+
+	"conveyor.etl/router/rpc/peerpb"
+	"conveyor.etl/router/snap"
+)
+
+// PeerServerConfig wires a PeerServer; EnsureDefaults fills zero limits.
+type PeerServerConfig struct {
+	// Node receives messages, images and commands; required.
+	Node PeerNode
+	// Transport knows who may talk to this node; required.
+	Transport *PeerTransport
+	// Image returns a pinned image of the state at or after minIndex, made for
+	// the occasion or not; required. The server closes it.
+	Image func(ctx context.Context, minIndex uint64) (*snap.Reader, error)
+	// Guard refuses commands while the disk is nearly full; nil = never.
+	Guard *DiskGuard
+	// Beat takes the heartbeats that other nodes received; nil drops them. It
+	// must not block.
+	Beat func(sidecarID, serviceID string)
+	// ImageLimit paces images sent on request; nil = no limit.
+	ImageLimit *snap.RateLimit
+	// Logger receives refusals. Default: discarded.
+	Logger *slog.Logger
+	// MaxInFlight and MaxInFlightBytes bound the commands of one stream whose
+	// results are outstanding; beyond, they are refused as busy. Defaults
+	// 65,536 and 64 MiB.
+	MaxInFlight      int
+	MaxInFlightBytes int64
+}
+
+// PeerServer serves what the other nodes ask of this one. Register it with
+// peerpb.RegisterPeerServer on a server made with PeerServerOptions.
+type PeerServer struct {
+	peerpb.UnimplementedPeerServer
+	c    PeerServerConfig
+	self Identity
+}
+
+// NewPeerServer returns a server; it starts nothing.
+func NewPeerServer(c PeerServerConfig) (*PeerServer, error) {
+	if c.Node == nil || c.Transport == nil || c.Image == nil {
+		return nil, errors.New("rpc: a peer server needs Node, Transport and Image")
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	setDefault(&c.MaxInFlight, 1<<16)
+	setDefault(&c.MaxInFlightBytes, 64<<20)
+	return &PeerServer{c: c, self: c.Transport.o.Identity}, nil
+}
+
+// greet checks the greeting h of a stream. The caller calls done when the
+// stream ends.
+func (s *PeerServer) greet(h *peerpb.Hello) (done func(), err error) {
+	if err := s.self.check(h, 0); err != nil {
+		s.refused(err)
+		return nil, Status(err).Err()
+	}
+	if done, err = s.c.Transport.greeted(h); err != nil {
+		s.refused(err)
+		return nil, Status(err).Err()
+	}
+	return done, nil
+}
+
+// refused logs a refusal at a level at which a peer that keeps trying does not
+// fill the log: the other end reports it once, with the reason.
+func (s *PeerServer) refused(err error) {
+	s.c.Logger.Debug("refused a peer", "err", err)
+}
+
+// Messages implements peerpb.PeerServer.
+func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
+	var in messagesIn
+	if err := stream.RecvMsg(&in); err != nil {
+		return err
+	}
+	from := in.hello.GetNodeId()
+	done, err := s.greet(in.hello)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := stream.Send(s.self.hello(from)); err != nil {
+		return err
+	}
+	for {
+		if len(in.msgs) > 0 {
+			for _, m := range in.msgs {
+				if err := s.checkMessage(m, from); err != nil {
+					s.c.Logger.Error("ending a peer's stream", "peer", from, "err", err)
+					return Status(err).Err()
+				}
+			}
+			if err := s.c.Node.Step(stream.Context(), in.msgs); err != nil {
+				return Status(err).Err()
+			}
+		}
+		if err := stream.RecvMsg(&in); err != nil {
+			return endOfStream(err)
+		}
+	}
+}
+
+// checkMessage refuses what a well-behaved node never sends on the Messages
+// stream. Stepping such a message could make raft panic, or act for another
+// node.
+func (s *PeerServer) checkMessage(m *raftpb.Message, from uint64) error {
+	if m.GetTo() != s.self.NodeID || m.GetFrom() != from {
+		return fmt.Errorf("%w: a message from node %d to node %d on the stream from node %d to node %d",
+			ErrMalformed, m.GetFrom(), m.GetTo(), from, s.self.NodeID)
+	}
+	switch m.GetType() {
+	case raftpb.MsgApp, raftpb.MsgAppResp, raftpb.MsgVote, raftpb.MsgVoteResp,
+		raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp, raftpb.MsgPreVote, raftpb.MsgPreVoteResp,
+		raftpb.MsgTransferLeader, raftpb.MsgTimeoutNow, raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
+		return nil
+	}
+	// Among them MsgProp, which would bypass admission, and MsgSnap, whose
+	// image would not be here.
+	return fmt.Errorf("%w: a %v message does not travel on this stream", ErrMalformed, m.GetType())
+}
