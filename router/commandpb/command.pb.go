@@ -1734,10 +1734,14 @@ func (x *TransitionSidecar) GetState() SidecarState {
 // ApplyAssignments records what the planner decided. Each change is checked
 // against what it was planned from; a stale one is skipped and counted.
 type ApplyAssignments struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Changes       []*AssignmentChange    `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Changes []*AssignmentChange    `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	// Revision of the view the plan was made from. A pipeline or sidecar that was
+	// created later makes a change stale even if its version looks the same: it
+	// was deleted and made anew. 0 = unchecked.
+	PlannedRevision uint64 `protobuf:"varint,2,opt,name=planned_revision,json=plannedRevision,proto3" json:"planned_revision,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ApplyAssignments) Reset() {
@@ -1775,6 +1779,13 @@ func (x *ApplyAssignments) GetChanges() []*AssignmentChange {
 		return x.Changes
 	}
 	return nil
+}
+
+func (x *ApplyAssignments) GetPlannedRevision() uint64 {
+	if x != nil {
+		return x.PlannedRevision
+	}
+	return 0
 }
 
 type AssignmentChange struct {
@@ -2095,6 +2106,75 @@ func (x *Rejection) GetViolations() []string {
 	return nil
 }
 
+// RequestRecord remembers a command's result for repeats of its request id.
+type RequestRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"` // its place in the queue of remembered requests
+	TimeMs        uint64                 `protobuf:"varint,2,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`
+	Op            uint32                 `protobuf:"varint,3,opt,name=op,proto3" json:"op,omitempty"` // field number of the command's operation
+	Result        *Result                `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RequestRecord) Reset() {
+	*x = RequestRecord{}
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequestRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequestRecord) ProtoMessage() {}
+
+func (x *RequestRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequestRecord.ProtoReflect.Descriptor instead.
+func (*RequestRecord) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *RequestRecord) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *RequestRecord) GetTimeMs() uint64 {
+	if x != nil {
+		return x.TimeMs
+	}
+	return 0
+}
+
+func (x *RequestRecord) GetOp() uint32 {
+	if x != nil {
+		return x.Op
+	}
+	return 0
+}
+
+func (x *RequestRecord) GetResult() *Result {
+	if x != nil {
+		return x.Result
+	}
+	return nil
+}
+
 var File_conveyor_command_command_proto protoreflect.FileDescriptor
 
 const file_conveyor_command_command_proto_rawDesc = "" +
@@ -2231,9 +2311,10 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12/\n" +
 	"\x13expected_generation\x18\x02 \x01(\x04R\x12expectedGeneration\x124\n" +
-	"\x05state\x18\x03 \x01(\x0e2\x1e.conveyor.command.SidecarStateR\x05state\"P\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x1e.conveyor.command.SidecarStateR\x05state\"{\n" +
 	"\x10ApplyAssignments\x12<\n" +
-	"\achanges\x18\x01 \x03(\v2\".conveyor.command.AssignmentChangeR\achanges\"\xa6\x02\n" +
+	"\achanges\x18\x01 \x03(\v2\".conveyor.command.AssignmentChangeR\achanges\x12)\n" +
+	"\x10planned_revision\x18\x02 \x01(\x04R\x0fplannedRevision\"\xa6\x02\n" +
 	"\x10AssignmentChange\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
@@ -2271,7 +2352,12 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\acurrent\x18\x04 \x01(\x04R\acurrent\x12\x1e\n" +
 	"\n" +
 	"violations\x18\x05 \x03(\tR\n" +
-	"violations*\xb3\x01\n" +
+	"violations\"\x86\x01\n" +
+	"\rRequestRecord\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x17\n" +
+	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\x12\x0e\n" +
+	"\x02op\x18\x03 \x01(\rR\x02op\x120\n" +
+	"\x06result\x18\x04 \x01(\v2\x18.conveyor.command.ResultR\x06result*\xb3\x01\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fCODE_INVALID\x10\x01\x12\x12\n" +
@@ -2297,7 +2383,7 @@ func file_conveyor_command_command_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_command_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_conveyor_command_command_proto_goTypes = []any{
 	(Code)(0),                   // 0: conveyor.command.Code
 	(*Command)(nil),             // 1: conveyor.command.Command
@@ -2325,16 +2411,17 @@ var file_conveyor_command_command_proto_goTypes = []any{
 	(*AssignmentChange)(nil),    // 23: conveyor.command.AssignmentChange
 	(*Result)(nil),              // 24: conveyor.command.Result
 	(*Rejection)(nil),           // 25: conveyor.command.Rejection
-	(*Service)(nil),             // 26: conveyor.command.Service
-	(*Health)(nil),              // 27: conveyor.command.Health
-	(ServiceState)(0),           // 28: conveyor.command.ServiceState
-	(*PipelineSpec)(nil),        // 29: conveyor.command.PipelineSpec
-	(*SourceOffset)(nil),        // 30: conveyor.command.SourceOffset
-	(*GroupMember)(nil),         // 31: conveyor.command.GroupMember
-	(*Sidecar)(nil),             // 32: conveyor.command.Sidecar
-	(SidecarState)(0),           // 33: conveyor.command.SidecarState
-	(*StageAssignment)(nil),     // 34: conveyor.command.StageAssignment
-	(*Watermark)(nil),           // 35: conveyor.command.Watermark
+	(*RequestRecord)(nil),       // 26: conveyor.command.RequestRecord
+	(*Service)(nil),             // 27: conveyor.command.Service
+	(*Health)(nil),              // 28: conveyor.command.Health
+	(ServiceState)(0),           // 29: conveyor.command.ServiceState
+	(*PipelineSpec)(nil),        // 30: conveyor.command.PipelineSpec
+	(*SourceOffset)(nil),        // 31: conveyor.command.SourceOffset
+	(*GroupMember)(nil),         // 32: conveyor.command.GroupMember
+	(*Sidecar)(nil),             // 33: conveyor.command.Sidecar
+	(SidecarState)(0),           // 34: conveyor.command.SidecarState
+	(*StageAssignment)(nil),     // 35: conveyor.command.StageAssignment
+	(*Watermark)(nil),           // 36: conveyor.command.Watermark
 }
 var file_conveyor_command_command_proto_depIdxs = []int32{
 	2,  // 0: conveyor.command.Command.register_service:type_name -> conveyor.command.RegisterService
@@ -2357,29 +2444,30 @@ var file_conveyor_command_command_proto_depIdxs = []int32{
 	20, // 17: conveyor.command.Command.deregister_sidecar:type_name -> conveyor.command.DeregisterSidecar
 	21, // 18: conveyor.command.Command.transition_sidecar:type_name -> conveyor.command.TransitionSidecar
 	22, // 19: conveyor.command.Command.apply_assignments:type_name -> conveyor.command.ApplyAssignments
-	26, // 20: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
-	27, // 21: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
-	28, // 22: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
-	29, // 23: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
-	30, // 24: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	27, // 20: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
+	28, // 21: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
+	29, // 22: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
+	30, // 23: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
+	31, // 24: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
 	15, // 25: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
 	9,  // 26: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
 	10, // 27: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
 	13, // 28: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
 	11, // 29: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
-	31, // 30: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
-	32, // 31: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
-	33, // 32: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
+	32, // 30: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
+	33, // 31: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
+	34, // 32: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
 	23, // 33: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
-	34, // 34: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
+	35, // 34: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
 	25, // 35: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
-	35, // 36: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
+	36, // 36: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
 	0,  // 37: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	24, // 38: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
+	39, // [39:39] is the sub-list for method output_type
+	39, // [39:39] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_command_proto_init() }
@@ -2426,7 +2514,7 @@ func file_conveyor_command_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_command_proto_rawDesc), len(file_conveyor_command_command_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

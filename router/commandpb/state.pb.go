@@ -2230,6 +2230,276 @@ func (x *Checkpoint) GetModRevision() uint64 {
 	return 0
 }
 
+// Clock is the state machine's own bookkeeping. It changes with every applied
+// entry and is part of the replicated state.
+type Clock struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Revision           uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`                                               // index of the last command that changed state
+	TimeMs             uint64                 `protobuf:"varint,2,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`                                     // monotonic: the largest command time seen
+	CheckpointRevision uint64                 `protobuf:"varint,3,opt,name=checkpoint_revision,json=checkpointRevision,proto3" json:"checkpoint_revision,omitempty"` // of the last change to any checkpoint
+	RequestHead        uint64                 `protobuf:"varint,4,opt,name=request_head,json=requestHead,proto3" json:"request_head,omitempty"`                      // sequence of the oldest remembered request
+	RequestTail        uint64                 `protobuf:"varint,5,opt,name=request_tail,json=requestTail,proto3" json:"request_tail,omitempty"`                      // sequence of the next one
+	RevokedHead        uint64                 `protobuf:"varint,6,opt,name=revoked_head,json=revokedHead,proto3" json:"revoked_head,omitempty"`                      // sequence of the oldest revocation
+	RevokedTail        uint64                 `protobuf:"varint,7,opt,name=revoked_tail,json=revokedTail,proto3" json:"revoked_tail,omitempty"`
+	Counts             []uint64               `protobuf:"varint,8,rep,packed,name=counts,proto3" json:"counts,omitempty"` // rows per counted table, by the table's number
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *Clock) Reset() {
+	*x = Clock{}
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Clock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Clock) ProtoMessage() {}
+
+func (x *Clock) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Clock.ProtoReflect.Descriptor instead.
+func (*Clock) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Clock) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Clock) GetTimeMs() uint64 {
+	if x != nil {
+		return x.TimeMs
+	}
+	return 0
+}
+
+func (x *Clock) GetCheckpointRevision() uint64 {
+	if x != nil {
+		return x.CheckpointRevision
+	}
+	return 0
+}
+
+func (x *Clock) GetRequestHead() uint64 {
+	if x != nil {
+		return x.RequestHead
+	}
+	return 0
+}
+
+func (x *Clock) GetRequestTail() uint64 {
+	if x != nil {
+		return x.RequestTail
+	}
+	return 0
+}
+
+func (x *Clock) GetRevokedHead() uint64 {
+	if x != nil {
+		return x.RevokedHead
+	}
+	return 0
+}
+
+func (x *Clock) GetRevokedTail() uint64 {
+	if x != nil {
+		return x.RevokedTail
+	}
+	return 0
+}
+
+func (x *Clock) GetCounts() []uint64 {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+// RequestRef stands in the queue of remembered requests, oldest first.
+type RequestRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RequestId     string                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	TimeMs        uint64                 `protobuf:"varint,2,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RequestRef) Reset() {
+	*x = RequestRef{}
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequestRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequestRef) ProtoMessage() {}
+
+func (x *RequestRef) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequestRef.ProtoReflect.Descriptor instead.
+func (*RequestRef) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RequestRef) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *RequestRef) GetTimeMs() uint64 {
+	if x != nil {
+		return x.TimeMs
+	}
+	return 0
+}
+
+// RevokedRef stands in the queue of revoked assignments, oldest first.
+type RevokedRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	PipelineId    string                 `protobuf:"bytes,2,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	Generation    uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"` // of the assignment; another one means it was given again
+	TimeMs        uint64                 `protobuf:"varint,4,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokedRef) Reset() {
+	*x = RevokedRef{}
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokedRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokedRef) ProtoMessage() {}
+
+func (x *RevokedRef) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokedRef.ProtoReflect.Descriptor instead.
+func (*RevokedRef) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *RevokedRef) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *RevokedRef) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *RevokedRef) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *RevokedRef) GetTimeMs() uint64 {
+	if x != nil {
+		return x.TimeMs
+	}
+	return 0
+}
+
+// GroupPast is what outlives a group's last member, so that a generation is
+// never given out twice.
+type GroupPast struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Generation    uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GroupPast) Reset() {
+	*x = GroupPast{}
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GroupPast) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GroupPast) ProtoMessage() {}
+
+func (x *GroupPast) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GroupPast.ProtoReflect.Descriptor instead.
+func (*GroupPast) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GroupPast) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 var File_conveyor_command_state_proto protoreflect.FileDescriptor
 
 const file_conveyor_command_state_proto_rawDesc = "" +
@@ -2421,7 +2691,35 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x04data\x18\x03 \x01(\fR\x04data\x12E\n" +
 	"\x0esource_offsets\x18\x04 \x03(\v2\x1e.conveyor.command.SourceOffsetR\rsourceOffsets\x12\"\n" +
 	"\rcreated_at_ms\x18\x05 \x01(\x04R\vcreatedAtMs\x12!\n" +
-	"\fmod_revision\x18\x06 \x01(\x04R\vmodRevision*\x90\x01\n" +
+	"\fmod_revision\x18\x06 \x01(\x04R\vmodRevision\"\x91\x02\n" +
+	"\x05Clock\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x17\n" +
+	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\x12/\n" +
+	"\x13checkpoint_revision\x18\x03 \x01(\x04R\x12checkpointRevision\x12!\n" +
+	"\frequest_head\x18\x04 \x01(\x04R\vrequestHead\x12!\n" +
+	"\frequest_tail\x18\x05 \x01(\x04R\vrequestTail\x12!\n" +
+	"\frevoked_head\x18\x06 \x01(\x04R\vrevokedHead\x12!\n" +
+	"\frevoked_tail\x18\a \x01(\x04R\vrevokedTail\x12\x16\n" +
+	"\x06counts\x18\b \x03(\x04R\x06counts\"D\n" +
+	"\n" +
+	"RequestRef\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x17\n" +
+	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\"\x85\x01\n" +
+	"\n" +
+	"RevokedRef\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
+	"\vpipeline_id\x18\x02 \x01(\tR\n" +
+	"pipelineId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x04R\n" +
+	"generation\x12\x17\n" +
+	"\atime_ms\x18\x04 \x01(\x04R\x06timeMs\"+\n" +
+	"\tGroupPast\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation*\x90\x01\n" +
 	"\vServiceType\x12\x1c\n" +
 	"\x18SERVICE_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13SERVICE_TYPE_SOURCE\x10\x01\x12\x1a\n" +
@@ -2467,7 +2765,7 @@ func file_conveyor_command_state_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_state_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_conveyor_command_state_proto_goTypes = []any{
 	(ServiceType)(0),        // 0: conveyor.command.ServiceType
 	(HealthStatus)(0),       // 1: conveyor.command.HealthStatus
@@ -2498,21 +2796,25 @@ var file_conveyor_command_state_proto_goTypes = []any{
 	(*Watermark)(nil),       // 26: conveyor.command.Watermark
 	(*SourceOffset)(nil),    // 27: conveyor.command.SourceOffset
 	(*Checkpoint)(nil),      // 28: conveyor.command.Checkpoint
-	nil,                     // 29: conveyor.command.Health.ComponentsEntry
-	nil,                     // 30: conveyor.command.Service.LabelsEntry
-	nil,                     // 31: conveyor.command.ServiceSelector.LabelsEntry
-	nil,                     // 32: conveyor.command.PipelineSpec.MetadataEntry
+	(*Clock)(nil),           // 29: conveyor.command.Clock
+	(*RequestRef)(nil),      // 30: conveyor.command.RequestRef
+	(*RevokedRef)(nil),      // 31: conveyor.command.RevokedRef
+	(*GroupPast)(nil),       // 32: conveyor.command.GroupPast
+	nil,                     // 33: conveyor.command.Health.ComponentsEntry
+	nil,                     // 34: conveyor.command.Service.LabelsEntry
+	nil,                     // 35: conveyor.command.ServiceSelector.LabelsEntry
+	nil,                     // 36: conveyor.command.PipelineSpec.MetadataEntry
 }
 var file_conveyor_command_state_proto_depIdxs = []int32{
 	1,  // 0: conveyor.command.ComponentHealth.status:type_name -> conveyor.command.HealthStatus
 	1,  // 1: conveyor.command.Health.status:type_name -> conveyor.command.HealthStatus
-	29, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
+	33, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
 	0,  // 3: conveyor.command.Service.type:type_name -> conveyor.command.ServiceType
 	6,  // 4: conveyor.command.Service.endpoint:type_name -> conveyor.command.Endpoint
-	30, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
+	34, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
 	8,  // 6: conveyor.command.Service.health:type_name -> conveyor.command.Health
 	2,  // 7: conveyor.command.Service.state:type_name -> conveyor.command.ServiceState
-	31, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
+	35, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
 	4,  // 9: conveyor.command.ServiceSelector.load_balance:type_name -> conveyor.command.LoadBalance
 	13, // 10: conveyor.command.ConditionList.conditions:type_name -> conveyor.command.Condition
 	11, // 11: conveyor.command.Condition.metadata_match:type_name -> conveyor.command.MetadataMatch
@@ -2526,7 +2828,7 @@ var file_conveyor_command_state_proto_depIdxs = []int32{
 	13, // 19: conveyor.command.Edge.condition:type_name -> conveyor.command.Condition
 	15, // 20: conveyor.command.PipelineSpec.stages:type_name -> conveyor.command.Stage
 	16, // 21: conveyor.command.PipelineSpec.edges:type_name -> conveyor.command.Edge
-	32, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
+	36, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
 	17, // 23: conveyor.command.Pipeline.spec:type_name -> conveyor.command.PipelineSpec
 	0,  // 24: conveyor.command.LocalService.type:type_name -> conveyor.command.ServiceType
 	19, // 25: conveyor.command.Sidecar.services:type_name -> conveyor.command.LocalService
@@ -2562,7 +2864,7 @@ func file_conveyor_command_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_state_proto_rawDesc), len(file_conveyor_command_state_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   27,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

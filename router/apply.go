@@ -1,0 +1,201 @@
+package router
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"conveyor.etl/router/router/commandpb"
+)
+
+// Apply applies entries in log order and moves Applied to the last of them. It
+// returns one slice per entry: a result per command for those with Local set,
+// nil for the others. Entries must follow each other and Applied without a
+// gap. An error means this replica must stop; some of the earlier entries may
+// then have been applied, whole.
+func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	d, err := s.writable()
+	if err != nil {
+		return nil, err
+	}
+	results := make([][]*commandpb.Result, len(entries))
+	t := s.newTx(d)
+	for i := range entries {
+		e := &entries[i]
+		if e.Index != t.pos.Index+1 {
+			return nil, s.breakdown(fmt.Errorf("router: entry %d handed in after %d: entries must follow each other", e.Index, t.pos.Index))
+		}
+		t.index = e.Index
+		if e.Local {
+			results[i] = make([]*commandpb.Result, 0, len(e.Commands))
+		}
+		for _, raw := range e.Commands {
+			res, err := t.command(raw, e.Local)
+			if err != nil {
+				return nil, s.breakdown(fmt.Errorf("router: entry %d: %w", e.Index, err))
+			}
+			if e.Local {
+				results[i] = append(results[i], res)
+			}
+		}
+		t.endEntry()
+		t.pos.Index, t.pos.Term = e.Index, e.Term
+		if t.bytes > s.o.BatchBytes {
+			if err := s.commit(t); err != nil {
+				return nil, s.breakdown(err)
+			}
+			t = s.newTx(d)
+		}
+	}
+	if err := s.commit(t); err != nil {
+		return nil, s.breakdown(err)
+	}
+	return results, nil
+}
+
+// ApplyMembership records a committed change of the group's configuration and
+// moves Applied to pos. Errors are as with Apply.
+func (s *FSM) ApplyMembership(pos Position) error {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	d, err := s.writable()
+	if err != nil {
+		return err
+	}
+	t := s.newTx(d)
+	if pos.Index <= t.pos.Index {
+		return s.breakdown(fmt.Errorf("router: membership of entry %d handed in after %d was applied", pos.Index, t.pos.Index))
+	}
+	t.pos = pos.clone()
+	if err := s.commit(t); err != nil {
+		return s.breakdown(err)
+	}
+	return nil
+}
+
+// writable returns the database to apply to.
+func (s *FSM) writable() (*database, error) {
+	s.mu.RLock()
+	d, closed := s.cur, s.closed
+	s.mu.RUnlock()
+	if closed {
+		return nil, ErrClosed
+	}
+	if s.broken != nil {
+		return nil, s.broken
+	}
+	return d, d.failed()
+}
+
+// breakdown makes err the answer to every later Apply: cells in memory may
+// already show what never reached Pebble.
+func (s *FSM) breakdown(err error) error {
+	s.broken = err
+	return err
+}
+
+func (s *FSM) newTx(d *database) *tx {
+	return &tx{s: s, db: d.db, clock: s.clock, pos: s.Applied(), buf: make(key, 0, keyBytesToStartWith)}
+}
+
+// commit writes the run to Pebble, then tells subscribers and readers.
+func (s *FSM) commit(t *tx) error {
+	if t.err != nil {
+		return t.err
+	}
+	b := t.db.NewBatchWithSize(int(t.bytes) + 512)
+	for _, c := range t.dirty {
+		if !c.dirty {
+			continue // rolled back, or listed twice
+		}
+		c.dirty = false
+		var err error
+		if c.val == nil {
+			err = b.Delete([]byte(c.key), nil)
+		} else {
+			err = b.Set([]byte(c.key), c.val, nil)
+		}
+		if err != nil {
+			return errors.Join(err, b.Close())
+		}
+	}
+	clock, err := t.clock.MarshalVT()
+	if err == nil {
+		err = b.Set(t.buf.meta(metaClock), clock, nil)
+	}
+	if err == nil {
+		err = b.Set(t.buf.meta(metaPosition), t.pos.append(nil), nil)
+	}
+	if err != nil {
+		return errors.Join(err, b.Close())
+	}
+	s.hub.announce(t.clock.Revision)
+	if err := b.Commit(pebble.NoSync); err != nil {
+		return fmt.Errorf("router: write entries up to %d: %w", t.pos.Index, err)
+	}
+	if err := b.Close(); err != nil {
+		return err
+	}
+	clear(s.overlay)
+	s.hot.age()
+	s.mu.Lock()
+	s.pos = t.pos
+	s.mu.Unlock()
+	s.revision.Store(t.clock.Revision)
+	s.hub.publish(t.sets, t.clock.Revision)
+	return nil
+}
+
+// command applies one command. An error is this replica's, never the caller's.
+func (t *tx) command(raw []byte, local bool) (*commandpb.Result, error) {
+	var c commandpb.Command
+	if err := c.UnmarshalVT(raw); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnknownCommand, err)
+	}
+	if u := c.ProtoReflect().GetUnknown(); len(u) > 0 {
+		return nil, fmt.Errorf("%w (unknown field in a command of %d bytes)", ErrUnknownCommand, len(raw))
+	}
+	t.begin(c.TimeMs, local || c.RequestId != "")
+	t.clock.TimeMs = t.now
+	h := handler{name: "none", run: func(*tx, any) *commandpb.Rejection {
+		return invalid("command", "the command names no operation")
+	}}
+	if c.Op != nil {
+		var ok bool
+		if h, ok = t.s.handlers[reflect.TypeOf(c.Op)]; !ok {
+			return nil, fmt.Errorf("%w (%T)", ErrUnknownCommand, c.Op)
+		}
+	}
+	t.op = h.op
+	var rej *commandpb.Rejection
+	if c.RequestId != "" {
+		if rej = checkID("request id", c.RequestId); rej == nil {
+			first, again := t.remembered(c.RequestId, h)
+			if again || t.err != nil {
+				return first, t.err
+			}
+		}
+	}
+	if rej == nil {
+		rej = h.run(t, c.Op)
+	}
+	if t.err != nil {
+		return nil, t.err
+	}
+	if rej != nil {
+		t.rollback()
+		t.res.Rejection = rej
+	} else if t.changed {
+		t.clock.Revision = t.index
+		t.res.Changed = true
+	}
+	t.res.Revision, t.res.TimeMs = t.clock.Revision, t.now
+	if c.RequestId != "" && checkID("request id", c.RequestId) == nil {
+		t.remember(c.RequestId, h)
+	}
+	return t.res, t.err
+}

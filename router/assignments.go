@@ -1,0 +1,210 @@
+package router
+
+import (
+	"slices"
+
+	"google.golang.org/protobuf/proto"
+
+	"conveyor.etl/router/router/commandpb"
+)
+
+// How long and how many revocations are kept. Part of the state machine, so no
+// options.
+const (
+	revokedRetentionMS   = 60 * 60 * 1000
+	maxRevokedPerSidecar = 64
+	maxRevoked           = 200_000
+	revokedPerPurge      = 64
+)
+
+// assignment loads an assignment; nil when absent.
+func (t *tx) assignment(sidecar, pipeline string) *commandpb.Assignment {
+	a := &commandpb.Assignment{}
+	if !t.load(t.buf.pair(prefixAssignment, sidecar, pipeline), a) {
+		return nil
+	}
+	return a
+}
+
+// saveAssignment stores next in place of prev and keeps index and counts right.
+func (t *tx) saveAssignment(prev, next *commandpb.Assignment) {
+	next.ModRevision, next.ChangedAtMs = t.index, t.now
+	// At least the index: a purged assignment that is given again must not
+	// look older than what the sidecar was told before.
+	next.Generation = max(prev.GetGeneration()+1, t.index)
+	t.store(t.buf.pair(prefixAssignment, next.SidecarId, next.PipelineId), next)
+	var before proto.Message
+	if prev != nil {
+		before = prev
+	} else {
+		t.mark(t.buf.pair(prefixByPipeline, next.PipelineId, next.SidecarId))
+	}
+	was, is := prev != nil && !prev.Revoked, !next.Revoked
+	if was != is {
+		t.count(countAssignments, delta(is))
+	}
+	was, is = prev.GetRevoked(), next.Revoked
+	if was != is {
+		t.countRevoked(next.SidecarId, delta(is))
+	}
+	t.emit(TableAssignments, AssignmentKey(next.SidecarId, next.PipelineId), before, next)
+}
+
+func delta(up bool) int {
+	if up {
+		return 1
+	}
+	return -1
+}
+
+// countRevoked keeps the number of a sidecar's revocations and returns it.
+func (t *tx) countRevoked(sidecar string, by int) uint64 {
+	t.count(countRevoked, by)
+	k := t.buf.single(prefixRevokedCount, sidecar)
+	n := uint64(int64(t.number(k)) + int64(by))
+	t.setNumber(k, n)
+	return n
+}
+
+// revoke turns an assignment into a revocation, if it is none already.
+func (t *tx) revoke(sidecar, pipeline string) bool {
+	prev := t.assignment(sidecar, pipeline)
+	if prev == nil || prev.Revoked {
+		return false
+	}
+	next := &commandpb.Assignment{
+		SidecarId: sidecar, PipelineId: pipeline, Revoked: true, PipelineVersion: prev.PipelineVersion,
+	}
+	t.saveAssignment(prev, next)
+	ref := &commandpb.RevokedRef{SidecarId: sidecar, PipelineId: pipeline, Generation: next.Generation, TimeMs: t.now}
+	t.store(t.buf.sequence(prefixRevokedQueue, t.clock.RevokedTail), ref)
+	t.clock.RevokedTail++
+	if t.number(t.buf.single(prefixRevokedCount, sidecar)) > maxRevokedPerSidecar {
+		t.forgetOldest(sidecar)
+	}
+	return true
+}
+
+// forgetOldest drops a sidecar's oldest revocation.
+func (t *tx) forgetOldest(sidecar string) {
+	var oldest *commandpb.Assignment
+	t.scan(t.buf.group(prefixAssignment, sidecar), func(_, v []byte) {
+		a := &commandpb.Assignment{}
+		t.fail(a.UnmarshalVT(v))
+		if a.Revoked && (oldest == nil || a.Generation < oldest.Generation) {
+			oldest = a
+		}
+	})
+	if oldest != nil {
+		t.forget(oldest)
+	}
+}
+
+// forget removes a revocation.
+func (t *tx) forget(a *commandpb.Assignment) {
+	t.remove(t.buf.pair(prefixAssignment, a.SidecarId, a.PipelineId))
+	t.unmark(t.buf.pair(prefixByPipeline, a.PipelineId, a.SidecarId))
+	t.countRevoked(a.SidecarId, -1)
+	t.emit(TableAssignments, AssignmentKey(a.SidecarId, a.PipelineId), a, nil)
+}
+
+// purgeRevoked drops revocations that are too old or too many. The commands
+// that make revocations call it, a bounded step each.
+func (t *tx) purgeRevoked() {
+	c := t.clock
+	for range revokedPerPurge {
+		if c.RevokedHead == c.RevokedTail {
+			return
+		}
+		var ref commandpb.RevokedRef
+		if k := t.buf.sequence(prefixRevokedQueue, c.RevokedHead); t.load(k, &ref) {
+			if t.now <= ref.TimeMs+revokedRetentionMS && c.RevokedTail-c.RevokedHead <= maxRevoked {
+				return
+			}
+			t.remove(k)
+			if a := t.assignment(ref.SidecarId, ref.PipelineId); a != nil && a.Revoked && a.Generation == ref.Generation {
+				t.forget(a)
+			}
+		}
+		c.RevokedHead++
+	}
+}
+
+// applyAssignments records what the planner decided, as far as what it was
+// planned from still holds. Stale changes are skipped and counted: the planner
+// sees the newer state anyway and plans again.
+//
+// Rejections: INVALID (ids, texts, a pair twice is fine), LIMIT.
+func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejection {
+	if len(c.Changes) > maxChanges {
+		return limit("assignments", "%d changes, at most %d are allowed", len(c.Changes), maxChanges)
+	}
+	for _, ch := range c.Changes {
+		if r := checkChange(ch); r != nil {
+			return r
+		}
+	}
+	for _, ch := range c.Changes {
+		if !t.applyChange(ch, c.PlannedRevision) {
+			t.res.Stale++
+		}
+		if t.err != nil {
+			return nil
+		}
+	}
+	t.purgeRevoked()
+	return nil
+}
+
+func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
+	if r := first(checkID("sidecar id", ch.GetSidecarId()), checkID("pipeline id", ch.GetPipelineId())); r != nil {
+		return r
+	}
+	if len(ch.Stages) > maxStageAssignments {
+		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", len(ch.Stages), maxStageAssignments)
+	}
+	for _, s := range ch.Stages {
+		if r := first(
+			checkID("stage id", s.GetStageId()), checkText("local endpoint", s.GetLocalEndpoint()),
+			checkText("remote sidecar", s.GetRemoteSidecarId()), checkText("remote endpoint", s.GetRemoteEndpoint()),
+		); r != nil {
+			return r
+		}
+	}
+	return nil
+}
+
+// applyChange reports false when the change is stale.
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
+	// A sidecar or pipeline made after the plan is another one, whatever its
+	// generation or version says: they begin at one again.
+	newer := func(created uint64) bool { return planned != 0 && created > planned }
+	sc := t.sidecar(ch.SidecarId)
+	if ch.Revoke {
+		if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
+			return false
+		}
+		t.revoke(ch.SidecarId, ch.PipelineId)
+		return true
+	}
+	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
+		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+		return false
+	}
+	var p commandpb.Pipeline
+	if !t.load(t.buf.single(prefixPipeline, ch.PipelineId), &p) || p.Version != ch.PipelineVersion ||
+		newer(p.CreateRevision) || !p.GetSpec().GetEnabled() {
+		return false
+	}
+	prev := t.assignment(ch.SidecarId, ch.PipelineId)
+	next := &commandpb.Assignment{
+		SidecarId: ch.SidecarId, PipelineId: ch.PipelineId, Stages: ch.Stages,
+		LocalComplete: ch.LocalComplete, PipelineVersion: ch.PipelineVersion,
+	}
+	if prev != nil && !prev.Revoked && prev.LocalComplete == next.LocalComplete && prev.PipelineVersion == next.PipelineVersion &&
+		slices.EqualFunc(prev.Stages, next.Stages, func(a, b *commandpb.StageAssignment) bool { return proto.Equal(a, b) }) {
+		return true
+	}
+	t.saveAssignment(prev, next)
+	return true
+}

@@ -1,0 +1,311 @@
+package router
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"reflect"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"conveyor.etl/router/router/commandpb"
+)
+
+// Entry is one committed log entry: the commands packed into it. Commands are
+// only read during Apply.
+type Entry struct {
+	Index, Term uint64
+	Commands    [][]byte
+	// Local is set when somebody on this node waits for the results.
+	Local bool
+}
+
+// FSM is the replicated state: a pure function of the command log. It never
+// reads clocks, randomness, environment or network. Apply, ApplyMembership and
+// Install are for one goroutine; everything else is safe at any time.
+type FSM struct {
+	fs   vfs.FS
+	root string
+	o    Options
+	hub  *Hub
+
+	// applyMu is held by whatever changes the state. It guards the fields down
+	// to broken.
+	applyMu  sync.Mutex
+	handlers map[reflect.Type]handler
+	clock    *commandpb.Clock // of the newest applied entry
+	hot      *hotCache
+	marks    *markIndex
+	overlay  map[string]*cell
+	broken   error // set by a failed Apply: memory and disk may differ
+
+	// mu guards cur, pos and closed. It is never held during IO.
+	mu     sync.RWMutex
+	cur    *database
+	pos    Position
+	closed bool
+
+	revision atomic.Uint64
+	ckptMemo atomic.Pointer[checkpointCount]
+}
+
+// Open opens the state in dir, or begins one at o.Bootstrap, durably, when
+// there is none. It removes what an interrupted Open or Install left behind.
+func Open(f vfs.FS, dir string, o Options) (*FSM, error) {
+	o = o.EnsureDefaults()
+	if err := o.Validate(); err != nil {
+		return nil, err
+	}
+	if err := f.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("router: create %s: %w", dir, err)
+	}
+	name, err := readMarker(f, dir)
+	if err != nil {
+		return nil, fmt.Errorf("router: %w", err)
+	}
+	if name == "" {
+		if name, err = createFirst(f, dir, o); err != nil {
+			return nil, err
+		}
+	}
+	d, err := openDatabase(f, f.PathJoin(dir, name), name, o, false)
+	if err != nil {
+		return nil, err
+	}
+	s := &FSM{fs: f, root: dir, o: o, handlers: commandTable(), overlay: map[string]*cell{}}
+	if err := s.adopt(d); err != nil {
+		return nil, errors.Join(err, d.release())
+	}
+	s.hub = newHub(o.HistoryBytes, s.revision.Load())
+	if err := sweep(f, dir, name); err != nil {
+		return nil, errors.Join(fmt.Errorf("router: remove leftovers in %s: %w", dir, err), d.release())
+	}
+	return s, nil
+}
+
+// createFirst makes the first database and returns its name.
+func createFirst(f vfs.FS, root string, o Options) (string, error) {
+	left, err := databases(f, root)
+	if err != nil {
+		return "", fmt.Errorf("router: list %s: %w", root, err)
+	}
+	for _, n := range left {
+		path := f.PathJoin(root, dbName(n))
+		if err := checkLeftover(f, path, o); err != nil {
+			return "", err
+		}
+		if err := f.RemoveAll(path); err != nil {
+			return "", fmt.Errorf("router: remove %s, left by an interrupted first start: %w", path, err)
+		}
+	}
+	name := dbName(1)
+	path := f.PathJoin(root, name)
+	d, err := openDatabase(f, path, name, o, true)
+	if err != nil {
+		return "", err
+	}
+	b := d.db.NewBatch()
+	clock, err := (&commandpb.Clock{}).MarshalVT()
+	err = errors.Join(err,
+		b.Set(key(nil).meta(metaFormat), binary.BigEndian.AppendUint32(nil, stateFormat), nil),
+		b.Set(key(nil).meta(metaPosition), o.Bootstrap.append(nil), nil),
+		b.Set(key(nil).meta(metaClock), clock, nil))
+	if err == nil {
+		err = b.Commit(pebble.NoSync)
+	}
+	if err == nil {
+		err = d.flush()
+	}
+	if err = errors.Join(err, d.release()); err == nil {
+		// The directory must be durable before CURRENT names it.
+		err = syncDir(f, root)
+	}
+	if err == nil {
+		err = writeMarker(f, root, name)
+	}
+	if err != nil {
+		return "", fmt.Errorf("router: create the state in %s: %w", path, err)
+	}
+	return name, nil
+}
+
+// checkLeftover makes sure that a database without CURRENT holds nothing but
+// the beginning: otherwise CURRENT was lost and starting anew would forget
+// acknowledged commits.
+func checkLeftover(f vfs.FS, path string, o Options) error {
+	desc, err := pebble.Peek(path, f)
+	if err != nil || !desc.Exists {
+		return nil // never completed
+	}
+	pos, err := peekPosition(f, path, o)
+	if errors.Is(err, ErrCorrupt) {
+		return nil // created, but the bootstrap position never became durable
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %s cannot be read: %w", ErrLostMarker, path, err)
+	}
+	if pos.Index > o.Bootstrap.Index {
+		return fmt.Errorf("%w: %s holds state up to index %d", ErrLostMarker, path, pos.Index)
+	}
+	return nil
+}
+
+// peekPosition reads the position of a database that is not in use.
+func peekPosition(f vfs.FS, path string, o Options) (Position, error) {
+	cache := pebble.NewCache(1 << 20)
+	defer cache.Unref()
+	po := pebbleOptions(f, o, cache)
+	po.ReadOnly = true
+	po.ErrorIfNotExists = true
+	po.FormatMajorVersion = pebble.FormatDefault // take it as it is
+	db, err := pebble.Open(path, po)
+	if err != nil {
+		return Position{}, formatError(err)
+	}
+	pos, err := readPosition(db)
+	if err == nil {
+		err = checkFormat(db)
+	}
+	if err = errors.Join(err, db.Close()); err != nil {
+		return Position{}, err
+	}
+	// Opening took Pebble's lock, which leaves its file behind.
+	_ = f.Remove(f.PathJoin(path, "LOCK"))
+	return pos, nil
+}
+
+// sweep removes databases other than the one in use and unfinished markers.
+func sweep(f vfs.FS, root, name string) error {
+	all, err := databases(f, root)
+	if err != nil {
+		return err
+	}
+	for _, n := range all {
+		if other := dbName(n); other != name {
+			if err := f.RemoveAll(f.PathJoin(root, other)); err != nil {
+				return err
+			}
+		}
+	}
+	_ = f.Remove(f.PathJoin(root, markerName+".tmp"))
+	return nil
+}
+
+// adopt makes d the current database. It is for Open and Install.
+func (s *FSM) adopt(d *database) error {
+	pos, err := readPosition(d.db)
+	if err != nil {
+		return err
+	}
+	clock, err := readClock(d.db)
+	if err != nil {
+		return err
+	}
+	s.clock = clock
+	s.hot = newHotCache(s.o.HotBytes)
+	s.marks = newMarkIndex()
+	s.ckptMemo.Store(nil)
+	s.revision.Store(clock.Revision)
+	s.mu.Lock()
+	s.cur, s.pos = d, pos
+	s.mu.Unlock()
+	return nil
+}
+
+func readClock(r pebble.Reader) (*commandpb.Clock, error) {
+	v, err := getCopy(r, key(nil).meta(metaClock))
+	if err != nil {
+		return nil, err
+	}
+	c := &commandpb.Clock{}
+	if v == nil {
+		return nil, fmt.Errorf("%w: it has no clock record", ErrCorrupt)
+	}
+	if err := c.UnmarshalVT(v); err != nil {
+		return nil, fmt.Errorf("%w: clock record: %w", ErrCorrupt, err)
+	}
+	for len(c.Counts) < int(countKinds) {
+		c.Counts = append(c.Counts, 0)
+	}
+	return c, nil
+}
+
+// acquire returns the current database with one more reference.
+func (s *FSM) acquire() (*database, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.closed {
+		return nil, ErrClosed
+	}
+	s.cur.refs.Add(1)
+	return s.cur, nil
+}
+
+// Applied returns the position of the newest applied entry.
+func (s *FSM) Applied() Position {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.pos.clone()
+}
+
+// Revision returns the index of the newest applied command that changed the
+// state.
+func (s *FSM) Revision() uint64 { return s.revision.Load() }
+
+// Hub returns the change feed. It stays the same across Install.
+func (s *FSM) Hub() *Hub { return s.hub }
+
+// Durable returns the index up to which the state survives power loss. It is
+// cheap: Pebble is asked only after a flush.
+func (s *FSM) Durable() uint64 {
+	d, err := s.acquire()
+	if err != nil {
+		return 0
+	}
+	defer d.release()
+	i, err := d.durableIndex()
+	if err != nil {
+		s.o.Logger.Error("state: durable index cannot be read, the log is kept", "error", err)
+	}
+	return i
+}
+
+// Flush makes durable what is applied now and returns the new Durable index.
+// It blocks on the disk; Apply may go on. On a full disk it fails with
+// ErrNoSpace and may be tried again.
+func (s *FSM) Flush() (uint64, error) {
+	d, err := s.acquire()
+	if err != nil {
+		return 0, err
+	}
+	defer d.release()
+	applied := s.Applied().Index
+	if i, err := d.durableIndex(); err == nil && i >= applied {
+		return i, nil
+	}
+	if err := d.flush(); err != nil {
+		return d.durable.Load(), err
+	}
+	return d.durableIndex()
+}
+
+// Close flushes and closes the state. Open views stay readable; the files are
+// released when the last of them is closed. After a failed flush the log still
+// holds what is missing.
+func (s *FSM) Close() error {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	d := s.cur
+	s.mu.Unlock()
+	s.hub.close()
+	return errors.Join(d.flush(), d.release())
+}

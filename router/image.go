@@ -1,0 +1,144 @@
+package router
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// Image writes a consistent copy of the state into dir, which must not exist
+// while its parent must, and returns the position of the copy. Apply may go
+// on: the copy then is of some index between the call and the return. Tables
+// are hard links where the file system allows it.
+func (s *FSM) Image(dir string) (Position, error) {
+	d, err := s.acquire()
+	if err != nil {
+		return Position{}, err
+	}
+	defer d.release()
+	// A checkpoint of a database without its own log leaves the memtables out,
+	// silently.
+	if err := d.flush(); err != nil {
+		return Position{}, fmt.Errorf("router: image: flush: %w", err)
+	}
+	if err := d.db.Checkpoint(dir); err != nil {
+		return Position{}, fmt.Errorf("router: image: checkpoint into %s: %w", dir, err)
+	}
+	// The position comes from the copy: the live one may have moved on since.
+	pos, err := peekPosition(s.fs, dir, s.o)
+	if err != nil {
+		return Position{}, fmt.Errorf("router: image: read back %s: %w", dir, err)
+	}
+	return pos, nil
+}
+
+// Install replaces the whole state by the image in dir and returns its
+// position. After a crash either the old or the new state is found. dir is
+// only read. Open views keep showing the old state; every subscription ends
+// with ErrResync.
+func (s *FSM) Install(dir string) (Position, error) {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	s.mu.RLock()
+	old, closed := s.cur, s.closed
+	s.mu.RUnlock()
+	if closed {
+		return Position{}, ErrClosed
+	}
+	all, err := databases(s.fs, s.root)
+	if err != nil {
+		return Position{}, fmt.Errorf("router: install: %w", err)
+	}
+	n, _ := parseDBName(old.name)
+	if len(all) > 0 {
+		n = max(n, all[len(all)-1])
+	}
+	name := dbName(n + 1)
+	path := s.fs.PathJoin(s.root, name)
+	d, err := s.prepare(dir, path, name)
+	if err != nil {
+		_ = s.fs.RemoveAll(path)
+		return Position{}, fmt.Errorf("router: install %s: nothing was changed: %w", dir, err)
+	}
+	if err := writeMarker(s.fs, s.root, name); err != nil {
+		// CURRENT may or may not have moved. Both databases are whole, so a
+		// restart finds one of them; going on could write into the other.
+		s.broken = fmt.Errorf("router: install %s: switching CURRENT failed, restart to find out which state is in force: %w", dir, err)
+		return Position{}, errors.Join(s.broken, d.release())
+	}
+	if err := s.adopt(d); err != nil {
+		s.broken = err
+		return Position{}, fmt.Errorf("router: install %s: %w", dir, err)
+	}
+	s.broken = nil
+	s.hub.reset(s.revision.Load())
+	old.obsolete.Store(true)
+	if err := old.release(); err != nil {
+		s.o.Logger.Warn("state: replaced database did not close cleanly", "dir", old.dir, "error", err)
+	}
+	return s.Applied(), nil
+}
+
+// prepare copies an image to path, durably, and opens it there.
+func (s *FSM) prepare(dir, path, name string) (*database, error) {
+	f := s.fs
+	files, err := f.List(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.MkdirAll(path, 0o755); err != nil {
+		return nil, err
+	}
+	for _, file := range files {
+		base := f.PathBase(file)
+		from := f.PathJoin(dir, base)
+		info, err := f.Stat(from)
+		if err != nil {
+			return nil, err
+		}
+		if info.IsDir() || base == "LOCK" || base == "MANIFEST" {
+			continue // MANIFEST without a number is the image store's own
+		}
+		if err := place(f, from, f.PathJoin(path, base)); err != nil {
+			return nil, err
+		}
+	}
+	if err := errors.Join(syncDir(f, path), syncDir(f, s.root)); err != nil {
+		return nil, err
+	}
+	d, err := openDatabase(f, path, name, s.o, false)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := readPosition(d.db); err == nil {
+		_, err = readClock(d.db)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.release())
+	}
+	return d, nil
+}
+
+// place links a table and copies everything else. Pebble never changes a table
+// once written, but it appends to manifests: a linked one would change the
+// image.
+func place(f vfs.FS, from, to string) error {
+	if strings.HasSuffix(from, ".sst") || strings.HasSuffix(from, ".blob") {
+		if f.Link(from, to) == nil {
+			return nil
+		}
+	}
+	if err := vfs.Copy(f, from, to); err != nil {
+		return err
+	}
+	file, err := f.OpenReadWrite(to, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return err
+	}
+	return errors.Join(file.Sync(), file.Close())
+}
+
+var _ pebble.Reader = (*pebble.Snapshot)(nil)
