@@ -28,3 +28,39 @@ gen: tools ## regenerate the protobuf code
 	cd proto && $(BIN)/buf generate
 	cd proto && $(BIN)/buf generate --template buf.gen.hot.yaml \
 		--path conveyor --path conveyor_etl/checkpoint.proto --path conveyor_etl/cluster.proto
+
+.PHONY: test
+test: ## run all tests that fit into a few minutes
+	go test -timeout 10m ./...
+
+.PHONY: race
+race: ## the same under the race detector
+	go test -race -timeout 30m ./...
+
+.PHONY: lint
+lint: tools ## gofmt, go vet, staticcheck and the rules of this repository
+	@out=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
+		if [ -n "$$out" ]; then echo "gofmt -w is needed for:"; echo "$$out"; exit 1; fi
+	go vet ./...
+	$(BIN)/staticcheck ./...
+	go test ./internal/lint
+
+# Each fuzz target of each package for FUZZTIME; go test takes one at a time.
+FUZZTIME ?= 10s
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME (10s)
+	@set -euo pipefail; \
+	git ls-files -co --exclude-standard '*_test.go' | xargs grep -oH '^func Fuzz[A-Za-z0-9_]*' | \
+	while IFS=: read -r file func; do \
+		name=$${func#func }; dir=./$$(dirname $$file); \
+		echo "$$dir $$name"; \
+		go test $$dir -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) </dev/null; \
+	done
+
+.PHONY: ci
+ci: ## what a change has to pass
+	.ci/run
+
+.PHONY: clean
+clean: ## remove what was built; data/ stays
+	rm -rf bin

@@ -40,6 +40,7 @@ func constructors() []func(*app) *cobra.Command {
 		newOffsetCommand,
 		newCheckpointCommand,
 		newClusterCommand,
+		newWALCommand,
 		newVersionCommand,
 	}
 }
