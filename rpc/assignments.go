@@ -1,0 +1,243 @@
+package rpc
+
+import (
+	"sync"
+	"time"
+
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+// toldSidecars remembers what each sidecar that beats at this node was last
+// told to run, so that a heartbeat is answered with what changed since.
+//
+// It is soft state: replies get lost, sidecars restart and move between nodes,
+// and none of them acknowledges a command. So a change is repeated with the
+// next heartbeat, the full set is sent again now and then and to whoever is not
+// remembered, and forgetting an entry is always safe: all commands are
+// idempotent.
+type toldSidecars struct {
+	limit      int
+	fullEvery  time.Duration
+	staleAfter time.Duration
+
+	mu       sync.Mutex
+	by       map[string]*told
+	inserted int // since the last sweep
+}
+
+// told is what one sidecar was told.
+type told struct {
+	// Guarded by toldSidecars.mu.
+	heard time.Time // its last heartbeat here
+	full  time.Time // when it was last told everything
+	dirty bool      // its assignments may have changed since
+
+	// mu is held while an answer is made: two heartbeats of one sidecar may
+	// be in progress at once.
+	mu        sync.Mutex
+	pipelines map[string]toldPipeline
+	unhealthy map[string]struct{} // local services it last called unhealthy
+}
+
+type toldPipeline struct {
+	generation uint64
+	revoked    bool
+	again      bool // was told once; tell it once more
+}
+
+func newToldSidecars(limit int, fullEvery, staleAfter time.Duration) *toldSidecars {
+	return &toldSidecars{limit: limit, fullEvery: fullEvery, staleAfter: staleAfter, by: make(map[string]*told)}
+}
+
+// known says whether a sidecar was heard of here lately. A sidecar that was
+// deregistered is not: the feed drops its entry.
+func (t *toldSidecars) known(id string, now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.by[id]
+	return e != nil && now.Sub(e.heard) <= t.staleAfter
+}
+
+// len returns how many sidecars are remembered.
+func (t *toldSidecars) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.by)
+}
+
+// due is what a heartbeat has to be answered with.
+type due int
+
+const (
+	nothingDue due = iota
+	changesDue
+	fullDue
+	// firstDue is fullDue for a sidecar this node knows nothing of. Another
+	// node may have told it newer things than are applied here.
+	firstDue
+)
+
+// beat notes a heartbeat and says what has to be told. A sidecar that was
+// silent here for longer than staleAfter counts as unknown: it has probably
+// beaten at another node meanwhile, which may have told it newer things.
+func (t *toldSidecars) beat(id string, now time.Time) (*told, due) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.by[id]
+	if e == nil || now.Sub(e.heard) > t.staleAfter {
+		return t.insertLocked(id, now), firstDue
+	}
+	e.heard = now
+	if now.Sub(e.full) >= t.fullEvery {
+		e.full, e.dirty = now, false
+		return e, fullDue
+	}
+	if e.dirty {
+		e.dirty = false
+		return e, changesDue
+	}
+	return e, nothingDue
+}
+
+func (t *toldSidecars) insertLocked(id string, now time.Time) *told {
+	t.inserted++
+	if t.inserted > 1024 && t.inserted > len(t.by)/2 {
+		t.inserted = 0
+		for k, e := range t.by {
+			if now.Sub(e.heard) > t.staleAfter {
+				delete(t.by, k)
+			}
+		}
+	}
+	if len(t.by) >= t.limit {
+		t.evictLocked()
+	}
+	e := &told{heard: now, full: now}
+	t.by[id] = e
+	return e
+}
+
+// evictLocked drops the longest silent of a few arbitrary entries: exact order
+// would cost a list, and a wrong choice costs one full set.
+func (t *toldSidecars) evictLocked() {
+	var victim string
+	var oldest time.Time
+	seen := 0
+	for k, e := range t.by {
+		if seen == 0 || e.heard.Before(oldest) {
+			victim, oldest = k, e.heard
+		}
+		if seen++; seen == 16 {
+			break
+		}
+	}
+	delete(t.by, victim)
+}
+
+// changed notes that the assignments of a sidecar may have changed.
+func (t *toldSidecars) changed(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if e := t.by[id]; e != nil {
+		e.dirty = true
+	}
+}
+
+// forget drops what is known of a sidecar: its next heartbeat is answered with
+// everything.
+func (t *toldSidecars) forget(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.by, id)
+}
+
+// reset notes that anything may have changed.
+func (t *toldSidecars) reset() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, e := range t.by {
+		e.dirty = true
+	}
+}
+
+// registered notes that a sidecar was told assignments in the answer to its
+// registration.
+func (t *toldSidecars) registered(id string, now time.Time, assignments []*commandpb.Assignment) {
+	t.mu.Lock()
+	e := t.insertLocked(id, now)
+	e.dirty = true // repeats them with the first heartbeat
+	t.mu.Unlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.pipelines = make(map[string]toldPipeline, len(assignments))
+	for _, a := range assignments {
+		e.pipelines[a.PipelineId] = toldPipeline{generation: a.Generation, again: true}
+	}
+}
+
+// commands compares what the sidecar was told with its assignments in v and
+// returns what to tell it, and whether its next heartbeat has to be told
+// something again.
+func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidecarpb.SidecarCommand, again bool, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.pipelines == nil {
+		e.pipelines = make(map[string]toldPipeline)
+	}
+	present := make(map[string]struct{})
+	err = v.Assignments(sidecar, func(a *commandpb.Assignment) bool {
+		present[a.PipelineId] = struct{}{}
+		was, known := e.pipelines[a.PipelineId]
+		now := toldPipeline{generation: a.Generation, revoked: a.Revoked}
+		change := !known || was.generation != a.Generation || was.revoked != a.Revoked
+		if !change && !was.again && what == changesDue {
+			return true
+		}
+		// The first telling of anything is repeated once: its reply may be lost.
+		now.again = change
+		again = again || now.again
+		e.pipelines[a.PipelineId] = now
+		if a.Revoked {
+			var drain bool
+			if drain, err = drainFirst(v, a.PipelineId); err != nil {
+				return false
+			}
+			cmds = append(cmds, revokeCommand(a.PipelineId, drain))
+		} else {
+			cmds = append(cmds, assignCommand(a))
+		}
+		return true
+	})
+	if err != nil {
+		return nil, true, err
+	}
+	for pipeline, was := range e.pipelines {
+		if _, ok := present[pipeline]; ok {
+			continue
+		}
+		// Its revocation has been forgotten by the state already.
+		if was.revoked && !was.again {
+			delete(e.pipelines, pipeline)
+			continue
+		}
+		next := toldPipeline{revoked: true, again: !was.revoked}
+		e.pipelines[pipeline] = next
+		again = true
+		drain, err := drainFirst(v, pipeline)
+		if err != nil {
+			return nil, true, err
+		}
+		cmds = append(cmds, revokeCommand(pipeline, drain))
+	}
+	return cmds, again, nil
+}
+
+// drainFirst says whether a sidecar should finish what it holds of a pipeline
+// it loses: a pipeline that was moved or disabled, yes; one that is gone has
+// nowhere to deliver to.
+func drainFirst(v *router.View, pipeline string) (bool, error) {
+	p, err := v.Pipeline(pipeline)
+	return p != nil, err
+}

@@ -1,0 +1,124 @@
+package rpc
+
+import (
+	"cmp"
+	"slices"
+
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+// assignmentWatch is one stream of assignments: what was sent on it, and how the
+// next state differs from that.
+//
+// Each event carries a revision that the watch can be resumed from after this
+// event and no other was received. Until the first SYNCED of a full state that
+// is 0: a state that arrived in part is worth nothing. Afterwards events go out
+// by the revision of their change, and those of one revision but the last carry
+// the revision before.
+type assignmentWatch struct {
+	sidecar string
+	send    func(*sidecarpb.PipelineAssignmentEvent) error
+	sent    map[string]uint64 // generation by pipeline, of those in force
+	resumed uint64            // > 0: the client has the state of this revision
+	full    bool              // the first state is out
+	reached uint64            // newest revision sent
+}
+
+// resync tells the client to start over.
+func (w *assignmentWatch) resync(reason string) error {
+	return w.send(&sidecarpb.PipelineAssignmentEvent{
+		EventType: sidecarpb.EventType_EVENT_TYPE_RESYNC, Reason: reason,
+	})
+}
+
+// synced tells the client that it has everything up to revision.
+func (w *assignmentWatch) synced(revision uint64) error {
+	w.full, w.reached, w.resumed = true, revision, 0
+	return w.send(&sidecarpb.PipelineAssignmentEvent{
+		EventType: sidecarpb.EventType_EVENT_TYPE_SYNCED, Revision: revision,
+	})
+}
+
+type assignmentEvent struct {
+	kind     sidecarpb.EventType
+	at       uint64
+	pipeline string
+	a        *commandpb.Assignment // nil for a revocation the state has forgotten
+}
+
+// push sends what differs between v and what was sent.
+func (w *assignmentWatch) push(v *router.View) error {
+	var events []assignmentEvent
+	present := make(map[string]struct{}, len(w.sent))
+	err := v.Assignments(w.sidecar, func(a *commandpb.Assignment) bool {
+		if !a.Revoked {
+			present[a.PipelineId] = struct{}{}
+		}
+		if ev, ok := w.compare(a); ok {
+			events = append(events, ev)
+		}
+		return true
+	})
+	if err != nil {
+		return err
+	}
+	for pipeline := range w.sent {
+		if _, ok := present[pipeline]; ok {
+			continue
+		}
+		if !slices.ContainsFunc(events, func(e assignmentEvent) bool { return e.pipeline == pipeline }) {
+			events = append(events, assignmentEvent{sidecarpb.EventType_EVENT_TYPE_REVOKED, v.Revision(), pipeline, nil})
+		}
+	}
+	slices.SortFunc(events, func(x, y assignmentEvent) int {
+		return cmp.Or(cmp.Compare(x.at, y.at), cmp.Compare(x.pipeline, y.pipeline))
+	})
+	for i, ev := range events {
+		out := &sidecarpb.PipelineAssignmentEvent{EventType: ev.kind}
+		if ev.a != nil {
+			out.Assignment = assignmentToAPI(ev.a)
+		} else {
+			out.Assignment = &sidecarpb.PipelineAssignment{PipelineId: ev.pipeline}
+		}
+		if w.full || w.resumed > 0 {
+			out.Revision = ev.at
+			if i+1 < len(events) && events[i+1].at == ev.at {
+				out.Revision--
+			}
+		}
+		if err := w.send(out); err != nil {
+			return err
+		}
+		w.reached = max(w.reached, out.Revision)
+		if ev.kind == sidecarpb.EventType_EVENT_TYPE_REVOKED {
+			delete(w.sent, ev.pipeline)
+		} else {
+			w.sent[ev.pipeline] = ev.a.Generation
+		}
+	}
+	return nil
+}
+
+// compare says what has to be sent about one assignment, if anything.
+func (w *assignmentWatch) compare(a *commandpb.Assignment) (assignmentEvent, bool) {
+	generation, known := w.sent[a.PipelineId]
+	held := w.resumed > 0 && a.ModRevision <= w.resumed // the client resumed with it
+	ev := assignmentEvent{at: a.ModRevision, pipeline: a.PipelineId, a: a}
+	switch {
+	case a.Revoked:
+		ev.kind = sidecarpb.EventType_EVENT_TYPE_REVOKED
+		return ev, known || (w.resumed > 0 && !held)
+	case held && !known:
+		w.sent[a.PipelineId] = a.Generation
+		return ev, false
+	case known && generation == a.Generation:
+		return ev, false
+	case known:
+		ev.kind = sidecarpb.EventType_EVENT_TYPE_UPDATED
+	default:
+		ev.kind = sidecarpb.EventType_EVENT_TYPE_ASSIGNED
+	}
+	return ev, true
+}

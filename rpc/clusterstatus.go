@@ -1,0 +1,281 @@
+package rpc
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+)
+
+const (
+	// relayTimeout bounds how long a follower waits for the leader's picture of
+	// the cluster before it answers with its own.
+	relayTimeout = time.Second
+	// contactEvery is how often a leader notes which nodes answer it.
+	contactEvery = time.Second
+)
+
+// contacts remembers when the leader last heard of each node; raft itself only
+// knows whether it did within the last election timeout.
+type contacts struct {
+	mu   sync.Mutex
+	seen map[uint64]time.Time
+}
+
+func (c *contacts) note(st raftnode.Status, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.seen == nil {
+		c.seen = make(map[uint64]time.Time)
+	}
+	for _, p := range st.Peers {
+		if p.RecentActive || p.ID == st.ID {
+			c.seen[p.ID] = now
+		}
+	}
+}
+
+func (c *contacts) of(id uint64) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.seen[id]
+}
+
+// follow notes contacts until ctx is done.
+func (c *contacts) follow(ctx context.Context, node ServerNode, now func() time.Time) {
+	tick := time.NewTicker(contactEvery)
+	defer tick.Stop()
+	for {
+		if node.Leadership().Leading {
+			c.note(node.Status(), now())
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// GetClusterStatus describes the cluster as the leader sees it; a node that
+// cannot reach the leader in time answers with what it knows itself. It works
+// without a leader.
+func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterStatusRequest) (*adminpb.GetClusterStatusResponse, error) {
+	st := a.cfg.Node.Status()
+	own := a.clusterStatus(st)
+	a.reader.SetHeader(ctx, own.Revision)
+	if st.Leader == st.ID || len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
+		return own, nil
+	}
+	conn, rctx, err := a.relay.connect(ctx)
+	if err != nil {
+		return own, nil
+	}
+	rctx, cancel := context.WithTimeout(rctx, relayTimeout)
+	defer cancel()
+	theirs, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(rctx, &adminpb.GetClusterStatusRequest{})
+	if err != nil || theirs.GetClusterId() != own.ClusterId {
+		return own, nil
+	}
+	// The indexes stay those of the node that was asked.
+	own.LeaderId, own.Term = theirs.GetLeaderId(), max(theirs.GetTerm(), own.Term)
+	own.Health = theirs.GetHealth()
+	for _, alarm := range theirs.GetAlarms() {
+		if !slices.Contains(own.Alarms, alarm) {
+			own.Alarms = append(own.Alarms, alarm)
+		}
+	}
+	mine := own.Nodes
+	own.Nodes = theirs.GetNodes()
+	for _, n := range own.Nodes {
+		for _, m := range mine {
+			if m.NodeId != n.NodeId {
+				continue
+			}
+			if m.NodeId == st.ID {
+				n.AppliedIndex, n.Version = m.AppliedIndex, m.Version
+			}
+			if n.ClientAddress == "" {
+				n.ClientAddress = m.ClientAddress
+			}
+		}
+	}
+	return own, nil
+}
+
+// clusterStatus is what this node knows.
+func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusResponse {
+	now := a.cfg.Now()
+	if st.Leader == st.ID {
+		a.contacts.note(st, now)
+	}
+	resp := &adminpb.GetClusterStatusResponse{
+		NodeId:       st.ID,
+		LeaderId:     st.Leader,
+		Term:         st.Term,
+		CommitIndex:  st.Commit,
+		AppliedIndex: st.Applied,
+		ClusterId:    fmt.Sprintf("%016x", a.cfg.ClusterID),
+		ClusterName:  a.cfg.ClusterName,
+		Revision:     a.cfg.State.Revision(),
+		Version:      a.cfg.Version,
+		Alarms:       a.cfg.Alarms(),
+	}
+	learners := st.Position.ConfState.GetLearners()
+	silent := 0
+	for _, m := range st.Position.Members {
+		n := &adminpb.NodeStatus{
+			NodeId:        m.ID,
+			Address:       m.Addr,
+			ClientAddress: a.cfg.ClientAddr(m.ID),
+			Role:          adminpb.NodeRole_NODE_ROLE_FOLLOWER,
+		}
+		learner := slices.Contains(learners, m.ID)
+		if learner {
+			n.Role = adminpb.NodeRole_NODE_ROLE_LEARNER
+		}
+		if m.ID == st.Leader {
+			n.Role = adminpb.NodeRole_NODE_ROLE_LEADER
+		}
+		a.describeNode(n, st, now)
+		resp.Nodes = append(resp.Nodes, n)
+		if n.Healthy || learner {
+			continue
+		}
+		silent++
+		if st.Leader == st.ID {
+			resp.Alarms = append(resp.Alarms, silence(n, now))
+		}
+	}
+	switch {
+	case st.Leader == 0:
+		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY
+		resp.Alarms = append(resp.Alarms, "there is no leader: writes wait; a majority of the voters must be up and reach each other")
+	case silent > 0:
+		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED
+	default:
+		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY
+	}
+	return resp
+}
+
+// describeNode fills in what st says of one node.
+func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now time.Time) {
+	if n.NodeId == st.ID {
+		n.Healthy = true
+		n.AppliedIndex, n.MatchIndex, n.Version = st.Applied, st.LastIndex, a.cfg.Version
+		n.LastContact = timestamppb.New(now)
+		if st.Role == raftnode.RoleCandidate || st.Role == raftnode.RolePreCandidate {
+			n.Role = adminpb.NodeRole_NODE_ROLE_CANDIDATE
+		}
+		return
+	}
+	for _, p := range st.Peers {
+		if p.ID != n.NodeId {
+			continue
+		}
+		n.Healthy, n.MatchIndex = p.RecentActive, p.Match
+		if at := a.contacts.of(p.ID); !at.IsZero() {
+			n.LastContact = timestamppb.New(at)
+		}
+		return
+	}
+	// Not leading: a leader is known only while it is heard of.
+	n.Healthy = n.NodeId == st.Leader || a.cfg.Reachable(n.NodeId)
+}
+
+func silence(n *adminpb.NodeStatus, now time.Time) string {
+	since := "since this node leads"
+	if n.LastContact != nil {
+		since = "for " + now.Sub(n.LastContact.AsTime()).Round(time.Second).String()
+	}
+	return fmt.Sprintf("node %d (%s) does not answer the leader %s: start it again or see to the network between them", n.NodeId, n.Address, since)
+}
+
+// metricPrefix is that of the original's metrics.
+const metricPrefix = "conveyor_etl_router_"
+
+// GetMetrics returns numbers of this node, all or those named. A name may be
+// given with or without the prefix.
+func (a *adminAPI) GetMetrics(_ context.Context, req *adminpb.GetMetricsRequest) (*adminpb.GetMetricsResponse, error) {
+	if err := checkTexts("metric_names", req.GetMetricNames(), 1000, MaxText); err != nil {
+		return nil, err
+	}
+	all, err := a.metrics()
+	if err != nil {
+		return nil, err
+	}
+	resp := &adminpb.GetMetricsResponse{Metrics: make(map[string]float64, len(all))}
+	if len(req.GetMetricNames()) == 0 {
+		for name, v := range all {
+			resp.Metrics[metricPrefix+name] = v
+		}
+		return resp, nil
+	}
+	for _, name := range req.GetMetricNames() {
+		if v, ok := all[strings.TrimPrefix(name, metricPrefix)]; ok {
+			resp.Metrics[name] = v
+		}
+	}
+	return resp, nil
+}
+
+func (a *adminAPI) metrics() (map[string]float64, error) {
+	st := a.cfg.Node.Status()
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	counts, err := v.Counts()
+	if err != nil {
+		return nil, err
+	}
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	leading := 0.0
+	if st.Leader == st.ID {
+		leading = 1
+	}
+	m := map[string]float64{
+		"raft_is_leader":           leading,
+		"raft_leader_id":           float64(st.Leader),
+		"raft_term":                float64(st.Term),
+		"raft_commit_index":        float64(st.Commit),
+		"raft_applied_index":       float64(st.Applied),
+		"raft_durable_index":       float64(st.Durable),
+		"raft_first_index":         float64(st.FirstIndex),
+		"raft_last_index":          float64(st.LastIndex),
+		"raft_log_bytes":           float64(st.LogBytes),
+		"raft_waiting_proposals":   float64(st.WaitingProposals),
+		"raft_waiting_bytes":       float64(st.WaitingBytes),
+		"raft_append_queue":        float64(st.AppendQueue),
+		"raft_apply_queue":         float64(st.ApplyQueue),
+		"wal_syncs_total":          float64(st.Syncs),
+		"wal_sync_seconds_total":   st.SyncTime.Seconds(),
+		"revision":                 float64(v.Revision()),
+		"pipelines":                float64(counts.Pipelines),
+		"sidecars":                 float64(counts.Sidecars),
+		"services":                 float64(counts.Services),
+		"groups":                   float64(counts.Groups),
+		"assignments":              float64(counts.Assignments),
+		"watches":                  float64(a.watches.Load()),
+		"stream_commits_total":     float64(a.commits.Load()),
+		"panics_total":             float64(a.panics.Load()),
+		"told_sidecars":            float64(a.told.len()),
+		"process_goroutines":       float64(runtime.NumGoroutine()),
+		"process_heap_bytes":       float64(mem.HeapAlloc),
+		"process_memory_bytes":     float64(mem.Sys),
+		"process_gc_seconds_total": time.Duration(mem.PauseTotalNs).Seconds(),
+	}
+	for name, value := range a.cfg.Metrics() {
+		m[strings.TrimPrefix(name, metricPrefix)] = value
+	}
+	return m, nil
+}

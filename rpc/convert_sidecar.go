@@ -1,0 +1,81 @@
+package rpc
+
+import (
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+// assignmentToAPI shows what a sidecar has to run of one pipeline.
+func assignmentToAPI(a *commandpb.Assignment) *sidecarpb.PipelineAssignment {
+	out := &sidecarpb.PipelineAssignment{
+		PipelineId:      a.PipelineId,
+		IsLocalComplete: a.LocalComplete,
+		Generation:      a.Generation,
+		PipelineVersion: a.PipelineVersion,
+		Stages:          make([]*sidecarpb.StageAssignment, 0, len(a.Stages)),
+	}
+	for _, st := range a.Stages {
+		sa := &sidecarpb.StageAssignment{StageId: st.StageId}
+		if st.RemoteSidecarId != "" {
+			sa.Target = &sidecarpb.StageAssignment_RemoteSidecar{RemoteSidecar: &sidecarpb.RemoteSidecar{
+				SidecarId: st.RemoteSidecarId, Endpoint: st.RemoteEndpoint,
+			}}
+		} else {
+			sa.Target = &sidecarpb.StageAssignment_LocalEndpoint{LocalEndpoint: st.LocalEndpoint}
+		}
+		out.Stages = append(out.Stages, sa)
+	}
+	return out
+}
+
+func assignCommand(a *commandpb.Assignment) *sidecarpb.SidecarCommand {
+	return &sidecarpb.SidecarCommand{Command: &sidecarpb.SidecarCommand_Assign{Assign: assignmentToAPI(a)}}
+}
+
+func revokeCommand(pipeline string, drainFirst bool) *sidecarpb.SidecarCommand {
+	return &sidecarpb.SidecarCommand{Command: &sidecarpb.SidecarCommand_Revoke{
+		Revoke: &sidecarpb.PipelineRevocation{PipelineId: pipeline, DrainFirst: drainFirst},
+	}}
+}
+
+// sidecarToAPI shows one sidecar; assignments are those not revoked.
+func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment) *clusterpb.SidecarInfo {
+	out := &clusterpb.SidecarInfo{
+		SidecarId:      s.SidecarId,
+		PodName:        s.PodName,
+		Namespace:      s.Namespace,
+		Endpoint:       s.Endpoint,
+		State:          clusterpb.SidecarState(s.State),
+		RegisteredAt:   timestampMs(s.RegisteredAtMs),
+		StateChangedAt: timestampMs(s.StateChangedAtMs),
+		Generation:     s.Generation,
+		ModRevision:    s.ModRevision,
+	}
+	for _, ls := range s.Services {
+		out.LocalServices = append(out.LocalServices, &sidecarpb.LocalService{
+			ServiceName: ls.Name, ServiceType: sidecarpb.ServiceType(ls.Type), LocalEndpoint: ls.Endpoint,
+		})
+	}
+	for _, a := range assignments {
+		out.Assignments = append(out.Assignments, assignmentToAPI(a))
+	}
+	return out
+}
+
+// groupToAPI shows one consumer group.
+func groupToAPI(g *commandpb.Group) *clusterpb.GroupInfo {
+	out := &clusterpb.GroupInfo{
+		GroupId:        g.GroupId,
+		StageId:        g.StageId,
+		Generation:     g.Generation,
+		PartitionCount: g.PartitionCount,
+		ModRevision:    g.ModRevision,
+	}
+	for _, m := range g.Members {
+		out.Members = append(out.Members, &clusterpb.GroupMember{
+			ServiceId: m.ServiceId, Partitions: m.Partitions, JoinedGeneration: m.JoinedGeneration,
+		})
+	}
+	return out
+}

@@ -1,0 +1,345 @@
+package rpc
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+)
+
+// bell wakes one waiter. Rings that arrive while it is not listening melt into
+// one: whoever is woken reads the state, not the events.
+type bell chan struct{}
+
+func newBell() bell { return make(bell, 1) }
+
+func (b bell) ring() {
+	select {
+	case b <- struct{}{}:
+	default:
+	}
+}
+
+// bells are the waiters interested in one object each.
+type bells map[string]map[bell]struct{}
+
+func (bs bells) add(key string, b bell) {
+	if bs[key] == nil {
+		bs[key] = make(map[bell]struct{})
+	}
+	bs[key][b] = struct{}{}
+}
+
+func (bs bells) remove(key string, b bell) {
+	delete(bs[key], b)
+	if len(bs[key]) == 0 {
+		delete(bs, key)
+	}
+}
+
+func (bs bells) ring(key string) {
+	for b := range bs[key] {
+		b.ring()
+	}
+}
+
+func (bs bells) ringAll() {
+	for key := range bs {
+		bs.ring(key)
+	}
+}
+
+// feed follows the changes of the state once for the whole server and wakes
+// those concerned. A subscription per watching sidecar would wake every one of
+// them for every change.
+//
+// It never hands out changes: those it wakes compare the state with what they
+// sent last, so what is outstanding for one of them never exceeds its state.
+type feed struct {
+	state *router.FSM
+	log   *slog.Logger
+
+	// Called from the goroutine of follow, without mu; set before it starts.
+	onAssignment func(sidecar string)
+	onSidecar    func(sidecar string)
+	onReset      func()
+
+	mu       sync.Mutex
+	sidecars bells // by sidecar id: its assignments changed
+	services bells // by service id: the service or a group it is in changed
+	groupsOf map[string]map[string]struct{}
+	demand   map[string]pipelineDemand // by pipeline id, enabled ones only
+	names    map[string]int            // how many stages of demand name this service
+	types    map[commandpb.StageType]int
+	// reached is the revision up to which changes were seen.
+	reached uint64
+	// floor is the oldest revision a watch of assignments can resume from:
+	// revocations before it may have been forgotten by now.
+	floor uint64
+}
+
+// pipelineDemand is what one enabled pipeline asks of sidecars.
+type pipelineDemand struct {
+	names []string // normalised
+	types []commandpb.StageType
+}
+
+func newFeed(state *router.FSM, log *slog.Logger) *feed {
+	return &feed{
+		state:        state,
+		log:          log,
+		onAssignment: func(string) {},
+		onSidecar:    func(string) {},
+		onReset:      func() {},
+		sidecars:     make(bells),
+		services:     make(bells),
+	}
+}
+
+// follow runs until ctx is done. load must have been called and have returned
+// revision.
+func (f *feed) follow(ctx context.Context, revision uint64) {
+	for {
+		err := f.session(ctx, revision)
+		for err != nil {
+			if ctx.Err() != nil || errors.Is(err, router.ErrClosed) {
+				return
+			}
+			f.log.Warn("the change feed was interrupted; reading the whole state again", "error", err)
+			// The hub refuses only for reasons that pass at once, but a loop
+			// that cannot pause can starve what would end it.
+			pause := time.NewTimer(10 * time.Millisecond)
+			select {
+			case <-ctx.Done():
+			case <-pause.C:
+			}
+			pause.Stop()
+			revision, err = f.load()
+		}
+	}
+}
+
+// session follows the state from revision on until the hub cuts it off.
+func (f *feed) session(ctx context.Context, revision uint64) error {
+	sub, err := f.state.Hub().Subscribe(revision, router.TablePipelines, router.TableSidecars,
+		router.TableServices, router.TableGroups, router.TableAssignments)
+	if err != nil {
+		return err
+	}
+	defer sub.Close()
+	f.onReset()
+	f.mu.Lock()
+	f.sidecars.ringAll()
+	f.services.ringAll()
+	f.mu.Unlock()
+	for {
+		changes, reached, err := sub.Next(ctx)
+		if err != nil {
+			return err
+		}
+		f.dispatch(changes, reached)
+	}
+}
+
+// load rebuilds what is derived from the state and returns its revision.
+func (f *feed) load() (uint64, error) {
+	v := f.state.View()
+	defer v.Close()
+	groupsOf := make(map[string]map[string]struct{})
+	err := v.Groups("", 0, func(g *commandpb.Group) bool {
+		for _, m := range g.Members {
+			addMember(groupsOf, m.ServiceId, g.GroupId)
+		}
+		return true
+	})
+	if err != nil {
+		return 0, err
+	}
+	demand := make(map[string]pipelineDemand)
+	err = v.Pipelines("", 0, func(p *commandpb.Pipeline) bool {
+		if p.GetSpec().GetEnabled() {
+			demand[p.Spec.Id] = demandOf(p.Spec)
+		}
+		return true
+	})
+	if err != nil {
+		return 0, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.groupsOf, f.demand = groupsOf, make(map[string]pipelineDemand)
+	f.names, f.types = make(map[string]int), make(map[commandpb.StageType]int)
+	for id, d := range demand {
+		f.setDemandLocked(id, d, true)
+	}
+	f.reached = v.Revision()
+	f.floor = v.Revision()
+	return v.Revision(), nil
+}
+
+func (f *feed) dispatch(changes []router.Change, reached uint64) {
+	for i := range changes {
+		switch c := &changes[i]; c.Table {
+		case router.TableAssignments:
+			prev, _ := c.Prev.(*commandpb.Assignment)
+			next, _ := c.Next.(*commandpb.Assignment)
+			if id := cmp.Or(next.GetSidecarId(), prev.GetSidecarId()); id != "" {
+				f.onAssignment(id)
+			}
+		case router.TableSidecars:
+			prev, _ := c.Prev.(*commandpb.Sidecar)
+			next, _ := c.Next.(*commandpb.Sidecar)
+			// A new registration, or none: what was told before counts no
+			// more. A change of its liveness says nothing about its memory.
+			if prev == nil || next == nil || prev.Generation != next.Generation || prev.RegisteredAtMs != next.RegisteredAtMs {
+				f.onSidecar(cmp.Or(next.GetSidecarId(), prev.GetSidecarId()))
+			}
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reached = max(f.reached, reached)
+	for i := range changes {
+		f.dispatchLocked(&changes[i])
+	}
+}
+
+func (f *feed) dispatchLocked(c *router.Change) {
+	switch c.Table {
+	case router.TableAssignments:
+		prev, _ := c.Prev.(*commandpb.Assignment)
+		next, _ := c.Next.(*commandpb.Assignment)
+		if next == nil && prev.GetRevoked() {
+			f.floor = max(f.floor, prev.GetModRevision())
+		}
+		f.sidecars.ring(cmp.Or(next.GetSidecarId(), prev.GetSidecarId()))
+	case router.TableServices:
+		f.services.ring(c.Key)
+	case router.TableGroups:
+		prev, _ := c.Prev.(*commandpb.Group)
+		next, _ := c.Next.(*commandpb.Group)
+		for _, m := range prev.GetMembers() {
+			removeMember(f.groupsOf, m.ServiceId, prev.GroupId)
+		}
+		for _, m := range next.GetMembers() {
+			addMember(f.groupsOf, m.ServiceId, next.GroupId)
+			f.services.ring(m.ServiceId)
+		}
+		for _, m := range prev.GetMembers() {
+			f.services.ring(m.ServiceId)
+		}
+	case router.TablePipelines:
+		next, _ := c.Next.(*commandpb.Pipeline)
+		enabled := next.GetSpec().GetEnabled()
+		f.setDemandLocked(c.Key, demandOf(next.GetSpec()), enabled)
+	}
+}
+
+// setDemandLocked replaces what a pipeline asks for.
+func (f *feed) setDemandLocked(pipeline string, d pipelineDemand, enabled bool) {
+	count := func(d pipelineDemand, by int) {
+		for _, n := range d.names {
+			if f.names[n] += by; f.names[n] == 0 {
+				delete(f.names, n)
+			}
+		}
+		for _, t := range d.types {
+			f.types[t] += by
+		}
+	}
+	if old, ok := f.demand[pipeline]; ok {
+		count(old, -1)
+		delete(f.demand, pipeline)
+	}
+	if enabled {
+		f.demand[pipeline] = d
+		count(d, +1)
+	}
+}
+
+func demandOf(spec *commandpb.PipelineSpec) pipelineDemand {
+	var d pipelineDemand
+	for _, st := range spec.GetStages() {
+		d.names = append(d.names, router.NormalizeName(st.GetSelector().GetServiceName()))
+		d.types = append(d.types, st.GetType())
+	}
+	return d
+}
+
+// wanted says whether an enabled pipeline has a stage that a sidecar with these
+// services could be given: by name, or because it is the only service of the
+// stage's type in its pod. It errs on the side of yes.
+func (f *feed) wanted(services []*commandpb.LocalService) bool {
+	ofType := make(map[commandpb.ServiceType]int)
+	for _, s := range services {
+		ofType[s.GetType()]++
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, s := range services {
+		if f.names[router.NormalizeName(s.GetName())] > 0 {
+			return true
+		}
+		// The numbers of the three stage types are those of the service types.
+		if ofType[s.GetType()] == 1 && f.types[commandpb.StageType(s.GetType())] > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// watchSidecar rings b whenever the assignments of a sidecar may have changed,
+// until the returned function is called.
+func (f *feed) watchSidecar(id string, b bell) func() { return f.watch(f.sidecars, id, b) }
+
+// watchService rings b whenever a service or a group it is in may have changed.
+func (f *feed) watchService(id string, b bell) func() { return f.watch(f.services, id, b) }
+
+func (f *feed) watch(in bells, id string, b bell) func() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	in.add(id, b)
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		in.remove(id, b)
+	}
+}
+
+// groups returns the ids of the groups a service is in.
+func (f *feed) groups(service string) []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := make([]string, 0, len(f.groupsOf[service]))
+	for id := range f.groupsOf[service] {
+		out = append(out, id)
+	}
+	return out
+}
+
+// resumeFloor returns the oldest revision a watch of assignments can resume
+// from without missing a revocation.
+func (f *feed) resumeFloor() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.floor
+}
+
+func addMember(m map[string]map[string]struct{}, service, group string) {
+	if m[service] == nil {
+		m[service] = make(map[string]struct{}, 1)
+	}
+	m[service][group] = struct{}{}
+}
+
+func removeMember(m map[string]map[string]struct{}, service, group string) {
+	delete(m[service], group)
+	if len(m[service]) == 0 {
+		delete(m, service)
+	}
+}

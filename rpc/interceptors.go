@@ -1,0 +1,89 @@
+package rpc
+
+import (
+	"context"
+	"runtime/debug"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// unary gives every call a deadline, turns its error into a status and survives
+// its panics.
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			resp, err = nil, s.panicked(info.FullMethod, p)
+		}
+	}()
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, s.cfg.CallTimeout)
+		defer cancel()
+	}
+	resp, err = handler(ctx, req)
+	if err != nil {
+		return nil, s.statusOf(info.FullMethod, err)
+	}
+	return resp, nil
+}
+
+// drainingMethod is the one stream that goes on when the server stops, until
+// what it has in flight is answered; it watches for the stop itself.
+const drainingMethod = ".cluster.Commits/Commit"
+
+// stream is unary for streams; they get no deadline, but their context ends
+// when the server stops, so that no handler has to remember it.
+func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.panicked(info.FullMethod, p)
+		}
+	}()
+	if strings.HasSuffix(info.FullMethod, drainingMethod) {
+		if err := handler(srv, ss); err != nil {
+			return s.statusOf(info.FullMethod, err)
+		}
+		return nil
+	}
+	ctx, cancel := context.WithCancel(ss.Context())
+	defer cancel()
+	defer context.AfterFunc(s.run, cancel)()
+	err = handler(srv, &boundStream{ServerStream: ss, ctx: ctx})
+	if err != nil && s.run.Err() != nil && ss.Context().Err() == nil {
+		// Whatever the handler makes of its context's end, the caller is still
+		// there and should learn that it can go on elsewhere.
+		err = errStoppingStream()
+	}
+	if err != nil {
+		return s.statusOf(info.FullMethod, err)
+	}
+	return nil
+}
+
+// boundStream is a stream with a context of ours.
+type boundStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context returns a context that also ends when the server stops.
+func (b *boundStream) Context() context.Context { return b.ctx }
+
+// panicked records a panic; the caller learns nothing of what is inside.
+func (s *Server) panicked(method string, p any) error {
+	s.panics.Add(1)
+	s.log.Error("a call panicked", "method", method, "panic", p, "stack", string(debug.Stack()))
+	return status.Error(codes.Internal, "internal error; the log of the node has the details")
+}
+
+// statusOf is Status, and logs what Status hides.
+func (s *Server) statusOf(method string, err error) error {
+	st := Status(err)
+	if st.Code() == codes.Internal {
+		s.log.Error("a call failed", "method", method, "error", err)
+	}
+	return st.Err()
+}

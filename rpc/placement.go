@@ -1,0 +1,121 @@
+package rpc
+
+import (
+	"fmt"
+	"slices"
+
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+)
+
+// placementReader says where the stages of pipelines run and why others do not.
+// It reads the sidecars of its view at most once, when a stage is found that
+// nobody runs.
+type placementReader struct {
+	v        *router.View
+	offers   map[string]sidecarCount // by normalised service name
+	byType   map[commandpb.ServiceType]sidecarCount
+	sidecars int
+}
+
+// sidecarCount counts sidecars by whether they are alive.
+type sidecarCount struct{ alive, gone int }
+
+func newPlacementReader(v *router.View) *placementReader { return &placementReader{v: v} }
+
+// status describes one pipeline of the view.
+func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus, error) {
+	st := &adminpb.PipelineStatus{
+		Enabled:     p.GetSpec().GetEnabled(),
+		Version:     p.Version,
+		CreatedAt:   timestampMs(p.CreatedAtMs),
+		UpdatedAt:   timestampMs(p.UpdatedAtMs),
+		ModRevision: p.ModRevision,
+	}
+	runs := make(map[string][]string)
+	err := r.v.PipelineAssignments(p.GetSpec().GetId(), func(a *commandpb.Assignment) bool {
+		if a.Revoked {
+			return true
+		}
+		for _, sa := range a.Stages {
+			if sa.RemoteSidecarId == "" {
+				runs[sa.StageId] = append(runs[sa.StageId], a.SidecarId)
+			}
+		}
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, stage := range p.GetSpec().GetStages() {
+		placed := &adminpb.StagePlacement{StageId: stage.Id, SidecarIds: runs[stage.Id]}
+		slices.Sort(placed.SidecarIds)
+		if len(placed.SidecarIds) == 0 {
+			if placed.PendingReason, err = r.pending(p, stage); err != nil {
+				return nil, err
+			}
+		}
+		st.Placements = append(st.Placements, placed)
+	}
+	return st, nil
+}
+
+// pending says in a sentence why nobody runs a stage.
+func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage) (string, error) {
+	if !p.GetSpec().GetEnabled() {
+		return "the pipeline is disabled", nil
+	}
+	if err := r.readSidecars(); err != nil {
+		return "", err
+	}
+	name := stage.GetSelector().GetServiceName()
+	count := r.offers[router.NormalizeName(name)]
+	fallback := r.byType[commandpb.ServiceType(stage.GetType())]
+	switch {
+	case r.sidecars == 0:
+		return "no sidecar is registered", nil
+	case count.alive > 0:
+		return fmt.Sprintf("%d sidecars offer service %q; the stage has not been placed yet, or its selector's group or labels exclude them", count.alive, name), nil
+	case count.gone > 0:
+		return fmt.Sprintf("all %d sidecars that offer service %q are silent", count.gone, name), nil
+	case fallback.alive > 0:
+		return fmt.Sprintf("no sidecar offers service %q; %d have a single service of the stage's type and may take it", name, fallback.alive), nil
+	}
+	return fmt.Sprintf("no sidecar offers service %q", name), nil
+}
+
+func (r *placementReader) readSidecars() error {
+	if r.offers != nil {
+		return nil
+	}
+	r.offers = make(map[string]sidecarCount)
+	r.byType = make(map[commandpb.ServiceType]sidecarCount)
+	return r.v.Sidecars("", 0, func(s *commandpb.Sidecar) bool {
+		r.sidecars++
+		alive := s.State == commandpb.SidecarState_SIDECAR_STATE_ALIVE
+		add := func(c sidecarCount) sidecarCount {
+			if alive {
+				c.alive++
+			} else {
+				c.gone++
+			}
+			return c
+		}
+		names := make(map[string]struct{})
+		types := make(map[commandpb.ServiceType]int)
+		for _, ls := range s.Services {
+			names[router.NormalizeName(ls.Name)] = struct{}{}
+			types[ls.Type]++
+		}
+		for n := range names {
+			r.offers[n] = add(r.offers[n])
+		}
+		for t, n := range types {
+			if n == 1 {
+				r.byType[t] = add(r.byType[t])
+			}
+		}
+		return true
+	})
+}

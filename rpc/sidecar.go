@@ -1,0 +1,353 @@
+package rpc
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+// placementQuiet is how long a registration waits for further assignments once
+// the first have come: a placement may arrive in several commands.
+const placementQuiet = 20 * time.Millisecond
+
+// sidecarAPI implements SidecarCoordinator.
+//
+// The sidecars in the field register once at start, beat every ten seconds on
+// one connection without a deadline, and do nothing else: they never register
+// again, never watch, never acknowledge. So a registration lasts until it is
+// replaced, and every change has to reach them in the answer to a heartbeat.
+type sidecarAPI struct {
+	sidecarpb.UnimplementedSidecarCoordinatorServer
+	*Server
+}
+
+// RegisterSidecar stores a registration durably and answers what the sidecar has
+// to run, for which it waits a bounded time.
+func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.RegisterSidecarRequest) (*sidecarpb.RegisterSidecarResponse, error) {
+	if err := checkRegisterSidecar(req); err != nil {
+		return nil, err
+	}
+	id := req.SidecarId
+	rec := &commandpb.Sidecar{
+		SidecarId: id,
+		PodName:   req.PodName,
+		Namespace: req.Namespace,
+		Endpoint:  req.SidecarEndpoint,
+		Services:  make([]*commandpb.LocalService, 0, len(req.LocalServices)),
+	}
+	for _, ls := range req.LocalServices {
+		rec.Services = append(rec.Services, &commandpb.LocalService{
+			Name: ls.ServiceName, Type: commandpb.ServiceType(ls.ServiceType), Endpoint: ls.LocalEndpoint,
+		})
+	}
+	// Before the command, so that no assignment made for it is missed.
+	b := newBell()
+	defer a.feed.watchSidecar(id, b)()
+	before, err := a.localSidecar(id)
+	if err != nil {
+		return nil, err
+	}
+	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_RegisterSidecar{
+		RegisterSidecar: &commandpb.RegisterSidecar{Sidecar: rec},
+	}})
+	if err != nil {
+		return nil, err
+	}
+	if rej := res.GetRejection(); rej != nil {
+		return &sidecarpb.RegisterSidecarResponse{Error: rej.GetReason()}, nil
+	}
+	a.cfg.Beats.Sidecar(id)
+	resp := &sidecarpb.RegisterSidecarResponse{
+		Success:             true,
+		RegistrationId:      id + "#" + formatUint(res.GetGeneration()),
+		Revision:            res.GetRevision(),
+		HeartbeatIntervalMs: uint64(a.cfg.HeartbeatInterval.Milliseconds()),
+		TtlMs:               uint64(a.cfg.SidecarTTL.Milliseconds()),
+	}
+	// It is registered: whatever fails from here on must not tell it otherwise,
+	// because it exits when told so. Its first heartbeat brings the rest.
+	if err := a.cfg.Node.WaitApplied(ctx, res.GetRevision()); err != nil {
+		return resp, nil
+	}
+	// The same registration of a live sidecar leaves its assignments as they are.
+	same := before.GetState() == commandpb.SidecarState_SIDECAR_STATE_ALIVE && before.GetGeneration() == res.GetGeneration()
+	if !same && a.feed.wanted(rec.Services) {
+		a.awaitPlacement(ctx, id, res.GetRevision(), b)
+	}
+	assignments, _, err := a.currentAssignments(id)
+	if err != nil {
+		a.log.Error("reading the assignments of a new sidecar", "sidecar", id, "error", err)
+		return resp, nil
+	}
+	for _, as := range assignments {
+		resp.InitialAssignments = append(resp.InitialAssignments, assignmentToAPI(as))
+	}
+	a.told.registered(id, a.cfg.Now(), assignments)
+	return resp, nil
+}
+
+// awaitPlacement returns once an assignment newer than revision exists for the
+// sidecar, or when PlacementWait has passed.
+func (a *sidecarAPI) awaitPlacement(ctx context.Context, id string, revision uint64, b bell) {
+	limit := time.NewTimer(a.cfg.PlacementWait)
+	defer limit.Stop()
+	for {
+		if _, newest, err := a.currentAssignments(id); err != nil || newest > revision {
+			break
+		}
+		select {
+		case <-b:
+		case <-limit.C:
+			return
+		case <-ctx.Done():
+			return
+		case <-a.run.Done():
+			return
+		}
+	}
+	for {
+		quiet := time.NewTimer(placementQuiet)
+		select {
+		case <-b:
+			quiet.Stop()
+			continue
+		case <-quiet.C:
+		case <-limit.C:
+			quiet.Stop()
+		case <-ctx.Done():
+			quiet.Stop()
+		}
+		return
+	}
+}
+
+// localSidecar reads the record of a sidecar as this node has it, nil when it
+// has none.
+func (a *sidecarAPI) localSidecar(id string) (*commandpb.Sidecar, error) {
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	return v.Sidecar(id)
+}
+
+// currentAssignments returns the assignments in force, and the revision of the
+// newest change among all of them, revocations included.
+func (a *sidecarAPI) currentAssignments(id string) (out []*commandpb.Assignment, newest uint64, err error) {
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	err = v.Assignments(id, func(as *commandpb.Assignment) bool {
+		newest = max(newest, as.ModRevision)
+		if !as.Revoked {
+			out = append(out, as)
+		}
+		return true
+	})
+	return out, newest, err
+}
+
+// Heartbeat notes that a sidecar is alive and answers what changed for it. It
+// never writes to the log.
+func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartbeatRequest) (*sidecarpb.HeartbeatResponse, error) {
+	id := req.GetSidecarId()
+	if err := checkID("sidecar_id", id); err != nil {
+		return nil, err
+	}
+	if n := len(req.GetServiceHealth()); n > MaxLocalServices {
+		return nil, invalid("service_health", "%d services, the limit is %d", n, MaxLocalServices)
+	}
+	resp := &sidecarpb.HeartbeatResponse{
+		HeartbeatIntervalMs: uint64(a.cfg.HeartbeatInterval.Milliseconds()),
+		TtlMs:               uint64(a.cfg.SidecarTTL.Milliseconds()),
+	}
+	current := false // whether the state is known to be up to date
+	if !a.told.known(id, a.cfg.Now()) {
+		// "Unknown" must not be said by a node that is merely behind.
+		if err := a.reader.Wait(ctx); err != nil {
+			return nil, err
+		}
+		current = true
+		sc, err := a.localSidecar(id)
+		if err != nil {
+			return nil, err
+		}
+		if sc == nil {
+			resp.Revision = a.cfg.State.Revision()
+			a.reader.SetHeader(ctx, resp.Revision)
+			return resp, nil
+		}
+	}
+	a.cfg.Beats.Sidecar(id)
+	resp.Acknowledged = true
+	entry, what := a.told.beat(id, a.cfg.Now())
+	if what != nothingDue {
+		if what == firstDue && !current {
+			if err := a.reader.Wait(ctx); err != nil {
+				a.told.forget(id)
+				return nil, err
+			}
+		}
+		v := a.cfg.State.View()
+		cmds, again, err := entry.commands(v, id, what)
+		resp.Revision, resp.Commands = v.Revision(), cmds
+		v.Close()
+		if err != nil {
+			a.told.forget(id)
+			return nil, err
+		}
+		if again {
+			a.told.changed(id)
+		}
+	} else {
+		resp.Revision = a.cfg.State.Revision()
+	}
+	a.reader.SetHeader(ctx, resp.Revision)
+	a.noteHealth(id, entry, req.GetServiceHealth())
+	return resp, nil
+}
+
+// noteHealth passes on what a sidecar says of the health of its services, when
+// that differs from what it said last, to those of them that are registered.
+func (a *sidecarAPI) noteHealth(id string, e *told, said []*sidecarpb.LocalServiceHealth) {
+	changed := make(map[string]bool)
+	e.mu.Lock()
+	for _, h := range said {
+		name := router.NormalizeName(h.GetServiceName())
+		_, was := e.unhealthy[name]
+		if was == !h.GetHealthy() {
+			continue
+		}
+		changed[name] = h.GetHealthy()
+		if h.GetHealthy() {
+			delete(e.unhealthy, name)
+			continue
+		}
+		if e.unhealthy == nil {
+			e.unhealthy = make(map[string]struct{})
+		}
+		e.unhealthy[name] = struct{}{}
+	}
+	e.mu.Unlock()
+	if len(changed) == 0 {
+		return
+	}
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	err := v.ServicesOfSidecar(id, func(s *commandpb.Service) bool {
+		healthy, ok := changed[router.NormalizeName(s.Name)]
+		if !ok {
+			return true
+		}
+		health := &commandpb.Health{Status: commandpb.HealthStatus_HEALTH_STATUS_HEALTHY}
+		if !healthy {
+			health.Status = commandpb.HealthStatus_HEALTH_STATUS_UNHEALTHY
+			health.Message = "its sidecar " + id + " reports it unhealthy"
+		}
+		a.cfg.Submitter.SubmitFunc(&commandpb.Command{
+			TimeMs: uint64(a.cfg.Now().UnixMilli()),
+			Op: &commandpb.Command_UpdateServiceHealth{UpdateServiceHealth: &commandpb.UpdateServiceHealth{
+				ServiceId: s.ServiceId, Health: health,
+			}},
+		}, func(_ *commandpb.Result, _ uint64, err error) {
+			if err != nil {
+				// The sidecar's next word about this service makes up for it.
+				a.log.Warn("health of a service not recorded", "service", s.ServiceId, "error", err)
+				e.mu.Lock()
+				defer e.mu.Unlock()
+				delete(e.unhealthy, router.NormalizeName(s.Name))
+			}
+		})
+		return true
+	})
+	if err != nil {
+		a.log.Error("reading the services of a sidecar", "sidecar", id, "error", err)
+	}
+}
+
+// WatchPipelineAssignments streams what a sidecar has to run: the state as
+// ASSIGNED, SYNCED when that is complete, then each change as it happens, with
+// SYNCED again now and then so that a quiet watch has a recent revision to
+// resume from.
+//
+// The stream carries states and not events: changes that come while the
+// sidecar is not reading melt into the newest.
+func (a *sidecarAPI) WatchPipelineAssignments(req *sidecarpb.WatchAssignmentsRequest, stream sidecarpb.SidecarCoordinator_WatchPipelineAssignmentsServer) error {
+	id := req.GetSidecarId()
+	if err := checkID("sidecar_id", id); err != nil {
+		return err
+	}
+	closeWatch, err := a.openWatch()
+	if err != nil {
+		return err
+	}
+	defer closeWatch()
+	ctx := stream.Context()
+	b := newBell()
+	defer a.feed.watchSidecar(id, b)()
+
+	v, err := a.view(ctx)
+	if err != nil {
+		return err
+	}
+	sc, err := v.Sidecar(id)
+	if err == nil && sc == nil {
+		err = FromRejection(&commandpb.Rejection{
+			Code:    commandpb.Code_CODE_NOT_FOUND,
+			Reason:  fmt.Sprintf("no sidecar %q is registered; register it, then watch", id),
+			Subject: "sidecar " + id,
+		}).Err()
+	}
+	if err != nil {
+		v.Close()
+		return err
+	}
+	w := assignmentWatch{sidecar: id, send: stream.Send, sent: make(map[string]uint64)}
+	if from := req.GetFromRevision(); from > 0 {
+		floor := a.feed.resumeFloor()
+		switch {
+		case from > v.Revision():
+			err = w.resync(fmt.Sprintf("revision %d does not exist in this cluster, the newest is %d", from, v.Revision()))
+		case from < floor:
+			err = w.resync(fmt.Sprintf("revision %d is too old to resume from, the oldest is %d", from, floor))
+		default:
+			w.resumed = from
+		}
+	}
+	if err == nil {
+		err = w.push(v)
+	}
+	if err == nil {
+		err = w.synced(v.Revision())
+	}
+	v.Close()
+	if err != nil {
+		return err
+	}
+	return a.followAssignments(ctx, &w, b)
+}
+
+func (a *sidecarAPI) followAssignments(ctx context.Context, w *assignmentWatch, b bell) error {
+	tick := time.NewTicker(a.cfg.SyncEvery)
+	defer tick.Stop()
+	for {
+		mark := false
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-b:
+		case <-tick.C:
+			mark = true
+		}
+		v := a.cfg.State.View()
+		err := w.push(v)
+		if err == nil && mark && v.Revision() > w.reached {
+			err = w.synced(v.Revision())
+		}
+		v.Close()
+		if err != nil {
+			return err
+		}
+	}
+}
