@@ -116,7 +116,7 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, expecte
 	}
 	out := &putResult{version: res.GetVersion(), revision: res.GetRevision()}
 	if rej := res.GetRejection(); rej != nil {
-		if rej.Code == commandpb.Code_CODE_CONFLICT {
+		if comparisonFailed(rej, expected) {
 			return nil, FromRejection(rej).Err()
 		}
 		out.violations, out.refused = rej.Violations, rej.Reason
@@ -142,6 +142,19 @@ func (a *adminAPI) pipeline(ctx context.Context, id string) (*commandpb.Pipeline
 	}
 	a.reader.SetHeader(ctx, v.Revision())
 	return p, v.Revision(), nil
+}
+
+// comparisonFailed says whether a compare-and-set was refused by its comparison.
+// That is an error of the call, so that nobody takes the write for done.
+func comparisonFailed(rej *commandpb.Rejection, expected *uint64) bool {
+	if expected == nil {
+		return false
+	}
+	switch rej.Code {
+	case commandpb.Code_CODE_CONFLICT, commandpb.Code_CODE_EXISTS, commandpb.Code_CODE_NOT_FOUND:
+		return true
+	}
+	return false
 }
 
 // errVersion refuses a compare-and-set whose comparison failed.
@@ -192,11 +205,8 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 		return nil, err
 	}
 	if rej := res.GetRejection(); rej != nil {
-		switch rej.Code {
-		case commandpb.Code_CODE_CONFLICT:
+		if comparisonFailed(rej, req.ExpectedVersion) {
 			return nil, FromRejection(rej).Err()
-		case commandpb.Code_CODE_NOT_FOUND:
-			return &adminpb.DeletePipelineResponse{Success: true, Revision: res.GetRevision()}, nil
 		}
 		return &adminpb.DeletePipelineResponse{Error: rej.Reason, Revision: res.GetRevision()}, nil
 	}
@@ -245,7 +255,7 @@ func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled bool, expe
 	}
 	out := &putResult{version: res.GetVersion(), revision: res.GetRevision()}
 	if rej := res.GetRejection(); rej != nil {
-		if rej.Code == commandpb.Code_CODE_CONFLICT {
+		if comparisonFailed(rej, expected) {
 			return nil, FromRejection(rej).Err()
 		}
 		out.refused = rej.Reason

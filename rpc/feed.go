@@ -70,9 +70,8 @@ type feed struct {
 	onReset      func()
 
 	mu       sync.Mutex
-	sidecars bells // by sidecar id: its assignments changed
-	services bells // by service id: the service or a group it is in changed
-	groupsOf map[string]map[string]struct{}
+	sidecars bells                     // by sidecar id: its assignments changed
+	services bells                     // by service id: the service or a group it is in changed
 	demand   map[string]pipelineDemand // by pipeline id, enabled ones only
 	names    map[string]int            // how many stages of demand name this service
 	types    map[commandpb.StageType]int
@@ -150,18 +149,8 @@ func (f *feed) session(ctx context.Context, revision uint64) error {
 func (f *feed) load() (uint64, error) {
 	v := f.state.View()
 	defer v.Close()
-	groupsOf := make(map[string]map[string]struct{})
-	err := v.Groups("", 0, func(g *commandpb.Group) bool {
-		for _, m := range g.Members {
-			addMember(groupsOf, m.ServiceId, g.GroupId)
-		}
-		return true
-	})
-	if err != nil {
-		return 0, err
-	}
 	demand := make(map[string]pipelineDemand)
-	err = v.Pipelines("", 0, func(p *commandpb.Pipeline) bool {
+	err := v.Pipelines("", 0, func(p *commandpb.Pipeline) bool {
 		if p.GetSpec().GetEnabled() {
 			demand[p.Spec.Id] = demandOf(p.Spec)
 		}
@@ -172,7 +161,7 @@ func (f *feed) load() (uint64, error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.groupsOf, f.demand = groupsOf, make(map[string]pipelineDemand)
+	f.demand = make(map[string]pipelineDemand)
 	f.names, f.types = make(map[string]int), make(map[commandpb.StageType]int)
 	for id, d := range demand {
 		f.setDemandLocked(id, d, true)
@@ -223,11 +212,7 @@ func (f *feed) dispatchLocked(c *router.Change) {
 	case router.TableGroups:
 		prev, _ := c.Prev.(*commandpb.Group)
 		next, _ := c.Next.(*commandpb.Group)
-		for _, m := range prev.GetMembers() {
-			removeMember(f.groupsOf, m.ServiceId, prev.GroupId)
-		}
 		for _, m := range next.GetMembers() {
-			addMember(f.groupsOf, m.ServiceId, next.GroupId)
 			f.services.ring(m.ServiceId)
 		}
 		for _, m := range prev.GetMembers() {
@@ -311,35 +296,10 @@ func (f *feed) watch(in bells, id string, b bell) func() {
 	}
 }
 
-// groups returns the ids of the groups a service is in.
-func (f *feed) groups(service string) []string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	out := make([]string, 0, len(f.groupsOf[service]))
-	for id := range f.groupsOf[service] {
-		out = append(out, id)
-	}
-	return out
-}
-
 // resumeFloor returns the oldest revision a watch of assignments can resume
 // from without missing a revocation.
 func (f *feed) resumeFloor() uint64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.floor
-}
-
-func addMember(m map[string]map[string]struct{}, service, group string) {
-	if m[service] == nil {
-		m[service] = make(map[string]struct{}, 1)
-	}
-	m[service][group] = struct{}{}
-}
-
-func removeMember(m map[string]map[string]struct{}, service, group string) {
-	delete(m[service], group)
-	if len(m[service]) == 0 {
-		delete(m, service)
-	}
 }

@@ -212,8 +212,7 @@ func pageSize(n uint32) int {
 }
 
 // checkRegisterSidecar checks a registration and puts its endpoints into the
-// form net.Dial takes. A local service may have an empty name: a sidecar derives
-// names from gRPC service names, and a service called just "Service" has none.
+// form net.Dial takes. A local service may have an empty name, see localName.
 func checkRegisterSidecar(r *sidecarpb.RegisterSidecarRequest) error {
 	if err := checkID("sidecar_id", r.GetSidecarId()); err != nil {
 		return err

@@ -56,7 +56,7 @@ func (a *registryAPI) Register(ctx context.Context, req *registrypb.RegisterRequ
 	if rej := res.GetRejection(); rej != nil {
 		return nil, FromRejection(rej).Err()
 	}
-	a.cfg.Beats.Service(id)
+	a.cfg.Beats.Touch("", id)
 	return &registrypb.RegisterResponse{
 		Success:        true,
 		RegistrationId: registration,

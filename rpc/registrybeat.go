@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"slices"
-	"sort"
 	"time"
 
 	"conveyor.etl/router/router"
@@ -125,7 +124,7 @@ func (s *beatStream) beat(ctx context.Context, req *registrypb.HeartbeatRequest)
 		s.drop(id)
 		return s.stream.Send(&registrypb.HeartbeatResponse{})
 	}
-	a.cfg.Beats.Service(id)
+	a.cfg.Beats.Touch(rec.SidecarId, id)
 	sb := s.services[id]
 	if sb == nil {
 		if len(s.services) >= maxServicesPerStream {
@@ -249,18 +248,22 @@ func (a *registryAPI) currentService(ctx context.Context, id, registration strin
 // groupCommands compares what a service was told to hold with what it holds now.
 // What it lost is revoked before what it gained is assigned.
 func (a *registryAPI) groupCommands(sb *serviceBeat) ([]*registrypb.RouterCommand, error) {
-	ids := a.feed.groups(sb.id)
-	if len(ids) == 0 && len(sb.told) == 0 {
-		return nil, nil
+	v := a.cfg.State.View()
+	defer v.Close()
+	var ids []string
+	err := v.GroupsOf(sb.id, func(g *commandpb.Group) bool {
+		ids = append(ids, g.GroupId)
+		return true
+	})
+	if err != nil {
+		return nil, err
 	}
 	for id := range sb.told {
 		if !slices.Contains(ids, id) {
 			ids = append(ids, id)
 		}
 	}
-	sort.Strings(ids)
-	v := a.cfg.State.View()
-	defer v.Close()
+	slices.Sort(ids)
 	var revokes, assigns []*registrypb.RouterCommand
 	for _, id := range ids {
 		r, as, err := sb.compareGroup(v, id)

@@ -34,13 +34,14 @@ type ServerNode interface {
 }
 
 // BeatSink takes the heartbeats this node receives; they never become
-// commands. Its methods do not block.
+// commands. *Beats is one.
 type BeatSink interface {
-	// Sidecar notes that a sidecar was heard of.
-	Sidecar(id string)
-	// Service notes that a service was heard of.
-	Service(id string)
+	// Touch notes that a sidecar, a service, or both were heard of. It does
+	// not block.
+	Touch(sidecarID, serviceID string)
 }
+
+var _ BeatSink = (*Beats)(nil)
 
 // ServerConfig is what a Server is made of. EnsureDefaults fills the optional
 // fields, Validate reports every missing one.

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"conveyor.etl/router/router"
@@ -41,7 +42,7 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 	}
 	for _, ls := range req.LocalServices {
 		rec.Services = append(rec.Services, &commandpb.LocalService{
-			Name: ls.ServiceName, Type: commandpb.ServiceType(ls.ServiceType), Endpoint: ls.LocalEndpoint,
+			Name: localName(ls), Type: commandpb.ServiceType(ls.ServiceType), Endpoint: ls.LocalEndpoint,
 		})
 	}
 	// Before the command, so that no assignment made for it is missed.
@@ -60,7 +61,7 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 	if rej := res.GetRejection(); rej != nil {
 		return &sidecarpb.RegisterSidecarResponse{Error: rej.GetReason()}, nil
 	}
-	a.cfg.Beats.Sidecar(id)
+	a.cfg.Beats.Touch(id, "")
 	resp := &sidecarpb.RegisterSidecarResponse{
 		Success:             true,
 		RegistrationId:      id + "#" + formatUint(res.GetGeneration()),
@@ -88,6 +89,16 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 	}
 	a.told.registered(id, a.cfg.Now(), assignments)
 	return resp, nil
+}
+
+// localName returns the name of a local service. A sidecar derives names from
+// gRPC service names, and one called just "Service" has none left; it is known
+// by its type then, because a refusal would keep its pod from starting.
+func localName(ls *sidecarpb.LocalService) string {
+	if ls.ServiceName != "" {
+		return ls.ServiceName
+	}
+	return strings.ToLower(strings.TrimPrefix(ls.ServiceType.String(), "SERVICE_TYPE_"))
 }
 
 // awaitPlacement returns once an assignment newer than revision exists for the
@@ -179,7 +190,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 			return resp, nil
 		}
 	}
-	a.cfg.Beats.Sidecar(id)
+	a.cfg.Beats.Touch(id, "")
 	resp.Acknowledged = true
 	entry, what := a.told.beat(id, a.cfg.Now())
 	if what != nothingDue {
