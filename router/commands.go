@@ -36,13 +36,19 @@ func commandTable() map[reflect.Type]handler {
 		on(10, "RegisterService", func(w *commandpb.Command_RegisterService) *commandpb.RegisterService { return w.RegisterService }, (*tx).registerService),
 		on(11, "DeregisterService", func(w *commandpb.Command_DeregisterService) *commandpb.DeregisterService { return w.DeregisterService }, (*tx).deregisterService),
 		on(12, "RenewLease", func(w *commandpb.Command_RenewLease) *commandpb.RenewLease { return w.RenewLease }, (*tx).renewLease),
-		on(13, "UpdateServiceHealth", func(w *commandpb.Command_UpdateServiceHealth) *commandpb.UpdateServiceHealth { return w.UpdateServiceHealth }, (*tx).updateServiceHealth),
+		on(13, "UpdateServiceHealth", func(w *commandpb.Command_UpdateServiceHealth) *commandpb.UpdateServiceHealth {
+			return w.UpdateServiceHealth
+		}, (*tx).updateServiceHealth),
 
 		on(20, "PutPipeline", func(w *commandpb.Command_PutPipeline) *commandpb.PutPipeline { return w.PutPipeline }, (*tx).putPipeline),
 		on(21, "DeletePipeline", func(w *commandpb.Command_DeletePipeline) *commandpb.DeletePipeline { return w.DeletePipeline }, (*tx).deletePipeline),
-		on(22, "SetPipelineEnabled", func(w *commandpb.Command_SetPipelineEnabled) *commandpb.SetPipelineEnabled { return w.SetPipelineEnabled }, (*tx).setPipelineEnabled),
+		on(22, "SetPipelineEnabled", func(w *commandpb.Command_SetPipelineEnabled) *commandpb.SetPipelineEnabled {
+			return w.SetPipelineEnabled
+		}, (*tx).setPipelineEnabled),
 
-		on(30, "CommitSourceOffset", func(w *commandpb.Command_CommitSourceOffset) *commandpb.CommitSourceOffset { return w.CommitSourceOffset }, (*tx).commitSourceOffset),
+		on(30, "CommitSourceOffset", func(w *commandpb.Command_CommitSourceOffset) *commandpb.CommitSourceOffset {
+			return w.CommitSourceOffset
+		}, (*tx).commitSourceOffset),
 		on(31, "AdvanceWatermark", func(w *commandpb.Command_AdvanceWatermark) *commandpb.AdvanceWatermark { return w.AdvanceWatermark }, (*tx).advanceWatermark),
 		on(32, "SaveCheckpoint", func(w *commandpb.Command_SaveCheckpoint) *commandpb.SaveCheckpoint { return w.SaveCheckpoint }, (*tx).saveCheckpoint),
 		on(33, "CommitGroupOffset", func(w *commandpb.Command_CommitGroupOffset) *commandpb.CommitGroupOffset { return w.CommitGroupOffset }, (*tx).commitGroupOffset),

@@ -276,3 +276,41 @@ func (g *graphCheck) cycle() []string {
 	}
 	return nil
 }
+
+// deepConditions reports conditions nested beyond the limit. Apply asks before
+// it encodes a spec: the encoder recurses, and a few megabytes of nested "not"
+// would take the stack of every replica.
+func deepConditions(spec *commandpb.PipelineSpec) bool {
+	for _, e := range spec.GetEdges() {
+		if tooDeep(e.GetCondition(), 0) {
+			return true
+		}
+	}
+	for _, s := range spec.GetStages() {
+		for _, r := range s.GetRoutingRules() {
+			if tooDeep(r.GetCondition(), 0) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func tooDeep(c *commandpb.Condition, depth int) bool {
+	if depth > maxConditionDepth {
+		return true
+	}
+	list := c.GetAnd().GetConditions()
+	if list == nil {
+		list = c.GetOr().GetConditions()
+	}
+	if not := c.GetNot(); not != nil {
+		return tooDeep(not, depth+1)
+	}
+	for _, sub := range list {
+		if tooDeep(sub, depth+1) {
+			return true
+		}
+	}
+	return false
+}

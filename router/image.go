@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
@@ -113,7 +112,8 @@ func (s *FSM) prepare(dir, path, name string) (*database, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := readPosition(d.db); err == nil {
+	_, err = readPosition(d.db)
+	if err == nil {
 		_, err = readClock(d.db)
 	}
 	if err != nil {
@@ -140,5 +140,3 @@ func place(f vfs.FS, from, to string) error {
 	}
 	return errors.Join(file.Sync(), file.Close())
 }
-
-var _ pebble.Reader = (*pebble.Snapshot)(nil)

@@ -35,7 +35,6 @@ const (
 	metaFormat          = "format"
 	escaped, escapedEnd = 0xff, 0x01
 	keyBytesToStartWith = 64
-	sequenceBytes       = 8
 	partitionBytes      = 4
 )
 
@@ -149,14 +148,6 @@ func decodeGroupOffset(k []byte) (group, source string, n uint32, err error) {
 		return "", "", 0, errBadKey
 	}
 	return group, source, binary.BigEndian.Uint32(rest), nil
-}
-
-// decodeSequence undoes sequence.
-func decodeSequence(k []byte) (uint64, error) {
-	if len(k) != 1+sequenceBytes {
-		return 0, errBadKey
-	}
-	return binary.BigEndian.Uint64(k[1:]), nil
 }
 
 // prefixEnd returns the first key after every key that begins with prefix.

@@ -25,6 +25,9 @@ func (t *tx) putPipeline(c *commandpb.PutPipeline) *commandpb.Rejection {
 	if len(spec.Stages) > maxStages || len(spec.Edges) > maxEdges {
 		return limit(subject, "it has %d stages and %d edges, at most %d and %d are allowed", len(spec.Stages), len(spec.Edges), maxStages, maxEdges)
 	}
+	if deepConditions(spec) {
+		return limit(subject, "its conditions are nested deeper than %d", maxConditionDepth)
+	}
 	body, err := encode(spec)
 	if err != nil {
 		return invalid(subject, "it cannot be stored: %v", err)

@@ -37,7 +37,7 @@ type tx struct {
 	changed bool
 	wanted  bool // somebody sees the result
 	undo    []undoCell
-	undoSet int    // changes of set to keep on rollback
+	undoSet int // changes of set to keep on rollback
 	counts  []uint64
 	marked  []string // sources whose mark index this command touched
 
