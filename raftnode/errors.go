@@ -21,14 +21,25 @@ var (
 	// stopped, or a snapshot overtook it before its result was known. It may or
 	// may not take effect.
 	ErrAmbiguous = errors.New("raftnode: the outcome of the command is unknown")
+	// ErrOverwritten: the command was proposed, but a later leader put another
+	// entry in its place. It did not and will not take effect; propose it again.
+	ErrOverwritten = errors.New("raftnode: the command was overwritten by a new leader and did not take effect")
 	// ErrMembershipPending: another membership change has not been applied yet.
 	ErrMembershipPending = errors.New("raftnode: another membership change is in progress")
+	// ErrMembershipRefused: the change makes no sense for the present members, or
+	// would leave the group without a working majority. Nothing was changed.
+	ErrMembershipRefused = errors.New("raftnode: the membership change is refused")
 	// ErrTransferFailed: leadership did not move to the chosen node in time.
 	ErrTransferFailed = errors.New("raftnode: the leadership transfer did not complete")
 	// ErrStateBehindLog: the state machine's applied index precedes the first
 	// entry the log still holds, so replaying cannot rebuild it. The caller
 	// must install an image of a peer first.
 	ErrStateBehindLog = errors.New("raftnode: the state is older than the log's first entry")
+	// ErrDiverged: the state machine and the log disagree about an entry both
+	// know to be committed. One of them belongs elsewhere or is damaged.
+	ErrDiverged = errors.New("raftnode: the state and the log disagree about a committed entry")
+	// ErrDiskStalled: the log's disk has not answered for Config.StallFail.
+	ErrDiskStalled = errors.New("raftnode: the disk of the log has stalled")
 )
 
 // NotLeaderError refuses a command on a node that does not lead. The command

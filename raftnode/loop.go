@@ -1,0 +1,374 @@
+package raftnode
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// loop owns the RawNode. It does no IO and never waits for the appender or the
+// applier, so heartbeats, votes and reads go on whatever the disk does.
+type loop struct {
+	cfg     *Config
+	rn      *raft.RawNode
+	in      *inbox
+	appendQ *queue[*raftpb.Message]
+	applyQ  *queue[applyItem]
+	tr      Transport
+	snaps   *snapshots
+	props   *proposals
+	waits   *waits
+	// leaderChanged publishes whom this node follows.
+	leaderChanged func(Leadership)
+	notLeaderErr  func() error
+	diskBusy      func() bool
+
+	now   time.Time
+	lanes lanes
+
+	// What raft last told.
+	term, commit, leader uint64
+	state                raft.StateType
+	told                 Leadership
+	// termStart is the first entry of this node's own leadership, zero until
+	// it has been handed out.
+	termStart uint64
+	// restored is the index of the newest snapshot raft has switched to.
+	restored uint64
+	// confState is the configuration raft works with.
+	confState *raftpb.ConfState
+
+	// unplaced holds batches proposed in this turn whose index is not known.
+	unplaced []*batch
+	reads    reads
+	// heldReads are requests of other nodes that came before this leader has
+	// committed in its term.
+	heldReads []*raftpb.Message
+
+	transferee    uint64
+	transferTicks int
+	sincePublish  int
+	lastTick      time.Time
+	tickLag       time.Duration
+	stalled       bool
+
+	published     atomic.Pointer[loopStatus]
+	commitPtr     atomic.Uint64
+	followerFloor atomic.Uint64
+}
+
+func (l *loop) leading() bool { return l.state == raft.StateLeader }
+
+// termCommitted reports whether this leader has committed an entry of its term.
+func (l *loop) termCommitted() bool { return l.termStart != 0 && l.commit >= l.termStart }
+
+// run turns the loop whenever something waits or a tick is due. A stalled
+// process gets one tick afterwards, not all it missed: replaying a backlog would
+// make every node campaign at once.
+func (l *loop) run(stop <-chan struct{}) error {
+	ticks, stopTicks := l.cfg.Clock.Ticker(l.cfg.TickInterval)
+	defer stopTicks()
+	for {
+		tick := false
+		select {
+		case <-stop:
+			return nil
+		case <-ticks:
+			tick = true
+		case <-l.in.wake:
+		}
+		if err := l.turn(tick); err != nil {
+			return err
+		}
+	}
+}
+
+// turn takes everything that waits, lets raft see it and hands out what raft
+// wants done. Any error is final.
+func (l *loop) turn(tick bool) error {
+	l.now = l.cfg.Clock.Now()
+	l.in.swap(&l.lanes)
+	for _, m := range l.lanes.local {
+		if err := l.stepLocal(m); err != nil {
+			return err
+		}
+	}
+	for i := range l.lanes.ctl {
+		f := l.lanes.ctl[i].run
+		l.lanes.ctl[i] = control{}
+		f(l)
+	}
+	for i := range l.lanes.peers {
+		l.stepPeer(&l.lanes.peers[i])
+	}
+	l.reads.add(l.lanes.reads, l.now)
+	l.lanes.reset()
+	if tick {
+		if err := l.tick(); err != nil {
+			return err
+		}
+	}
+	l.propose()
+	l.serveReads()
+	l.drain()
+	return nil
+}
+
+// stepLocal feeds an answer of the appender or the applier to raft.
+func (l *loop) stepLocal(m *raftpb.Message) error {
+	err := l.rn.Step(m)
+	if err == nil || errors.Is(err, raft.ErrStepPeerNotFound) {
+		return nil // the latter: this node has left the group meanwhile
+	}
+	return fmt.Errorf("raftnode: raft refuses a local %v: %w", m.GetType(), err)
+}
+
+// stepPeer feeds a message of a peer to raft. Errors are about the message, not
+// about this node: raft has lost nothing it counted on.
+func (l *loop) stepPeer(it *peerItem) {
+	m := it.msg
+	switch m.GetType() {
+	case raftpb.MsgSnap:
+		l.stepSnapshot(it)
+		return
+	case raftpb.MsgReadIndex:
+		if l.leading() && !l.termCommitted() {
+			// See serveReads.
+			if len(l.heldReads) < 1024 {
+				l.heldReads = append(l.heldReads, m)
+			}
+			return
+		}
+	}
+	if err := l.rn.Step(m); err != nil {
+		l.cfg.Logger.Debug("raft refuses a message", "type", m.GetType().String(), "from", m.GetFrom(), "err", err)
+	}
+}
+
+// stepSnapshot feeds a MsgSnap to raft, which may take it up, or find that the
+// log reaches as far already: then the image is of no use.
+func (l *loop) stepSnapshot(it *peerItem) {
+	index := it.msg.GetSnapshot().GetMetadata().GetIndex()
+	if index <= l.restored {
+		// A repeated or outdated message; the image may be the very one that is
+		// being installed.
+		it.image.Close()
+		_ = l.rn.Step(it.msg)
+		return
+	}
+	l.drain()
+	// In place before raft's answer is handed out: the applier looks for it.
+	l.snaps.accept(index, it.image)
+	if err := l.rn.Step(it.msg); err != nil {
+		l.cfg.Logger.Debug("raft refuses a snapshot", "from", it.msg.GetFrom(), "err", err)
+	}
+	l.drain()
+	if l.restored != index {
+		l.snaps.unaccept(index)
+	}
+}
+
+func (l *loop) tick() error {
+	if !l.lastTick.IsZero() {
+		l.tickLag = max(0, l.now.Sub(l.lastTick)-l.cfg.TickInterval)
+	}
+	l.lastTick = l.now
+	for _, id := range l.in.takeUnreachable() {
+		l.rn.ReportUnreachable(id)
+	}
+	l.rn.Tick()
+	if l.transferTicks > 0 {
+		if l.transferTicks--; l.transferTicks == 0 {
+			l.transferee = 0
+		}
+	}
+	l.expireReads()
+	for _, b := range l.props.expire(l.now, l.leading(), l.term, l.cfg.AmbiguousAfter) {
+		b.fail(fmt.Errorf("%w: leadership was lost and nothing was heard of the command for %v", ErrAmbiguous, l.cfg.AmbiguousAfter))
+		l.props.release(b)
+	}
+	if err := l.checkDisk(); err != nil {
+		return err
+	}
+	if l.sincePublish++; l.sincePublish >= l.cfg.HeartbeatTicks {
+		l.sincePublish = 0
+		l.publish()
+	}
+	return nil
+}
+
+// propose packs the waiting commands into entries, as many as may be in flight.
+func (l *loop) propose() {
+	if !l.leading() {
+		if !l.in.hasProposals() {
+			l.in.wantNextProposal()
+			return
+		}
+		l.drain() // it may have just become leader
+		if !l.leading() {
+			err := l.notLeaderErr()
+			for b := l.in.popBatch(); b != nil; b = l.in.popBatch() {
+				b.fail(err)
+				l.in.release(b)
+			}
+			return
+		}
+	}
+	if l.transferTicks > 0 {
+		return // raft would drop them; the ticks look again
+	}
+	for l.props.inFlight(l.term)+len(l.unplaced) < l.cfg.MaxBatchesInFlight {
+		b := l.in.popBatch()
+		if b == nil {
+			return
+		}
+		if err := l.rn.Propose(b.data); err != nil {
+			// Raft has not taken it and never will.
+			b.fail(fmt.Errorf("%w: %w", ErrBusy, err))
+			l.in.release(b)
+			continue
+		}
+		l.cfg.Events.BatchProposed(len(b.waiters), len(b.data))
+		l.unplaced = append(l.unplaced, b)
+	}
+}
+
+// drain hands out everything raft has ready. Only the messages count: with
+// asynchronous storage writes the other fields repeat what they say.
+func (l *loop) drain() {
+	for l.rn.HasReady() {
+		rd := l.rn.Ready()
+		if rd.SoftState != nil {
+			l.setSoftState(rd.SoftState)
+		}
+		out := rd.Messages[:0]
+		for _, m := range rd.Messages {
+			switch m.GetTo() {
+			case raft.LocalAppendThread:
+				l.routeAppend(m)
+			case raft.LocalApplyThread:
+				l.applyQ.push(applyItem{msg: m})
+			default:
+				if m.GetType() == raftpb.MsgSnap {
+					l.snaps.send(m)
+				} else {
+					out = append(out, m)
+				}
+			}
+		}
+		if len(out) > 0 {
+			l.tr.Send(out)
+		}
+		if len(rd.ReadStates) > 0 {
+			l.readStates(rd.ReadStates)
+		}
+		l.tellLeadership()
+	}
+	l.releaseHeldReads()
+}
+
+func (l *loop) setSoftState(ss *raft.SoftState) {
+	was := l.leading()
+	l.leader, l.state = ss.Lead, ss.RaftState
+	if l.leading() != was {
+		l.termStart = 0
+		l.transferTicks, l.transferee = 0, 0
+		if was {
+			l.heldReads = nil // they are asked again
+		}
+	}
+}
+
+// routeAppend passes a storage message on and notes what it says of raft.
+func (l *loop) routeAppend(m *raftpb.Message) {
+	if m.Term != nil || m.Commit != nil {
+		l.term, l.commit = m.GetTerm(), m.GetCommit()
+		l.commitPtr.Store(l.commit)
+	}
+	if hasSnapshot(m) {
+		meta := m.GetSnapshot().GetMetadata()
+		l.restored = meta.GetIndex()
+		l.confState = cloneConfState(meta.GetConfState())
+	}
+	if ents := m.GetEntries(); len(ents) > 0 {
+		if len(l.unplaced) > 0 {
+			l.place(ents)
+		}
+		if l.leading() && l.termStart == 0 {
+			for _, e := range ents {
+				if e.GetTerm() == l.term {
+					l.termStart = e.GetIndex()
+					break
+				}
+			}
+		}
+	}
+	l.appendQ.push(m)
+}
+
+// place finds where raft put the batches proposed since the last drain: in
+// these entries, in order. A batch is known by its id. A membership change was
+// proposed right after a drain, so it is the first entry; raft may have put an
+// empty one in its place.
+func (l *loop) place(ents []*raftpb.Entry) {
+	for _, e := range ents {
+		if len(l.unplaced) == 0 {
+			return
+		}
+		b := l.unplaced[0]
+		if !b.conf {
+			id, ok := envelopeID(e.GetData())
+			if e.GetType() != raftpb.EntryNormal || !ok || id != b.id {
+				continue
+			}
+		}
+		b.index, b.term = e.GetIndex(), e.GetTerm()
+		l.unplaced[0] = nil
+		if l.unplaced = l.unplaced[1:]; len(l.unplaced) == 0 {
+			l.unplaced = nil
+		}
+		if !l.props.add(b) {
+			b.fail(fmt.Errorf("%w: the node is stopping", ErrAmbiguous))
+		}
+	}
+}
+
+// tellLeadership publishes a change of leader, term or role.
+func (l *loop) tellLeadership() {
+	now := Leadership{Leader: l.leader, Term: l.term, Leading: l.leading()}
+	if now == l.told {
+		return
+	}
+	l.told = now
+	l.reads.reissue()
+	l.publish()
+	l.leaderChanged(now)
+}
+
+func (l *loop) releaseHeldReads() {
+	if len(l.heldReads) == 0 || !l.leading() || !l.termCommitted() {
+		return
+	}
+	held := l.heldReads
+	l.heldReads = nil
+	for _, m := range held {
+		l.stepPeer(&peerItem{msg: m})
+	}
+	l.drain()
+}
+
+// stop resolves what the loop holds.
+func (l *loop) stop() {
+	for _, b := range l.unplaced {
+		b.fail(fmt.Errorf("%w: the node stopped before the result was known", ErrAmbiguous))
+	}
+	l.unplaced = nil
+	l.reads.add(l.lanes.reads, l.now)
+	l.reads.stop()
+	l.lanes.abandon()
+	l.lanes = lanes{}
+}

@@ -1,0 +1,105 @@
+package raftnode
+
+import (
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	"go.etcd.io/raft/v3"
+)
+
+// readBatch is callers whose index one ReadIndex request will establish.
+type readBatch struct {
+	calls []*call
+	since time.Time
+	// first and last bound the ids asked for this batch; any of them answers
+	// it, since all were asked after the callers came.
+	first, last uint64
+	issued      time.Time
+}
+
+// reads turns waiting callers into ReadIndex requests: one in flight at a time,
+// for all that wait. Asking for each caller would cost a round of heartbeats
+// each; those who come while one is in flight must wait for the next, because
+// the index may have been taken before they came.
+//
+// It belongs to the loop.
+type reads struct {
+	next   readBatch
+	flight readBatch
+	lastID uint64
+}
+
+func (r *reads) add(calls []*call, now time.Time) {
+	if len(calls) == 0 {
+		return
+	}
+	if len(r.next.calls) == 0 {
+		r.next.since = now
+	}
+	r.next.calls = append(r.next.calls, calls...)
+}
+
+// serveReads asks for the waiting reads, or again for those raft forgot: raft
+// drops reads silently when a message is lost or the leader changes.
+func (l *loop) serveReads() {
+	r := &l.reads
+	if len(r.flight.calls) == 0 {
+		if len(r.next.calls) == 0 {
+			return
+		}
+		r.flight, r.next = r.next, readBatch{}
+	} else if !r.flight.issued.IsZero() && l.now.Sub(r.flight.issued) < l.cfg.ReadRetry {
+		return
+	}
+	// A leader may hand out its commit index only after it has committed an
+	// entry of its own term. Raft sees to that, except in a group of one voter:
+	// there it answers at once, and after a restart, when the commit index on
+	// disk is older than the log, the answer would hide acknowledged commands.
+	if l.leader == 0 || l.leading() && !l.termCommitted() {
+		return
+	}
+	r.lastID++
+	if r.flight.issued.IsZero() && r.flight.first == 0 {
+		r.flight.first = r.lastID
+	}
+	r.flight.last = r.lastID
+	r.flight.issued = l.now
+	l.rn.ReadIndex(binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, l.cfg.Incarnation), r.lastID))
+}
+
+// reissueReads makes the batch in flight be asked again, after a leader change.
+func (r *reads) reissue() { r.flight.issued = time.Time{} }
+
+// readStates takes raft's answers.
+func (l *loop) readStates(states []raft.ReadState) {
+	r := &l.reads
+	for _, rs := range states {
+		if len(rs.RequestCtx) != 16 || binary.LittleEndian.Uint64(rs.RequestCtx) != l.cfg.Incarnation {
+			continue
+		}
+		id := binary.LittleEndian.Uint64(rs.RequestCtx[8:])
+		if len(r.flight.calls) == 0 || id < r.flight.first || id > r.flight.last {
+			continue
+		}
+		l.waits.add(rs.Index, r.flight.calls)
+		r.flight = readBatch{}
+	}
+}
+
+// expireReads tells callers that nobody answered.
+func (l *loop) expireReads() {
+	r := &l.reads
+	for _, b := range []*readBatch{&r.flight, &r.next} {
+		if len(b.calls) > 0 && l.now.Sub(b.since) >= l.cfg.ReadTimeout {
+			resolveCalls(b.calls, outcome{err: fmt.Errorf("%w that answered a read within %v", ErrNoLeader, l.cfg.ReadTimeout)})
+			*b = readBatch{}
+		}
+	}
+}
+
+func (r *reads) stop() {
+	resolveCalls(r.flight.calls, outcome{err: ErrStopping})
+	resolveCalls(r.next.calls, outcome{err: ErrStopping})
+	r.flight, r.next = readBatch{}, readBatch{}
+}

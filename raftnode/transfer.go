@@ -1,0 +1,96 @@
+package raftnode
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/tracker"
+)
+
+// TransferLeader hands leadership to voter to, or with zero to the voter that is
+// alive and lacks least. It waits until another node leads. ErrTransferFailed
+// means this node still leads (or nobody does yet) after Config.TransferTimeout;
+// commands proposed meanwhile wait and are not lost.
+func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
+	lead := n.Leadership()
+	if !lead.Leading {
+		if to != 0 && lead.Leader == to {
+			return nil
+		}
+		return n.notLeader()
+	}
+	if to == n.cfg.ID {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.TransferTimeout)
+	defer cancel()
+	cl := n.calls.get()
+	if !n.inbox.pushControl(cl, func(l *loop) { l.transfer(to, cl) }) {
+		return ErrStopping
+	}
+	res, err := n.calls.await(ctx, cl, ErrTransferFailed)
+	if err != nil {
+		return err
+	}
+	target := res.Index
+	for {
+		changed := n.Changed()
+		lead := n.Leadership()
+		if lead.Leader != 0 && !lead.Leading {
+			if lead.Leader == target || to == 0 {
+				return nil
+			}
+			return fmt.Errorf("%w: node %d leads instead of %d", ErrTransferFailed, lead.Leader, target)
+		}
+		select {
+		case <-changed:
+		case <-n.stopped:
+			return ErrStopping
+		case <-ctx.Done():
+			return fmt.Errorf("%w: node %d did not take over: %w", ErrTransferFailed, target, ctx.Err())
+		}
+	}
+}
+
+// transfer runs on the loop; it answers with the target's id as the index.
+func (l *loop) transfer(to uint64, cl *call) {
+	switch {
+	case !l.leading():
+		cl.ch <- outcome{err: l.notLeaderErr()}
+		return
+	case to == 0:
+		if to = l.bestTransferee(); to == 0 {
+			cl.ch <- outcome{err: fmt.Errorf("%w: no other voter is alive", ErrTransferFailed)}
+			return
+		}
+	case !slices.Contains(l.confState.GetVoters(), to):
+		cl.ch <- outcome{err: fmt.Errorf("%w: node %d is not a voter", ErrTransferFailed, to)}
+		return
+	}
+	l.startTransfer(to)
+	cl.ch <- outcome{res: Result{Index: to}}
+}
+
+// startTransfer asks raft to hand over. Until it has, or has given up (after one
+// election timeout), raft drops proposals; they are held back instead.
+func (l *loop) startTransfer(to uint64) {
+	l.rn.TransferLeader(to)
+	l.transferee, l.transferTicks = to, l.cfg.ElectionTicks+1
+}
+
+// bestTransferee returns the live voter with the longest log, zero without one.
+func (l *loop) bestTransferee() uint64 {
+	var best, match uint64
+	voters := l.confState.GetVoters()
+	l.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if id == l.cfg.ID || !pr.RecentActive || pr.State == tracker.StateSnapshot || !slices.Contains(voters, id) {
+			return
+		}
+		if best == 0 || pr.Match > match {
+			best, match = id, pr.Match
+		}
+	})
+	return best
+}
