@@ -1,0 +1,322 @@
+package raftnode
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
+
+	"conveyor.etl/router/snap"
+	"conveyor.etl/router/wal"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// network carries messages between running nodes in this process.
+type network struct {
+	mu    sync.Mutex
+	nodes map[uint64]*Node
+	cut   map[[2]uint64]bool
+}
+
+func newNetwork() *network {
+	return &network{nodes: map[uint64]*Node{}, cut: map[[2]uint64]bool{}}
+}
+
+func (nw *network) node(from, to uint64) *Node {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	if nw.cut[[2]uint64{from, to}] || nw.cut[[2]uint64{to, from}] {
+		return nil
+	}
+	return nw.nodes[to]
+}
+
+func (nw *network) isolate(id uint64, cut bool) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	for other := range nw.nodes {
+		if other != id {
+			nw.cut[[2]uint64{id, other}] = cut
+		}
+	}
+}
+
+// link is the Transport of one node: a queue and a goroutine per node, so that
+// messages keep their order and Send does not block.
+type link struct {
+	id   uint64
+	nw   *network
+	ch   chan []*raftpb.Message
+	stop chan struct{}
+	done chan struct{}
+}
+
+func newLink(id uint64, nw *network) *link {
+	l := &link{id: id, nw: nw, ch: make(chan []*raftpb.Message, 4096), stop: make(chan struct{}), done: make(chan struct{})}
+	go l.run()
+	return l
+}
+
+func (l *link) run() {
+	defer close(l.done)
+	for {
+		select {
+		case <-l.stop:
+			return
+		case msgs := <-l.ch:
+			for _, m := range msgs {
+				if n := l.nw.node(l.id, m.GetTo()); n != nil {
+					_ = n.Step(context.Background(), []*raftpb.Message{proto.CloneOf(m)})
+				}
+			}
+		}
+	}
+}
+
+func (l *link) Send(msgs []*raftpb.Message) {
+	select {
+	case l.ch <- msgs:
+	default:
+	}
+}
+
+func (l *link) SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) error {
+	to := l.nw.node(l.id, m.GetTo())
+	if to == nil {
+		return errors.New("unreachable")
+	}
+	if err := copyImage(image, to.Images()); err != nil {
+		return err
+	}
+	return to.Step(ctx, []*raftpb.Message{proto.CloneOf(m)})
+}
+
+func (l *link) SetMembers([]Member) {}
+
+// process is one running node with its files.
+type process struct {
+	t    testing.TB
+	id   uint64
+	dir  string
+	nw   *network
+	tune func(*Config)
+	boot Position
+
+	n      *Node
+	sm     *memMachine
+	log    *wal.Log
+	link   *link
+	cancel context.CancelFunc
+	done   chan error
+}
+
+func newProcess(t testing.TB, id uint64, nw *network, boot Position, tune func(*Config)) *process {
+	p := &process{t: t, id: id, dir: t.TempDir(), nw: nw, tune: tune, boot: boot}
+	p.sm = newMemMachine(vfs.Default, boot)
+	t.Cleanup(p.stop)
+	p.start()
+	return p
+}
+
+func (p *process) start() {
+	p.t.Helper()
+	log, rec, err := wal.Open(filepath.Join(p.dir, "wal"), wal.Identity{ClusterID: 7, NodeID: p.id},
+		wal.Start{Index: p.boot.Index, Term: p.boot.Term, ConfState: p.boot.ConfState}, wal.Options{})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	images, err := snap.OpenStore(vfs.Default, filepath.Join(p.dir, "images"), snap.Options{})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	cfg := Config{ID: p.id}
+	if p.tune != nil {
+		p.tune(&cfg)
+	}
+	p.log, p.link = log, newLink(p.id, p.nw)
+	p.n, err = New(cfg, p.sm, log, rec, images, p.link)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.nw.mu.Lock()
+	p.nw.nodes[p.id] = p.n
+	p.nw.mu.Unlock()
+	ctx, cancel := context.WithCancel(context.Background())
+	p.cancel, p.done = cancel, make(chan error, 1)
+	go func(n *Node, done chan error) { done <- n.Run(ctx) }(p.n, p.done)
+}
+
+// stop ends the node; its files stay.
+func (p *process) stop() {
+	if p.cancel == nil {
+		return
+	}
+	p.nw.mu.Lock()
+	delete(p.nw.nodes, p.id)
+	p.nw.mu.Unlock()
+	p.cancel()
+	p.cancel = nil
+	if err := <-p.done; err != nil {
+		p.t.Errorf("node %d: %v", p.id, err)
+	}
+	close(p.link.stop)
+	<-p.link.done
+	if err := p.log.Close(); err != nil {
+		p.t.Errorf("node %d: close the log: %v", p.id, err)
+	}
+}
+
+// restart is a crash of the process: the state machine keeps what it flushed.
+func (p *process) restart() {
+	p.stop()
+	p.sm = p.sm.crash()
+	p.start()
+}
+
+// waitLeader returns the process that leads.
+func waitLeader(t testing.TB, ps ...*process) *process {
+	t.Helper()
+	deadline := time.After(30 * time.Second)
+	for {
+		for _, p := range ps {
+			changed := p.n.Changed()
+			if p.n.Leadership().Leading {
+				return p
+			}
+			select {
+			case <-changed:
+			case <-deadline:
+				t.Fatal("no leader")
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	}
+}
+
+func startCluster(t testing.TB, tune func(*Config), ids ...uint64) (*network, []*process) {
+	nw := newNetwork()
+	var ps []*process
+	for _, id := range ids {
+		ps = append(ps, newProcess(t, id, nw, bootPosition(ids...), tune))
+	}
+	return nw, ps
+}
+
+func TestSingleNodeRuns(t *testing.T) {
+	_, ps := startCluster(t, nil, 1)
+	p := waitLeader(t, ps...)
+	ctx := context.Background()
+	var wg sync.WaitGroup
+	for c := range 16 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for i := range 50 {
+				if _, err := p.n.Propose(ctx, fmt.Appendf(nil, "%d-%d", c, i)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}()
+	}
+	wg.Wait()
+	if _, err := p.n.ReadIndex(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(p.sm.commands()); n != 800 {
+		t.Fatalf("%d commands applied, want 800", n)
+	}
+	p.restart()
+	if _, err := p.n.ReadIndex(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(p.sm.commands()); n != 800 {
+		t.Fatalf("%d commands after a restart, want 800", n)
+	}
+}
+
+// Three nodes under load, the leader is restarted in the middle; nothing
+// acknowledged is lost, nothing is applied in different orders.
+func TestThreeNodesRun(t *testing.T) {
+	_, ps := startCluster(t, nil, 1, 2, 3)
+	leader := waitLeader(t, ps...)
+	ctx, cancel := context.WithTimeout(context.Background(), 40*time.Second)
+	defer cancel()
+
+	var mu sync.Mutex
+	acked := map[string]bool{}
+	propose := func(name string) {
+		for ctx.Err() == nil {
+			p := waitLeader(t, ps...)
+			if _, err := p.n.Propose(ctx, []byte(name)); err == nil {
+				mu.Lock()
+				acked[name] = true
+				mu.Unlock()
+				return
+			} else if !NotDone(err) {
+				return
+			}
+		}
+	}
+	run := func(round int) {
+		var wg sync.WaitGroup
+		for c := range 8 {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				for i := range 30 {
+					propose(fmt.Sprintf("%d-%d-%d", round, c, i))
+				}
+			}()
+		}
+		wg.Wait()
+	}
+	run(1)
+	if err := leader.n.TransferLeader(ctx, 0); err != nil {
+		t.Fatal(err)
+	}
+	leader.restart()
+	run(2)
+	index := uint64(0)
+	for _, p := range ps {
+		i, err := p.n.ReadIndex(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		index = max(index, i)
+	}
+	var want []string
+	for _, p := range ps {
+		if err := p.n.WaitApplied(ctx, index); err != nil {
+			t.Fatal(err)
+		}
+		got := p.sm.commands()
+		if want == nil {
+			want = got
+		}
+		n := min(len(got), len(want))
+		for i := range n {
+			if got[i] != want[i] {
+				t.Fatalf("node %d applied %q as command %d, another %q", p.id, got[i], i, want[i])
+			}
+		}
+		seen := map[string]bool{}
+		for _, c := range got {
+			seen[c] = true
+		}
+		for c := range acked {
+			if !seen[c] {
+				t.Fatalf("node %d lacks the acknowledged command %s", p.id, c)
+			}
+		}
+	}
+}
