@@ -1,0 +1,38 @@
+// Package control holds the two loops that only the leader runs: placement,
+// which decides what every sidecar runs of every pipeline, and liveness, which
+// decides which sidecars and services are still there.
+//
+// Both read the replicated state, decide outside of it, and propose commands.
+// Neither ever changes the state by itself, so a loop that dies, runs twice or
+// runs on a node that wrongly believes it leads can waste proposals but cannot
+// do harm: every command carries what it was decided from, and the state
+// machine checks it again.
+//
+// # Placement
+//
+// Plan is a pure function of an Input: no clock, no randomness, no map order,
+// so equal inputs give equal plans on every node, and a plan can be explained
+// after the fact by computing it again (Placements). Invariants of a plan:
+//
+//  1. A sidecar is given its own stages and the direct downstream stages that
+//     run elsewhere, nothing else.
+//  2. Within a pipeline the graph "sidecar A has a remote entry at sidecar B"
+//     has no cycle. A sidecar of the field runs its whole table again on a
+//     batch that was forwarded to it, so a cycle would pass one batch round
+//     for ever.
+//  3. A stage stays where it is as long as its sidecar is alive or suspect and
+//     still offers the service, unless another stage could then be placed
+//     nowhere at all.
+//  4. A source stage is handed out only when every stage downstream of it has
+//     a sidecar: a sidecar acknowledges a batch when the stages of its own
+//     table are done, so a gap further down would lose records in silence.
+//     Without an assignment it holds its source back instead.
+//
+// Placer runs Plan while this node leads and proposes the difference.
+//
+// # Liveness
+//
+// Heartbeats live in the leader's memory and never enter the log; only
+// transitions (suspect, expired, alive again) become commands. A new leader has
+// heard from nobody, so it gives everybody a full lease before it judges.
+package control
