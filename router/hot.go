@@ -8,6 +8,9 @@ type cell struct {
 	obj any
 	// dirty is set while val is not in Pebble yet.
 	dirty bool
+	// blind is set when val was never read from Pebble. It then means nothing
+	// unless dirty: a rollback may have taken the written value back.
+	blind bool
 }
 
 func (c *cell) bytes() int64 { return 160 + int64(len(c.key)) + 2*int64(len(c.val)) }

@@ -130,6 +130,11 @@ func (t *tx) commitBatch(c *commandpb.CommitBatch) *commandpb.Rejection {
 	if len(c.Ops) > maxBatchOps {
 		return limit("batch", "the batch holds %d operations, at most %d are allowed", len(c.Ops), maxBatchOps)
 	}
+	// The values of a single operation say nothing about the whole, and those
+	// of a refused batch nothing about what is stored.
+	defer func() {
+		t.res.Offset, t.res.Existed, t.res.Watermark = 0, false, nil
+	}()
 	for i, op := range c.Ops {
 		var r *commandpb.Rejection
 		switch o := op.GetOp().(type) {
@@ -156,7 +161,5 @@ func (t *tx) commitBatch(c *commandpb.CommitBatch) *commandpb.Rejection {
 			return r
 		}
 	}
-	// The last operation's values say nothing about the whole.
-	t.res.Offset, t.res.Existed, t.res.Watermark, t.res.Generation = 0, false, nil, 0
 	return nil
 }

@@ -77,15 +77,22 @@ func (t *tx) cell(k []byte) *cell {
 			return c
 		}
 	} else if c := t.s.overlay[string(k)]; c != nil {
+		if c.blind && !c.dirty {
+			c.val, c.blind = t.fetch(k), false
+		}
 		return c
 	}
+	c := &cell{key: string(k), val: t.fetch(k)}
+	t.keep(c, hot)
+	return c
+}
+
+func (t *tx) fetch(k []byte) []byte {
 	v, err := getCopy(t.db, k)
 	if err != nil {
 		t.fail(fmt.Errorf("router: read %q: %w", k, err))
 	}
-	c := &cell{key: string(k), val: v}
-	t.keep(c, hot)
-	return c
+	return v
 }
 
 // blind returns the cell of k without reading its value, for a write that does
@@ -94,7 +101,7 @@ func (t *tx) blind(k []byte) *cell {
 	if c := t.s.overlay[string(k)]; c != nil {
 		return c
 	}
-	c := &cell{key: string(k)}
+	c := &cell{key: string(k), blind: true}
 	t.keep(c, false)
 	return c
 }
