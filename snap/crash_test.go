@@ -307,6 +307,19 @@ func failAt(t *testing.T, op operation, fail int, forGood bool) (reached bool) {
 		checkReopened(t, fs.CrashClone(vfs.CrashCloneCfg{}), op, before, after, must)
 		rng := rand.New(rand.NewPCG(1, uint64(fail)))
 		checkReopened(t, fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 50, RNG: rng}), op, before, after, nil)
+		if forGood {
+			// The process is killed rather than the machine: its successor finds
+			// what was written but never fsynced, and must not rely on it.
+			checkReopened(t, fs, op, before, after, must)
+			reborn, rerr := state(mustOpenStore(t, posixFS{fs.CrashClone(vfs.CrashCloneCfg{})}, imageDir, testOptions()))
+			if rerr != nil {
+				t.Fatal(rerr)
+			}
+			if got := slices.Compact(contents(reborn)); !slices.Equal(got, after) {
+				t.Fatalf("after a kill, a repetition and a power failure, images are\n  %q, want\n  %q", got, after)
+			}
+			return
+		}
 		// The same store goes on as soon as the disk does.
 		if err != nil {
 			if rerr := op.run(s); rerr != nil && !errors.Is(rerr, ErrNotFound) {

@@ -37,8 +37,9 @@ func seed(t *testing.T) uint64 {
 type content map[string]string
 
 // posixFS makes a memory file system as unforgiving as a real one: RemoveAll
-// removes file by file, with a chance to fail or crash between any two, and a
-// directory cannot be renamed onto another.
+// removes file by file, with a chance to fail or crash between any two, each
+// removal may reach the disk before a rename that came earlier, and a directory
+// cannot be renamed onto another.
 type posixFS struct{ vfs.FS }
 
 func (p posixFS) RemoveAll(name string) error {
@@ -57,6 +58,10 @@ func (p posixFS) RemoveAll(name string) error {
 		slices.Sort(names)
 		for _, n := range names {
 			if err := p.RemoveAll(p.PathJoin(name, n)); err != nil {
+				return err
+			}
+			// CrashClone forgets removals that were not fsynced; a disk need not.
+			if err := syncDir(vfs.Root(p.FS), name); err != nil {
 				return err
 			}
 		}

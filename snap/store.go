@@ -66,6 +66,14 @@ func OpenStore(fsys vfs.FS, dir string, o Options) (*Store, error) {
 	if err := mkdirDurable(fsys, dir); err != nil {
 		return nil, err
 	}
+	// What is listed below must not vanish: a process killed between a rename
+	// and its fsync leaves an image that its successor sees and a power failure
+	// takes away. The same holds for dir itself.
+	for _, d := range []string{fsys.PathDir(dir), dir} {
+		if err := syncDir(fsys, d); err != nil {
+			return nil, err
+		}
+	}
 	names, err := fsys.List(dir)
 	if err != nil {
 		return nil, fmt.Errorf("snap: list %s: %w", dir, err)

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 )
 
 func ids(list []Info) (all []string) {
@@ -217,7 +218,7 @@ func TestDamagedDirectories(t *testing.T) {
 		if err := s.Verify(name); !errors.Is(err, want) {
 			t.Errorf("Verify(%s): got %v, want %v", name, err, want)
 		}
-		if err := s.Delete(name); (err != nil) != (want == ErrNotFound) {
+		if err := s.Delete(name); (err != nil) != errors.Is(want, ErrNotFound) {
 			t.Errorf("Delete(%s): %v", name, err)
 		}
 	}
@@ -292,6 +293,39 @@ func TestPinDefersDelete(t *testing.T) {
 	}
 	if _, err := second.ReadChunk(0, 1); !errors.Is(err, ErrClosed) {
 		t.Fatalf("reading a closed reader: %v", err)
+	}
+}
+
+// TestOpenDuringDelete opens an image in the middle of every file operation of
+// its deletion: it is there or not, never damaged.
+func TestOpenDuringDelete(t *testing.T) {
+	var during func()
+	fs := hookFS(vfs.NewMem(), func(errorfs.Op) error {
+		if f := during; f != nil {
+			during = nil
+			f()
+			during = f
+		}
+		return nil
+	})
+	s := mustOpenStore(t, fs, imageDir, testOptions())
+	info := mustCreate(t, s, 1, content{"a": "b"})
+	opened := 0
+	during = func() {
+		opened++
+		r, err := s.Open(info.ID)
+		if err == nil {
+			err = r.Close()
+		}
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			t.Errorf("operation %d: %v", opened, err)
+		}
+	}
+	if err := s.Delete(info.ID); err != nil {
+		t.Fatal(err)
+	}
+	if opened == 0 {
+		t.Fatal("nothing was tried")
 	}
 }
 

@@ -1,0 +1,261 @@
+package snap
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+)
+
+// TestReceiveOfAnotherSize: a partial receive is only resumed when the stream
+// is the same.
+func TestReceiveOfAnotherSize(t *testing.T) {
+	r := source(t)
+	s := mustOpenStore(t, posixFS{vfs.NewMem()}, imageDir, testOptions())
+	w, err := s.Receive(r.Info().ID, r.Size()+1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := send(r, w, 600, 1); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("a manifest that does not fit the size: %v", err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if w, err = s.Receive("another-id", r.Size()); err != nil {
+		t.Fatal(err)
+	}
+	if err := send(r, w, 600, 1); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), r.Info().ID) {
+		t.Fatalf("a manifest of another image: %v", err)
+	}
+	if left := leftovers(t, s); len(left) != 0 {
+		t.Fatalf("left over: %q", left)
+	}
+}
+
+func TestReceiveLimits(t *testing.T) {
+	r := source(t)
+	mem := vfs.NewMem()
+	o := testOptions()
+	o.MaxManifestBytes, o.MaxImageBytes = 1000, 1000
+	s := mustOpenStore(t, mem, imageDir, o)
+	if _, err := s.Receive("x", 2001); !errors.Is(err, ErrTooLarge) {
+		t.Fatalf("too large: %v", err)
+	}
+	for _, size := range []int64{-1, 0, headerLen - 1} {
+		if _, err := s.Receive("x", size); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("size %d: %v", size, err)
+		}
+	}
+	mem.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: uint64(r.Size()) - 1})
+	if _, err := s.Receive(r.Info().ID, r.Size()); !errors.Is(err, ErrNoSpace) {
+		t.Fatalf("no space: %v", err)
+	}
+	mem.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: uint64(r.Size())})
+	if _, err := receiveAll(s, r, 100); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, s, r, streamed)
+
+	mem.TestingSetDiskUsage(vfs.DiskUsage{})
+
+	// A manifest that announces too much is refused at its header, before it is
+	// gathered in memory.
+	big := fmt.Appendf(nil, headerFormat+crcFormat, 1, 5000, 0)
+	w, err := s.Receive("big", 2000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := append(big, make([]byte, 20)...)
+	if err := w.Write(Chunk{Data: b, CRC: crc32.Checksum(b, castagnoli)}); !errors.Is(err, ErrTooLarge) {
+		t.Fatalf("manifest too large: %v", err)
+	}
+}
+
+// TestPartialsAreBounded: by number and age, in the process and at its start,
+// and never at the cost of one that is going on.
+func TestPartialsAreBounded(t *testing.T) {
+	fs := posixFS{vfs.NewMem()}
+	now := time.Unix(1_700_000_000, 0)
+	o := Options{Now: func() time.Time { return now }, MaxPartials: 2, MaxPartialAge: time.Hour}
+	s := mustOpenStore(t, fs, imageDir, o)
+	begin := func(id string) (*Receiver, error) { return s.Receive(id, 1000) }
+	expect := func(want ...string) {
+		t.Helper()
+		var names []string
+		for _, n := range leftovers(t, s) {
+			names = append(names, strings.TrimPrefix(n, receivingPrefix))
+		}
+		slices.Sort(names)
+		if !slices.Equal(names, want) {
+			t.Fatalf("partial receives %q, want %q", names, want)
+		}
+	}
+	a, err := begin("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := begin("a"); !errors.Is(err, ErrBusy) {
+		t.Fatalf("the same image twice: %v", err)
+	}
+	b, err := begin("b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := begin("c"); !errors.Is(err, ErrBusy) {
+		t.Fatalf("one too many: %v", err)
+	}
+	expect("a", "b")
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c, err := begin("c")
+	if err != nil {
+		t.Fatalf("an idle one must make room: %v", err)
+	}
+	expect("a", "c")
+	now = now.Add(time.Minute)
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(time.Minute)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d, err := begin("d")
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect("c", "d")
+	if err := d.Abort(); err != nil {
+		t.Fatal(err)
+	}
+	expect("c")
+	now = now.Add(time.Hour + time.Second)
+	e, err := begin("e")
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect("e")
+	now = now.Add(2 * time.Hour)
+	if _, err := begin("f"); err != nil {
+		t.Fatalf("e is going on, f may begin: %v", err)
+	}
+	expect("e", "f")
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	// A start applies the bounds too. e was begun two hours ago.
+	s = mustOpenStore(t, fs, imageDir, o)
+	expect("f")
+	o.MaxPartials = 1
+	now = now.Add(time.Minute)
+	g, err := mustOpenStore(t, fs, imageDir, Options{Now: o.Now, MaxPartials: 9}).Receive("g", 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = mustOpenStore(t, fs, imageDir, o)
+	expect("g")
+}
+
+// TestCommitComparesTheDisk: what arrived in order but rotted on the way to
+// Commit does not become an image, and the next attempt starts afresh.
+func TestCommitComparesTheDisk(t *testing.T) {
+	r := source(t)
+	fs := posixFS{vfs.NewMem()}
+	s := mustOpenStore(t, fs, imageDir, testOptions())
+	dir := fs.PathJoin(s.partialDir(r.Info().ID), receivedImage)
+	for _, name := range []string{manifestName, "000001.sst", "000003.sst", "stranger"} {
+		w, err := s.Receive(r.Info().ID, r.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w.Offset() != 0 {
+			t.Fatalf("resumed at %d after a failed commit", w.Offset())
+		}
+		if err := send(r, w, 64, -1); err != nil {
+			t.Fatal(err)
+		}
+		b, err := readFile(fs, fs.PathJoin(dir, name))
+		if err != nil && !isNotExist(err) {
+			t.Fatal(err)
+		}
+		b = append(b, 'x')
+		b[0] ^= 1
+		overwrite(t, fs, fs.PathJoin(dir, name), b)
+		if _, err := w.Commit(); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), name) {
+			t.Fatalf("%s damaged: got %v, want ErrCorrupt naming it", name, err)
+		}
+		if len(s.List()) != 0 || len(leftovers(t, s)) != 0 {
+			t.Fatalf("%s damaged: images %q, left over %q", name, ids(s.List()), leftovers(t, s))
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := receiveAll(s, r, 64); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, s, r, streamed)
+}
+
+// TestFailedSyncIsNotResumed: after a failed fsync the kernel may show data
+// that never reached the disk, so none of it is trusted, even when it cannot be
+// removed at once.
+func TestFailedSyncIsNotResumed(t *testing.T) {
+	r := source(t)
+	var failSync, failRemove bool
+	fs := hookFS(vfs.NewMem(), func(op errorfs.Op) error {
+		if failSync && op.Kind == errorfs.OpFileSync || failRemove && op.Kind == errorfs.OpRemove {
+			return errorfs.ErrInjected
+		}
+		return nil
+	})
+	o := testOptions()
+	o.SyncBytes = 300
+	s := mustOpenStore(t, fs, imageDir, o)
+	for _, failRemoves := range []bool{false, true, false} {
+		w, err := s.Receive(r.Info().ID, r.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w.Offset() != 0 {
+			t.Fatalf("resumed at %d", w.Offset())
+		}
+		// Past the manifest, whose own fsync this test is not about.
+		if err := send(r, w, 290, 1); err != nil {
+			t.Fatal(err)
+		}
+		for w.info == nil {
+			if err := send(r, w, 50, 1); err != nil {
+				t.Fatal(err)
+			}
+		}
+		failSync, failRemove = true, failRemoves
+		err = send(r, w, 20, -1)
+		if err == nil {
+			_, err = w.Commit()
+		}
+		if !errors.Is(err, errorfs.ErrInjected) {
+			t.Fatalf("got %v", err)
+		}
+		if again := w.Write(Chunk{}); !errors.Is(again, errorfs.ErrInjected) {
+			t.Fatalf("a failed receiver took more: %v", again)
+		}
+		failSync, failRemove = false, false
+	}
+	if _, err := receiveAll(s, r, 20); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, s, r, streamed)
+}
