@@ -21,8 +21,8 @@ const (
 	formatVersion = 1
 )
 
-// identity says whose data a data directory holds. It is written once, before
-// anything else, and never changed.
+// identity says whose data a data directory holds. It is written before
+// anything else; only Initialized changes, once.
 type identity struct {
 	FormatVersion int       `json:"format_version"`
 	ClusterID     uint64    `json:"cluster_id,string"`
@@ -30,6 +30,10 @@ type identity struct {
 	NodeID        uint64    `json:"node_id"`
 	Members       []uint64  `json:"initial_members"`
 	CreatedAt     time.Time `json:"created_at"`
+	// Initialized: the log and the state have been created. From then on a
+	// missing log is a loss, not a first start: beginning a new one would let the
+	// node vote against promises it does not remember.
+	Initialized bool `json:"initialized"`
 }
 
 // clusterID derives the id all first members of a cluster agree on without
@@ -104,11 +108,15 @@ func createIdentity(dir string, id identity) error {
 		return fmt.Errorf("%w: %s has no %s file but holds %q; give an empty directory, or restore the file",
 			ErrIncomplete, dir, identityName, entries[foreign].Name())
 	}
+	return writeIdentity(dir, id)
+}
+
+func writeIdentity(dir string, id identity) error {
 	raw, err := json.MarshalIndent(id, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", identityName, err)
 	}
-	tmp := filepath.Join(dir, tmpName)
+	tmp := filepath.Join(dir, identityName+".tmp")
 	if err := writeSynced(tmp, append(raw, '\n')); err != nil {
 		return fmt.Errorf("write %s: %w", identityName, err)
 	}

@@ -32,6 +32,7 @@ type app struct {
 // A new command is one function and one line here.
 func constructors() []func(*app) *cobra.Command {
 	return []func(*app) *cobra.Command{
+		newServeCommand,
 		newConfigCommand,
 		newPipelineCommand,
 		newSidecarCommand,

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/config"
+	"conveyor.etl/router/server"
+)
+
+func newServeCommand(a *app) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run one node of the cluster",
+		Long: `Run one node of the cluster in the foreground, logging to standard error.
+
+Settings come from flags, then CONVEYOR_ROUTER_* and ETL_ROUTER__* variables, then
+the YAML file, then defaults; 'router config explain' shows each with its origin.
+In a StatefulSet without --node-id, id, peers and addresses follow from POD_NAME,
+REPLICAS, HEADLESS_SERVICE and NAMESPACE.
+
+SIGTERM or Ctrl-C stops the node in order: leadership moves to another node, calls
+in progress are answered, the state is flushed. A second signal ends it at once;
+nothing acknowledged is lost either way.`,
+		Example: `  router serve --node-id 1 --data-dir /var/lib/router \
+    --listen-addr 0.0.0.0:50051 --raft-addr 10.0.0.1:50052 \
+    --peers 1:10.0.0.1:50052 --peers 2:10.0.0.2:50052 --peers 3:10.0.0.3:50052`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			loaded, err := loadConfig(cmd, a)
+			if err != nil {
+				return codedError{exitUsage, err}
+			}
+			return serve(cmd.Context(), &loaded.Config, newLogger(a.stderr, &loaded.Config))
+		},
+	}
+	config.AddFlags(cmd.Flags())
+	return cmd
+}
+
+func newLogger(w io.Writer, c *config.Config) *slog.Logger {
+	o := &slog.HandlerOptions{Level: c.LogLevel}
+	if c.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}
+
+// serve runs a node until ctx is done or the node fails.
+func serve(ctx context.Context, c *config.Config, log *slog.Logger) error {
+	s := server.New(*c, server.Options{Logger: log})
+	if err := s.Start(ctx); err != nil {
+		return fmt.Errorf("the node did not start: %w", err)
+	}
+	select {
+	case <-ctx.Done():
+		log.Info("stopping", "event", "stopping")
+	case <-s.Failed():
+	}
+	stopCtx, cancel := context.WithTimeout(context.Background(), c.ShutdownTimeout)
+	defer cancel()
+	stopErr := s.Stop(stopCtx)
+	if err := s.Err(); err != nil {
+		return fmt.Errorf("the node failed: %w", err)
+	}
+	return stopErr
+}

@@ -1,0 +1,79 @@
+package server
+
+import (
+	"log/slog"
+
+	"conveyor.etl/router/config"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc"
+)
+
+// addresses knows where this node reaches the others. What its operator
+// configured outweighs what the cluster has replicated: the same peer may have
+// different addresses from different places, and addresses change while a node
+// is down.
+type addresses map[uint64]string
+
+func newAddresses(c *config.Config) addresses {
+	a := addresses{}
+	for _, p := range c.Peers {
+		a[p.ID] = p.Addr
+	}
+	return a
+}
+
+// fill returns members with this node's view of their addresses.
+func (a addresses) fill(members []raftnode.Member) []raftnode.Member {
+	out := make([]raftnode.Member, len(members))
+	for i, m := range members {
+		if addr := a[m.ID]; addr != "" {
+			m.Addr = addr
+		}
+		out[i] = m
+	}
+	return out
+}
+
+// compare logs what the operator should know: members nobody can reach, and
+// peers that are no members.
+func (a addresses) compare(members []raftnode.Member, log *slog.Logger) {
+	ids := map[uint64]bool{}
+	for _, m := range members {
+		ids[m.ID] = true
+		if a[m.ID] == "" && m.Addr == "" {
+			log.Warn("no address of a member is known; add it to --peers", "member", m.ID)
+		}
+	}
+	for id, addr := range a {
+		if !ids[id] {
+			log.Warn("a node of --peers is no member of the cluster of this data directory; --peers makes members at the first start only",
+				"node", id, "addr", addr)
+		}
+	}
+}
+
+// addressedTransport tells the transport this node's view of the addresses.
+type addressedTransport struct {
+	*rpc.PeerTransport
+	known addresses
+}
+
+var _ raftnode.Transport = (*addressedTransport)(nil)
+
+// SetMembers implements raftnode.Transport.
+func (t *addressedTransport) SetMembers(members []raftnode.Member) {
+	t.PeerTransport.SetMembers(t.known.fill(members))
+}
+
+// addressedNode shows this node's view of the addresses in its status.
+type addressedNode struct {
+	*raftnode.Node
+	known addresses
+}
+
+// Status implements rpc.ServerNode.
+func (n *addressedNode) Status() raftnode.Status {
+	st := n.Node.Status()
+	st.Position.Members = n.known.fill(st.Position.Members)
+	return st
+}

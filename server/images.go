@@ -1,0 +1,68 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/snap"
+)
+
+// keepImages is how many images stay on disk: the newest, and the one before
+// it, which may be on its way to a peer.
+const keepImages = 2
+
+// imageMaker provides images of this node's state to peers that lost theirs.
+type imageMaker struct {
+	machine raftnode.StateMachine
+	images  *snap.Store
+	applied func(ctx context.Context, index uint64) error
+
+	// mu is held while an image is made: several peers that ask at once share
+	// one.
+	mu sync.Mutex
+}
+
+// image returns a pinned image of the state at or after minIndex; the caller
+// closes it.
+func (m *imageMaker) image(ctx context.Context, minIndex uint64) (*snap.Reader, error) {
+	if err := m.applied(ctx, minIndex); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, info := range m.images.List() {
+		if info.Index < minIndex {
+			break // the newest come first
+		}
+		// One that is removed meanwhile is no longer there to open.
+		if r, err := m.images.Open(info.ID); err == nil {
+			return r, nil
+		}
+	}
+	info, err := m.images.Create(ctx, func(dir string) (snap.Meta, error) {
+		pos, err := m.machine.Image(dir)
+		if err != nil {
+			return snap.Meta{}, err
+		}
+		meta := snap.Meta{Index: pos.Index, Term: pos.Term, ConfState: pos.ConfState}
+		for _, member := range pos.Members {
+			meta.Members = append(meta.Members, snap.Member{ID: member.ID, Addr: member.Addr})
+		}
+		return meta, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make an image of the state: %w", err)
+	}
+	r, err := m.images.Open(info.ID)
+	if err != nil {
+		return nil, fmt.Errorf("open the image just made: %w", err)
+	}
+	// The reader pins its image; the others go as after any new one.
+	if err := m.images.Purge(keepImages); err != nil {
+		r.Close()
+		return nil, fmt.Errorf("remove old images: %w", err)
+	}
+	return r, nil
+}

@@ -1,0 +1,288 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"conveyor.etl/router/config"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/rpc/peerpb"
+)
+
+// Server is one node. Start and Stop may each be called once; the other methods
+// are safe for concurrent use after Start has returned.
+type Server struct {
+	c     config.Config
+	o     Options
+	log   *slog.Logger
+	known addresses
+
+	disk      *storage
+	transport *rpc.PeerTransport
+	node      *raftnode.Node
+	forwarder *rpc.Forwarder
+	beats     *rpc.Beats
+	guard     *rpc.DiskGuard
+	peers     *grpc.Server
+	api       *rpc.Server
+	control   *controlLoops
+
+	clientLis net.Listener
+	peerLis   net.Listener
+
+	// stopNode ends raft; nodeDone is closed when it has ended.
+	stopNode context.CancelFunc
+	nodeDone chan struct{}
+	// stopLoops ends everything that only runs beside raft.
+	stopLoops context.CancelFunc
+	loops     sync.WaitGroup
+	serving   sync.WaitGroup
+
+	failOnce sync.Once
+	failed   chan struct{}
+	failure  error
+}
+
+// New returns a node that has touched nothing yet. c must come from config.Load
+// or be as complete.
+func New(c config.Config, o Options) *Server {
+	o.ensureDefaults()
+	return &Server{
+		c: c, o: o, known: newAddresses(&c),
+		log:      o.Logger.With("node", c.NodeID),
+		failed:   make(chan struct{}),
+		nodeDone: make(chan struct{}),
+	}
+}
+
+// Start opens the data directory and starts the node. It returns once clients
+// can connect; whether a leader exists is for the health service to say. A node
+// whose state is gone first fetches it from a peer, for as long as ctx allows.
+// After an error nothing is left running or locked.
+func (s *Server) Start(ctx context.Context) error {
+	if err := s.start(ctx); err != nil {
+		s.abort()
+		return err
+	}
+	s.log.Info("serving", "event", "serving", "clients", s.Addr(), "peers", s.RaftAddr(),
+		"cluster", s.disk.id.ClusterName, "cluster_id", fmt.Sprintf("%016x", s.disk.id.ClusterID), "data_dir", s.c.DataDir)
+	return nil
+}
+
+func (s *Server) start(ctx context.Context) error {
+	var err error
+	if s.disk, err = openStorage(&s.c, s.log, s.o.Now); err != nil {
+		return err
+	}
+	// Listening comes early, so that an address in use is noticed before
+	// anything else happens; accepting comes when there is something to say.
+	if s.peerLis, err = net.Listen("tcp", s.c.RaftAddr); err != nil {
+		return fmt.Errorf("listen for peers (--raft-addr): %w", err)
+	}
+	if s.clientLis, err = net.Listen("tcp", s.c.ListenAddr); err != nil {
+		return fmt.Errorf("listen for clients (--listen-addr): %w", err)
+	}
+	self := rpc.Identity{
+		ClusterID: s.disk.id.ClusterID, NodeID: s.c.NodeID, PeerAddr: actual(s.c.AdvertiseRaftAddr, s.peerLis),
+		ClientAddr: actual(s.c.AdvertiseAddr, s.clientLis), Version: ReadBuild().Version,
+	}
+	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{Identity: self, Logger: s.log.With("part", "peers")})
+	if err != nil {
+		return err
+	}
+	if err := s.startNode(ctx, self); err != nil {
+		return err
+	}
+	if err := s.startPeers(); err != nil {
+		return err
+	}
+	s.runNode()
+	return s.startClients(self)
+}
+
+// startNode puts raft together. A node whose state is older than its log gets
+// the state from a peer first: nobody else can rebuild it.
+func (s *Server) startNode(ctx context.Context, self rpc.Identity) error {
+	transport := &addressedTransport{s.transport, s.known}
+	for attempt := 0; ; attempt++ {
+		var err error
+		s.node, err = raftnode.New(s.raftConfig(), s.disk.machine, s.disk.log, s.disk.recovered, s.disk.images, transport)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, raftnode.ErrStateBehindLog) || attempt > 0 {
+			return err
+		}
+		s.log.Warn("the state on disk is older than the log; fetching it from a peer", "event", "fetch_state", "err", err)
+		if err := s.fetchState(ctx, self); err != nil {
+			return err
+		}
+	}
+	s.known.compare(s.disk.machine.Applied().Members, s.log)
+	s.transport.Attach(s.node)
+	return nil
+}
+
+func (s *Server) fetchState(ctx context.Context, self rpc.Identity) error {
+	first, err := s.disk.log.FirstIndex()
+	if err != nil {
+		return err
+	}
+	var peers []raftnode.Member
+	for _, p := range s.c.Peers {
+		peers = append(peers, raftnode.Member{ID: p.ID, Addr: p.Addr})
+	}
+	id, err := rpc.FetchState(ctx, rpc.FetchOptions{
+		Identity: self, Peers: peers, MinIndex: first - 1, Store: s.disk.images, Logger: s.log.With("part", "peers"),
+	})
+	if err != nil {
+		return fmt.Errorf("the state of this node is gone and could not be fetched from a peer: %w", err)
+	}
+	pos, err := s.disk.machine.Install(s.disk.images.Dir(id))
+	if err != nil {
+		return fmt.Errorf("install the fetched state: %w", err)
+	}
+	s.log.Info("the state was fetched from a peer", "event", "state_fetched", "index", pos.Index)
+	return nil
+}
+
+func (s *Server) raftConfig() raftnode.Config {
+	ticks := func(d time.Duration) int { return int((d + s.c.Raft.TickInterval - 1) / s.c.Raft.TickInterval) }
+	return raftnode.Config{
+		ID:             s.c.NodeID,
+		TickInterval:   s.c.Raft.TickInterval,
+		ElectionTicks:  ticks(s.c.Raft.ElectionTimeout),
+		HeartbeatTicks: ticks(s.c.Raft.HeartbeatInterval),
+		MaxSizePerMsg:  s.c.Raft.MaxAppendBytes,
+		TailBytes:      s.c.Raft.TailBytes,
+		KeepImages:     keepImages,
+		Logger:         s.log.With("part", "raft"),
+		Events:         eventLog(s.log),
+	}
+}
+
+// startPeers makes what moves commands between nodes, and serves the peers.
+func (s *Server) startPeers() error {
+	var err error
+	s.guard, err = rpc.NewDiskGuard(rpc.DiskGuardOptions{Dir: s.c.DataDir, Logger: s.log})
+	if err != nil {
+		return err
+	}
+	s.forwarder, err = rpc.NewForwarder(rpc.ForwarderConfig{
+		Node: s.node, Transport: s.transport, Guard: s.guard, Logger: s.log.With("part", "forward"),
+	})
+	if err != nil {
+		return err
+	}
+	s.control, err = newControlLoops(s)
+	if err != nil {
+		return err
+	}
+	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.touch})
+	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
+	handler, err := rpc.NewPeerServer(rpc.PeerServerConfig{
+		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
+		Beat: s.control.touch, Logger: s.log.With("part", "peers"),
+	})
+	if err != nil {
+		return err
+	}
+	s.peers = grpc.NewServer(rpc.PeerServerOptions()...)
+	peerpb.RegisterPeerServer(s.peers, handler)
+	s.serving.Go(func() {
+		if err := s.peers.Serve(s.peerLis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			s.fail(fmt.Errorf("serve peers on %s: %w", s.peerLis.Addr(), err))
+		}
+	})
+	return nil
+}
+
+// runNode starts raft and what runs beside it.
+func (s *Server) runNode() {
+	var node, loops context.Context
+	node, s.stopNode = context.WithCancel(context.Background())
+	loops, s.stopLoops = context.WithCancel(context.Background())
+	go func() {
+		defer close(s.nodeDone)
+		if err := s.node.Run(node); err != nil {
+			s.fail(err)
+		}
+	}()
+	s.loops.Go(func() { s.guard.Run(loops) })
+	s.loops.Go(func() { s.beats.Run(loops) })
+	s.control.start(loops, &s.loops, s.fail)
+}
+
+func (s *Server) startClients(self rpc.Identity) error {
+	var err error
+	s.api, err = rpc.NewServer(rpc.ServerConfig{
+		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
+		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
+		ClientAddr: s.transport.ClientAddr, Alarms: s.alarms, Metrics: s.metrics,
+		SidecarTTL: s.c.Liveness.SuspectAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
+		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
+	})
+	if err != nil {
+		return err
+	}
+	s.serving.Go(func() {
+		if err := s.api.Serve(s.clientLis); err != nil {
+			s.fail(err)
+		}
+	})
+	return nil
+}
+
+// fail records why the node cannot go on and wakes whoever waits for Failed.
+func (s *Server) fail(err error) {
+	s.failOnce.Do(func() {
+		s.failure = err
+		s.log.Error("the node cannot go on", "event", "failed", "err", err)
+		close(s.failed)
+	})
+}
+
+// Failed returns a channel that is closed when the node cannot keep its
+// promises any longer. Nothing is served then; call Stop and end the process.
+func (s *Server) Failed() <-chan struct{} { return s.failed }
+
+// Err returns why the node failed, nil while it has not.
+func (s *Server) Err() error {
+	select {
+	case <-s.failed:
+		return s.failure
+	default:
+		return nil
+	}
+}
+
+// Addr returns the address clients are served on.
+func (s *Server) Addr() string { return s.clientLis.Addr().String() }
+
+// RaftAddr returns the address peers are served on.
+func (s *Server) RaftAddr() string { return s.peerLis.Addr().String() }
+
+// Node returns the raft node, for tests and demos that look inside.
+func (s *Server) Node() *raftnode.Node { return s.node }
+
+// actual puts the port that was chosen by the system into an address that left
+// the choice to it.
+func actual(advertised string, lis net.Listener) string {
+	host, port, err := net.SplitHostPort(advertised)
+	if err != nil || port != "0" {
+		return advertised
+	}
+	_, port, err = net.SplitHostPort(lis.Addr().String())
+	if err != nil {
+		return advertised
+	}
+	return net.JoinHostPort(host, port)
+}

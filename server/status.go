@@ -1,0 +1,37 @@
+package server
+
+import "fmt"
+
+// alarms returns what an operator of this node should act on.
+func (s *Server) alarms() []string {
+	var out []string
+	if s.guard.Full() {
+		out = append(out, fmt.Sprintf("node %d: the disk of %s is nearly full (%d bytes free): writes that add data are refused; free space or delete data",
+			s.c.NodeID, s.c.DataDir, s.guard.FreeBytes()))
+	}
+	if err := s.Err(); err != nil {
+		out = append(out, fmt.Sprintf("node %d is stopping: %v", s.c.NodeID, err))
+	}
+	return out
+}
+
+// metrics returns the numbers of this node that the API server does not know.
+func (s *Server) metrics() map[string]float64 {
+	out := map[string]float64{
+		"disk_free_bytes": float64(s.guard.FreeBytes()),
+		"images":          float64(len(s.disk.images.List())),
+		"beats_lost":      float64(s.beats.Lost()),
+	}
+	for _, p := range s.transport.Stats() {
+		prefix := fmt.Sprintf("peer_%d_", p.ID)
+		connected := 0.0
+		if p.Connected {
+			connected = 1
+		}
+		out[prefix+"connected"] = connected
+		out[prefix+"queued_bytes"] = float64(p.QueuedBytes)
+		out[prefix+"messages_sent"] = float64(p.Sent)
+		out[prefix+"messages_dropped"] = float64(p.Dropped)
+	}
+	return out
+}

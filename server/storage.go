@@ -1,0 +1,165 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.etcd.io/raft/v3/raftpb"
+
+	"conveyor.etl/router/config"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/snap"
+	"conveyor.etl/router/wal"
+)
+
+// The position every initial node begins at, without having talked to the
+// others: the first entry of the log is the one after it.
+const (
+	bootstrapIndex = 1
+	bootstrapTerm  = 1
+)
+
+// storage is everything a node has on disk.
+type storage struct {
+	dir       string
+	lock      *dirLock
+	id        identity
+	log       *wal.Log
+	recovered wal.Recovered
+	fsm       *router.FSM
+	machine   raftnode.StateMachine
+	images    *snap.Store
+}
+
+// openStorage opens the data directory of a node, creating it when it is
+// absent. On an error everything opened so far is closed again.
+func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*storage, error) {
+	if err := os.MkdirAll(c.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("create the data directory: %w", err)
+	}
+	s := &storage{dir: c.DataDir}
+	if err := s.open(c, log, now); err != nil {
+		// What was opened was not used: there is nothing a failing close could
+		// lose.
+		_ = s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time) error {
+	var err error
+	if s.lock, err = lockDir(s.dir); err != nil {
+		return err
+	}
+	s.id, err = openIdentity(s.dir, identity{
+		FormatVersion: formatVersion,
+		ClusterID:     clusterID(c.ClusterName, c.Members()),
+		ClusterName:   c.ClusterName,
+		NodeID:        c.NodeID,
+		Members:       c.Members(),
+		CreatedAt:     now().UTC().Truncate(time.Second),
+	})
+	if err != nil {
+		return err
+	}
+	walDir := filepath.Join(s.dir, "wal")
+	if s.id.Initialized {
+		if _, err := os.Stat(walDir); errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%w: %s is gone, and with it what this node promised the others; starting without it could lose acknowledged writes; "+
+				"restore it, or remove node %d from the cluster and let a new node with another id join", ErrIncomplete, walDir, s.id.NodeID)
+		}
+	}
+	conf := &raftpb.ConfState{Voters: s.id.Members}
+	s.log, s.recovered, err = wal.Open(walDir, wal.Identity{ClusterID: s.id.ClusterID, NodeID: s.id.NodeID},
+		wal.Start{Index: bootstrapIndex, Term: bootstrapTerm, ConfState: conf},
+		wal.Options{Logger: log.With("part", "wal"), SegmentBytes: c.Raft.SegmentBytes})
+	if err != nil {
+		return s.foreign(err)
+	}
+	if s.recovered.Repaired > 0 {
+		log.Warn("cut an unfinished write off the end of the log; it was never acknowledged", "bytes", s.recovered.Repaired)
+	}
+	boot, err := rpc.EncodePosition(bootstrapPosition(s.id.Members))
+	if err != nil {
+		return err
+	}
+	s.fsm, err = router.Open(vfs.Default, filepath.Join(s.dir, "state"), router.Options{
+		Bootstrap:     boot,
+		Logger:        log.With("part", "state"),
+		MemTableBytes: c.Store.MemTableBytes,
+		CacheBytes:    c.Store.CacheBytes,
+		HotBytes:      c.Store.HotBytes,
+		HistoryBytes:  c.Store.HistoryBytes,
+	})
+	if err != nil {
+		return s.foreign(err)
+	}
+	if s.machine, err = rpc.NewStateMachine(s.fsm); err != nil {
+		return err
+	}
+	s.images, err = snap.OpenStore(vfs.Default, filepath.Join(s.dir, "images"), snap.Options{
+		Logger: log.With("part", "images"), Now: now,
+	})
+	if err != nil {
+		return fmt.Errorf("open the images: %w", err)
+	}
+	if !s.id.Initialized {
+		// The names wal and state in the directory must last before the word
+		// that they are there.
+		if err := syncDir(s.dir); err != nil {
+			return fmt.Errorf("sync the data directory: %w", err)
+		}
+		s.id.Initialized = true
+		return writeIdentity(s.dir, s.id)
+	}
+	return nil
+}
+
+// foreign gives the refusals of the parts the sentinel of the whole.
+func (s *storage) foreign(err error) error {
+	switch {
+	case errors.Is(err, wal.ErrForeign):
+		return fmt.Errorf("%w: %s: %w", ErrForeign, s.dir, err)
+	case errors.Is(err, wal.ErrNewerFormat), errors.Is(err, router.ErrNewerFormat):
+		return fmt.Errorf("%w: %s: %w", ErrNewer, s.dir, err)
+	case errors.Is(err, wal.ErrLocked):
+		return fmt.Errorf("%w: %s: %w", ErrInUse, s.dir, err)
+	}
+	return err
+}
+
+// bootstrapPosition is where the members of a new cluster begin. It carries no
+// addresses: every node may know the others by different ones, and the position
+// is part of a state that must be the same everywhere.
+func bootstrapPosition(ids []uint64) raftnode.Position {
+	p := raftnode.Position{Index: bootstrapIndex, Term: bootstrapTerm, ConfState: &raftpb.ConfState{Voters: ids}}
+	for _, id := range ids {
+		p.Members = append(p.Members, raftnode.Member{ID: id})
+	}
+	return p
+}
+
+// close closes everything, the state before the log it is replayed from, and
+// the lock last.
+func (s *storage) close() error {
+	var errs []error
+	if s.fsm != nil {
+		errs = append(errs, s.fsm.Close())
+	}
+	if s.log != nil {
+		errs = append(errs, s.log.Close())
+	}
+	if s.lock != nil {
+		errs = append(errs, s.lock.release())
+	}
+	return errors.Join(errs...)
+}
