@@ -34,22 +34,6 @@ func syncDir(fsys vfs.FS, dir string) error {
 	return nil
 }
 
-// syncFile makes the content of path durable, whoever wrote it.
-func syncFile(fsys vfs.FS, path string) error {
-	f, err := fsys.Open(path)
-	if err != nil {
-		return fmt.Errorf("snap: open %s to fsync it: %w", path, err)
-	}
-	err = f.Sync()
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return fmt.Errorf("snap: fsync %s: %w", path, err)
-	}
-	return nil
-}
-
 // mkdirDurable creates dir and its missing parents so that all of them survive
 // power loss: MkdirAll alone leaves entries that a crash may take away together
 // with every image inside.

@@ -187,6 +187,15 @@ func readFile(fs vfs.FS, path string) ([]byte, error) {
 	return io.ReadAll(f)
 }
 
+// syncFile makes the content of path durable.
+func syncFile(fs vfs.FS, path string) error {
+	f, err := fs.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 // overwrite replaces the content of path.
 func overwrite(t testing.TB, fs vfs.FS, path string, b []byte) {
 	t.Helper()

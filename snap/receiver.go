@@ -275,15 +275,15 @@ func (r *Receiver) commitLocked() (Info, error) {
 		return Info{}, err
 	}
 	// Everything from the disk: what arrived was checked on arrival, what was
-	// stored has not been, and parts of it an earlier process may have stored.
+	// stored has not been, and parts of it an earlier process may have stored
+	// and not fsynced. (The manifest is always fsynced: it is written before the
+	// journal can hold a chunk that completes it, and no receive is resumed
+	// without such a chunk.)
 	info, _, err := loadManifest(s.fs, r.imageDir, r.id, &s.opts)
 	if err != nil {
 		return Info{}, err
 	}
 	if err := checkFiles(context.Background(), s.fs, r.imageDir, info, true); err != nil {
-		return Info{}, err
-	}
-	if err := syncFile(s.fs, s.fs.PathJoin(r.imageDir, manifestName)); err != nil {
 		return Info{}, err
 	}
 	if err := syncDir(s.fs, r.imageDir); err != nil {
