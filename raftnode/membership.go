@@ -26,6 +26,7 @@ const (
 	UpdateAddr
 )
 
+// String implements fmt.Stringer; it reads as the verb before a node.
 func (k ChangeKind) String() string {
 	switch k {
 	case AddLearner:

@@ -2,6 +2,7 @@ package wal
 
 import (
 	"bytes"
+	"errors"
 	"math"
 	"path/filepath"
 	"sync"
@@ -58,7 +59,7 @@ func TestReadersWriterAndTruncator(t *testing.T) {
 			first, _ := l.FirstIndex()
 			last, _ := l.LastIndex()
 			ents, err := l.Entries(first, last+1, math.MaxUint64)
-			if err == raft.ErrCompacted || last < first {
+			if errors.Is(err, raft.ErrCompacted) || last < first {
 				continue
 			}
 			if err != nil || cap(ents) != len(ents) {
