@@ -73,9 +73,10 @@ type Store struct {
 type Liveness struct {
 	// HeartbeatInterval is how often they are asked to show that they live.
 	HeartbeatInterval time.Duration
-	// SuspectAfter is the silence after which a sidecar's stages are moved.
+	// SuspectAfter is the silence after which a sidecar gets nothing more to do.
 	SuspectAfter time.Duration
-	// ExpireAfter is the silence after which it counts as gone.
+	// ExpireAfter is the silence after which it counts as gone and its work is
+	// moved elsewhere.
 	ExpireAfter time.Duration
 }
 

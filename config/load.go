@@ -271,9 +271,9 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 			"%s is not longer than liveness.heartbeat_interval, %s: everything would be suspect all the time",
 			c.Liveness.SuspectAfter, c.Liveness.HeartbeatInterval)
 	}
-	if c.Liveness.ExpireAfter < c.Liveness.SuspectAfter && !faults.about("liveness.expire_after", "liveness.suspect_after") {
+	if c.Liveness.ExpireAfter <= c.Liveness.SuspectAfter && !faults.about("liveness.expire_after", "liveness.suspect_after") {
 		faults.add(l.source("liveness.expire_after", ""), "liveness.expire_after",
-			"%s is shorter than liveness.suspect_after, %s", c.Liveness.ExpireAfter, c.Liveness.SuspectAfter)
+			"%s is not longer than liveness.suspect_after, %s", c.Liveness.ExpireAfter, c.Liveness.SuspectAfter)
 	}
 	if c.ListenAddr == c.RaftAddr && !strings.HasSuffix(c.ListenAddr, ":0") && !faults.about("listen_addr", "raft_addr") {
 		faults.add(l.source("raft_addr", ""), "raft_addr", "is the same address as listen_addr, %s", c.ListenAddr)

@@ -120,11 +120,11 @@ func settings() []*setting {
 			bind: func(c *Config) value {
 				return span{&c.Liveness.HeartbeatInterval, time.Nanosecond, 100 * time.Millisecond, time.Hour}
 			}},
-		{key: "liveness.suspect_after", flag: "liveness-suspect-after", def: "30s", usage: "silence of a sidecar or service after which its work is moved",
+		{key: "liveness.suspect_after", flag: "liveness-suspect-after", def: "30s", usage: "silence after which a sidecar gets nothing more to do",
 			bind: func(c *Config) value {
 				return span{&c.Liveness.SuspectAfter, time.Nanosecond, 100 * time.Millisecond, time.Hour}
 			}},
-		{key: "liveness.expire_after", flag: "liveness-expire-after", def: "5m", usage: "silence after which a sidecar or service counts as gone",
+		{key: "liveness.expire_after", flag: "liveness-expire-after", def: "45s", usage: "silence after which a sidecar or service counts as gone and its work is moved",
 			bind: func(c *Config) value {
 				return span{&c.Liveness.ExpireAfter, time.Nanosecond, 100 * time.Millisecond, 240 * time.Hour}
 			}},

@@ -3,12 +3,32 @@ package server
 import (
 	"context"
 	"sync"
+
+	"conveyor.etl/router/control"
 )
 
-type controlLoops struct{}
+// controlLoops are what this node does while it leads.
+type controlLoops struct {
+	liveness *control.Liveness
+	placer   *control.Placer
+}
 
-func newControlLoops(s *Server) (*controlLoops, error) { return &controlLoops{}, nil }
+func newControlLoops(s *Server) (*controlLoops, error) {
+	liveness, err := control.NewLiveness(control.LivenessConfig{
+		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "liveness"), Now: s.o.Now,
+		SuspectAfter: s.c.Liveness.SuspectAfter, ExpireAfter: s.c.Liveness.ExpireAfter,
+	})
+	if err != nil {
+		return nil, err
+	}
+	placer := control.NewPlacer(control.PlacerConfig{
+		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
+	})
+	return &controlLoops{liveness, placer}, nil
+}
 
-func (c *controlLoops) touch(sidecarID, serviceID string) {}
-
-func (c *controlLoops) start(ctx context.Context, wg *sync.WaitGroup, fail func(error)) {}
+// start runs the loops until ctx is done.
+func (c *controlLoops) start(ctx context.Context, wg *sync.WaitGroup) {
+	wg.Go(func() { c.liveness.Run(ctx) })
+	wg.Go(func() { c.placer.Run(ctx) })
+}

@@ -186,11 +186,11 @@ func (s *Server) startPeers() error {
 	if err != nil {
 		return err
 	}
-	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.touch})
+	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.liveness.Touch})
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
 	handler, err := rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
-		Beat: s.control.touch, Logger: s.log.With("part", "peers"),
+		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
 	})
 	if err != nil {
 		return err
@@ -218,7 +218,7 @@ func (s *Server) runNode() {
 	}()
 	s.loops.Go(func() { s.guard.Run(loops) })
 	s.loops.Go(func() { s.beats.Run(loops) })
-	s.control.start(loops, &s.loops, s.fail)
+	s.control.start(loops, &s.loops)
 }
 
 func (s *Server) startClients(self rpc.Identity) error {
@@ -227,7 +227,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		ClientAddr: s.transport.ClientAddr, Alarms: s.alarms, Metrics: s.metrics,
-		SidecarTTL: s.c.Liveness.SuspectAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
+		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
 		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
 	})
 	if err != nil {

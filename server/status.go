@@ -12,7 +12,7 @@ func (s *Server) alarms() []string {
 	if err := s.Err(); err != nil {
 		out = append(out, fmt.Sprintf("node %d is stopping: %v", s.c.NodeID, err))
 	}
-	return out
+	return append(out, s.control.liveness.Alarms()...)
 }
 
 // metrics returns the numbers of this node that the API server does not know.

@@ -34,7 +34,12 @@ func (s *Server) Stop(ctx context.Context) error {
 func (s *Server) stop(ctx context.Context) error {
 	healthy := s.Err() == nil
 	if healthy && s.node.Leadership().Leading && len(s.node.Status().Position.ConfState.GetVoters()) > 1 {
-		if err := s.node.TransferLeader(ctx, 0); err != nil {
+		// raft gives a transfer one election timeout; when the whole cluster is
+		// being stopped there may be nobody left to take over.
+		transfer, cancel := context.WithTimeout(ctx, 2*s.c.Raft.ElectionTimeout)
+		err := s.node.TransferLeader(transfer, 0)
+		cancel()
+		if err != nil {
 			s.log.Warn("leadership could not be handed over; the others will elect a leader themselves", "err", err)
 		}
 	}
