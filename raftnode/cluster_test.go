@@ -112,7 +112,7 @@ type process struct {
 	boot Position
 
 	n      *Node
-	sm     *memMachine
+	sm     StateMachine
 	log    *wal.Log
 	link   *link
 	cancel context.CancelFunc
@@ -126,6 +126,8 @@ func newProcess(t testing.TB, id uint64, nw *network, boot Position, tune func(*
 	p.start()
 	return p
 }
+
+func (p *process) mem() *memMachine { return p.sm.(*memMachine) }
 
 func (p *process) start() {
 	p.t.Helper()
@@ -178,7 +180,7 @@ func (p *process) stop() {
 // restart is a crash of the process: the state machine keeps what it flushed.
 func (p *process) restart() {
 	p.stop()
-	p.sm = p.sm.crash()
+	p.sm = p.mem().crash()
 	p.start()
 }
 
@@ -232,14 +234,14 @@ func TestSingleNodeRuns(t *testing.T) {
 	if _, err := p.n.ReadIndex(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(p.sm.commands()); n != 800 {
+	if n := len(p.mem().commands()); n != 800 {
 		t.Fatalf("%d commands applied, want 800", n)
 	}
 	p.restart()
 	if _, err := p.n.ReadIndex(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(p.sm.commands()); n != 800 {
+	if n := len(p.mem().commands()); n != 800 {
 		t.Fatalf("%d commands after a restart, want 800", n)
 	}
 }
@@ -299,7 +301,7 @@ func TestThreeNodesRun(t *testing.T) {
 		if err := p.n.WaitApplied(ctx, index); err != nil {
 			t.Fatal(err)
 		}
-		got := p.sm.commands()
+		got := p.mem().commands()
 		if want == nil {
 			want = got
 		}

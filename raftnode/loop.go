@@ -59,6 +59,8 @@ type loop struct {
 	published     atomic.Pointer[loopStatus]
 	commitPtr     atomic.Uint64
 	followerFloor atomic.Uint64
+	// acked is raft's own applied index.
+	acked atomic.Uint64
 }
 
 func (l *loop) leading() bool { return l.state == raft.StateLeader }
@@ -120,11 +122,23 @@ func (l *loop) turn(tick bool) error {
 
 // stepLocal feeds an answer of the appender or the applier to raft.
 func (l *loop) stepLocal(m *raftpb.Message) error {
-	err := l.rn.Step(m)
-	if err == nil || errors.Is(err, raft.ErrStepPeerNotFound) {
-		return nil // the latter: this node has left the group meanwhile
+	if err := l.rn.Step(m); err == nil {
+		switch m.GetType() {
+		case raftpb.MsgStorageApplyResp:
+			if ents := m.GetEntries(); len(ents) > 0 {
+				l.acked.Store(ents[len(ents)-1].GetIndex())
+			}
+		case raftpb.MsgStorageAppendResp:
+			if hasSnapshot(m) {
+				l.acked.Store(m.GetSnapshot().GetMetadata().GetIndex())
+			}
+		}
+		return nil
+	} else if errors.Is(err, raft.ErrStepPeerNotFound) {
+		return nil // this node has left the group meanwhile
+	} else {
+		return fmt.Errorf("raftnode: raft refuses a local %v: %w", m.GetType(), err)
 	}
-	return fmt.Errorf("raftnode: raft refuses a local %v: %w", m.GetType(), err)
 }
 
 // stepPeer feeds a message of a peer to raft. Errors are about the message, not

@@ -112,9 +112,10 @@ func New(cfg Config, sm StateMachine, log Log, recovered wal.Recovered, images *
 	}
 	n.loop.commitPtr.Store(hs.GetCommit())
 	n.loop.followerFloor.Store(math.MaxUint64)
+	n.loop.acked.Store(pos.Index)
 	n.truncator = &truncator{
 		cfg: &n.cfg, sm: sm, log: log, snaps: n.snaps, conf: sm.Applied,
-		follower: &n.loop.followerFloor, wake: make(chan struct{}, 1),
+		follower: &n.loop.followerFloor, acked: &n.loop.acked, wake: make(chan struct{}, 1),
 	}
 	n.applier.poke = n.truncator.poke
 	n.inline()

@@ -84,7 +84,8 @@ func (p *proposals) add(b *batch) bool {
 	return true
 }
 
-// inFlight counts the batches of the leadership of term.
+// inFlight counts the batches of commands of the leadership of term. Membership
+// changes do not count: a joint one takes several rounds, and commands go on.
 func (p *proposals) inFlight(term uint64) int {
 	if p.n.Load() == 0 {
 		return 0
@@ -93,7 +94,7 @@ func (p *proposals) inFlight(term uint64) int {
 	defer p.mu.Unlock()
 	n := 0
 	for _, b := range p.pending {
-		if b.term == term {
+		if b.term == term && !b.conf {
 			n++
 		}
 	}

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3"
+
+	"conveyor.etl/router/wal"
 )
 
 // truncator keeps the readable log short. It only drops what the state machine
@@ -21,6 +23,8 @@ type truncator struct {
 	// follower returns the lowest index a live follower still lacks entries
 	// after, math.MaxUint64 when there is none.
 	follower *atomic.Uint64
+	// acked is the applied index raft knows of, which trails the real one.
+	acked *atomic.Uint64
 
 	wake chan struct{}
 	// held is the size at which a truncation was last held up entirely; until
@@ -84,6 +88,12 @@ func (t *truncator) step(now time.Time) (bool, error) {
 		if errors.Is(err, raft.ErrCompacted) {
 			return false, nil // a snapshot was installed meanwhile
 		}
+		if !errors.Is(err, wal.ErrFailed) && !errors.Is(err, wal.ErrRefused) {
+			// The log is well; files it no longer needs could not be removed.
+			t.cfg.Logger.Warn("cannot remove old parts of the log", "err", err)
+			t.held.Store(bytes + max(1, t.cfg.TailBytes/8))
+			return false, nil
+		}
 		return false, fmt.Errorf("raftnode: truncate the log at %d: %w", upTo, err)
 	}
 	t.cfg.Events.LogTruncated(upTo)
@@ -102,7 +112,9 @@ func (t *truncator) target(bytes int64, now time.Time) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	limit := min(t.conf().Index, last)
+	// Raft looks at the log from its own applied index on (it panics if that is
+	// gone), so what is applied but not yet reported stays.
+	limit := min(t.conf().Index, t.acked.Load(), last)
 	if pin, ok := t.snaps.pinned(now); ok && bytes <= t.cfg.PinnedTailBytes {
 		limit = min(limit, pin)
 	}
