@@ -59,7 +59,7 @@ func Open(f vfs.FS, dir string, o Options) (*FSM, error) {
 	if err := o.Validate(); err != nil {
 		return nil, err
 	}
-	if err := f.MkdirAll(dir, 0o755); err != nil {
+	if err := makeDir(f, dir); err != nil {
 		return nil, fmt.Errorf("router: create %s: %w", dir, err)
 	}
 	name, err := readMarker(f, dir)
@@ -80,7 +80,9 @@ func Open(f vfs.FS, dir string, o Options) (*FSM, error) {
 		return nil, errors.Join(err, d.release())
 	}
 	s.hub = newHub(o.HistoryBytes, s.revision.Load())
-	if err := sweep(f, dir, name); err != nil {
+	// CURRENT may be visible without being durable, if a process (not the
+	// power) died before it synced the directory.
+	if err := errors.Join(syncDir(f, dir), sweep(f, dir, name)); err != nil {
 		return nil, errors.Join(fmt.Errorf("router: remove leftovers in %s: %w", dir, err), d.release())
 	}
 	return s, nil
@@ -92,14 +94,25 @@ func createFirst(f vfs.FS, root string, o Options) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("router: list %s: %w", root, err)
 	}
+	// A start that was cut short may be made again; a state whose CURRENT got
+	// lost must not be taken for one, or acknowledged commits are forgotten.
+	// Looking into the database does not tell them apart: half a creation is
+	// as unreadable as damage.
+	creating := f.PathJoin(root, creatingName)
+	if _, err := f.Stat(creating); err != nil && len(left) > 0 {
+		return "", fmt.Errorf("%w (found %s)", ErrLostMarker, f.PathJoin(root, dbName(left[len(left)-1])))
+	}
 	for _, n := range left {
 		path := f.PathJoin(root, dbName(n))
-		if err := checkLeftover(f, path, o); err != nil {
-			return "", err
-		}
 		if err := f.RemoveAll(path); err != nil {
 			return "", fmt.Errorf("router: remove %s, left by an interrupted first start: %w", path, err)
 		}
+	}
+	// The directories must be durable before anything in them counts; an
+	// earlier start may have died between making root and syncing its parent.
+	err = errors.Join(syncDir(f, f.PathDir(root)), writeFile(f, creating, nil), syncDir(f, root))
+	if err != nil {
+		return "", fmt.Errorf("router: begin a state in %s: %w", root, err)
 	}
 	name := dbName(1)
 	path := f.PathJoin(root, name)
@@ -132,27 +145,6 @@ func createFirst(f vfs.FS, root string, o Options) (string, error) {
 	return name, nil
 }
 
-// checkLeftover makes sure that a database without CURRENT holds nothing but
-// the beginning: otherwise CURRENT was lost and starting anew would forget
-// acknowledged commits.
-func checkLeftover(f vfs.FS, path string, o Options) error {
-	desc, err := pebble.Peek(path, f)
-	if err != nil || !desc.Exists {
-		return nil // never completed
-	}
-	pos, err := peekPosition(f, path, o)
-	if errors.Is(err, ErrCorrupt) {
-		return nil // created, but the bootstrap position never became durable
-	}
-	if err != nil {
-		return fmt.Errorf("%w: %s cannot be read: %w", ErrLostMarker, path, err)
-	}
-	if pos.Index > o.Bootstrap.Index {
-		return fmt.Errorf("%w: %s holds state up to index %d", ErrLostMarker, path, pos.Index)
-	}
-	return nil
-}
-
 // peekPosition reads the position of a database that is not in use.
 func peekPosition(f vfs.FS, path string, o Options) (Position, error) {
 	cache := pebble.NewCache(1 << 20)
@@ -177,7 +169,8 @@ func peekPosition(f vfs.FS, path string, o Options) (Position, error) {
 	return pos, nil
 }
 
-// sweep removes databases other than the one in use and unfinished markers.
+// sweep removes databases other than the one in use and the traces of what was
+// not finished. CURRENT is durable when it is called.
 func sweep(f vfs.FS, root, name string) error {
 	all, err := databases(f, root)
 	if err != nil {
@@ -191,7 +184,13 @@ func sweep(f vfs.FS, root, name string) error {
 		}
 	}
 	_ = f.Remove(f.PathJoin(root, markerName+".tmp"))
-	return nil
+	creating := f.PathJoin(root, creatingName)
+	if _, err := f.Stat(creating); err != nil {
+		return nil
+	}
+	// Durably gone: together with a CURRENT lost later it would allow a fresh
+	// start over this state.
+	return errors.Join(f.Remove(creating), syncDir(f, root))
 }
 
 // adopt makes d the current database. It is for Open and Install.

@@ -16,7 +16,9 @@ import (
 // rename, so a crash leaves either the old or the new one in force.
 const (
 	markerName = "CURRENT"
-	dbPrefix   = "db-"
+	// creatingName is there while the first database is being made.
+	creatingName = "CREATING"
+	dbPrefix     = "db-"
 )
 
 func dbName(n uint64) string { return fmt.Sprintf("%s%06d", dbPrefix, n) }
@@ -96,4 +98,23 @@ func databases(f vfs.FS, root string) ([]uint64, error) {
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i] < out[j] })
 	return out, nil
+}
+
+// makeDir creates dir and what is missing above it, durably: a directory whose
+// parent was never synced is gone after a power failure, with all the synced
+// files in it.
+func makeDir(f vfs.FS, dir string) error {
+	if _, err := f.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := f.PathDir(dir)
+	if parent != dir && parent != "." {
+		if err := makeDir(f, parent); err != nil {
+			return err
+		}
+	}
+	if err := f.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return syncDir(f, parent)
 }
