@@ -41,6 +41,7 @@ func constructors() []func(*app) *cobra.Command {
 		newOffsetCommand,
 		newCheckpointCommand,
 		newClusterCommand,
+		newBenchCommand,
 		newWALCommand,
 		newVersionCommand,
 	}

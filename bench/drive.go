@@ -1,0 +1,212 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+)
+
+// Latencies are recorded in microseconds, up to maxLatency, with three digits.
+const (
+	maxLatency = 5 * time.Minute
+	digits     = 3
+)
+
+// Call does one operation and returns how many commands it carried.
+type Call func(ctx context.Context) (commands int, err error)
+
+// DriveConfig says how to drive calls.
+type DriveConfig struct {
+	// Callers do one call at a time each; at least one.
+	Callers []Call
+	// Rate, when not zero, is the number of calls due per second in all.
+	Rate float64
+	// Warmup runs before anything is counted.
+	Warmup, Duration time.Duration
+	// Started is called when the measurement begins and Ended when it ends;
+	// may be nil.
+	Started, Ended func()
+}
+
+// Measurement is what came of one drive.
+type Measurement struct {
+	Took      time.Duration
+	Calls     int64
+	Commands  int64
+	Errors    int64
+	LastError string
+	Latency   *hdrhistogram.Histogram // per call, microseconds
+}
+
+// Throughput returns commands per second.
+func (m *Measurement) Throughput() float64 {
+	if m.Took <= 0 {
+		return 0
+	}
+	return float64(m.Commands) / m.Took.Seconds()
+}
+
+// Percentile returns the latency that q percent of the calls did not exceed.
+func (m *Measurement) Percentile(q float64) time.Duration {
+	return time.Duration(m.Latency.ValueAtQuantile(q)) * time.Microsecond
+}
+
+// Max returns the longest latency.
+func (m *Measurement) Max() time.Duration {
+	return time.Duration(m.Latency.Max()) * time.Microsecond
+}
+
+// NewHistogram returns a histogram of the shape all of this package have.
+func NewHistogram() *hdrhistogram.Histogram {
+	return hdrhistogram.New(1, maxLatency.Microseconds(), digits)
+}
+
+// recorder is what one caller counts by itself, so that callers share nothing.
+type recorder struct {
+	latency   *hdrhistogram.Histogram
+	calls     int64
+	commands  int64
+	errors    int64
+	lastError error
+}
+
+func (r *recorder) record(d time.Duration, commands int, err error) {
+	if err != nil {
+		r.errors++
+		r.lastError = err
+		return
+	}
+	r.calls++
+	r.commands += int64(commands)
+	// A value out of range is counted as the largest instead of being lost.
+	_ = r.latency.RecordValue(min(max(1, d.Microseconds()), maxLatency.Microseconds()))
+}
+
+// phases tells callers whether they are warming up, measured or done.
+type phases struct {
+	measured atomic.Bool
+	begin    time.Time
+}
+
+// Drive runs the callers and returns what it measured. A failed call is counted
+// and does not end the drive, but a drive in which every call failed is an
+// error.
+func Drive(ctx context.Context, c DriveConfig) (*Measurement, error) {
+	if len(c.Callers) == 0 || c.Duration <= 0 {
+		return nil, errors.New("bench: a drive needs callers and a duration")
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var p phases
+	start := time.Now()
+	schedule := newSchedule(c.Rate, start)
+
+	recorders := make([]*recorder, len(c.Callers))
+	var running sync.WaitGroup
+	for i, call := range c.Callers {
+		r := &recorder{latency: NewHistogram()}
+		recorders[i] = r
+		running.Go(func() { drive(ctx, &p, schedule, call, r) })
+	}
+	wait := func(d time.Duration) {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
+	}
+	wait(c.Warmup)
+	if c.Started != nil {
+		c.Started()
+	}
+	begin := time.Now()
+	p.measured.Store(true)
+	wait(c.Duration)
+	p.measured.Store(false)
+	took := time.Since(begin)
+	if c.Ended != nil {
+		c.Ended()
+	}
+	interrupted := ctx.Err()
+	cancel()
+	running.Wait()
+	if interrupted != nil {
+		return nil, interrupted
+	}
+	m := merge(recorders)
+	m.Took = took
+	if m.Calls == 0 && m.Errors > 0 {
+		return m, fmt.Errorf("bench: all %d calls failed, the last one with: %s", m.Errors, m.LastError)
+	}
+	return m, nil
+}
+
+func merge(recorders []*recorder) *Measurement {
+	m := &Measurement{Latency: NewHistogram()}
+	for _, r := range recorders {
+		m.Latency.Merge(r.latency)
+		m.Calls += r.calls
+		m.Commands += r.commands
+		m.Errors += r.errors
+		if r.lastError != nil {
+			m.LastError = r.lastError.Error()
+		}
+	}
+	return m
+}
+
+// drive calls until ctx is done. A call counts when it ended while measured.
+func drive(ctx context.Context, p *phases, s *schedule, call Call, r *recorder) {
+	for {
+		due := time.Now()
+		if s != nil {
+			var ok bool
+			if due, ok = s.next(ctx); !ok {
+				return
+			}
+		}
+		n, err := call(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if p.measured.Load() {
+			r.record(time.Since(due), n, err)
+		}
+	}
+}
+
+// schedule hands out the times at which calls are due, one every 1/rate s.
+type schedule struct {
+	start  time.Time
+	every  float64 // nanoseconds
+	ticket atomic.Int64
+}
+
+func newSchedule(rate float64, start time.Time) *schedule {
+	if rate <= 0 {
+		return nil
+	}
+	return &schedule{start: start, every: float64(time.Second) / rate}
+}
+
+// next waits until a call is due and returns when it was. It does not wait for
+// calls that are overdue already.
+func (s *schedule) next(ctx context.Context) (time.Time, bool) {
+	due := s.start.Add(time.Duration(float64(s.ticket.Add(1)-1) * s.every))
+	if wait := time.Until(due); wait > 0 {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return due, false
+		}
+	}
+	return due, ctx.Err() == nil
+}

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/metadata"
+
+	"conveyor.etl/router/bench"
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+)
+
+func newBenchCommand(a *app) *cobra.Command {
+	c := bench.Config{}
+	var mix, to string
+	var fill bool
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Put load on a running cluster and measure it",
+		Long: `Put load on a running cluster and measure throughput and latency.
+
+Clients call in a closed loop: each sends when its last call was answered. With
+--rate calls are due at fixed times and latencies count from then on, so that a
+stall of the cluster is not hidden by clients that wait with it. With --streams
+commits go over long-lived streams instead, many in flight.
+
+The commits are real: ids svc-000000000000 and so on, and sources bench-*, are
+written to the cluster. Use a cluster made for the purpose.`,
+		Example: `  router bench --clients 64 --conns 8 --duration 10s
+  router bench --mix checkpoint=20,read=80 --to all
+  router bench --streams 8 --in-flight 64 --batch 16
+  router bench --rate 5000 --duration 1m -o json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var err error
+			if c.Mix, err = bench.ParseMix(mix); err != nil {
+				return usageError{cmd, err}
+			}
+			ctx := cmd.Context()
+			if c.Endpoints, err = a.benchEndpoints(cmd, to); err != nil {
+				return err
+			}
+			c.EnsureDefaults()
+			if err := c.Validate(); err != nil {
+				return usageError{cmd, err}
+			}
+			if fill {
+				if err := bench.Fill(ctx, c.Endpoints[0], c.Keys, c.ValueBytes); err != nil {
+					return err
+				}
+			}
+			report, err := bench.Run(ctx, c)
+			if err != nil {
+				return err
+			}
+			if a.format == output.Table {
+				return report.Text(a.stdout)
+			}
+			return output.Document(a.stdout, a.format, report)
+		},
+	}
+	f := cmd.Flags()
+	f.IntVar(&c.Clients, "clients", 64, "callers, one call at a time each")
+	f.IntVar(&c.Conns, "conns", 8, "connections the clients or streams share")
+	f.IntVar(&c.Streams, "streams", 0, "commit over this many streams instead of single calls")
+	f.IntVar(&c.InFlight, "in-flight", 64, "commits in flight on each stream")
+	f.IntVar(&c.Batch, "batch", 1, "commits in one message of a stream, applied together or not at all")
+	f.StringVar(&mix, "mix", "checkpoint", "operations and their weights: checkpoint, offset, read, stale")
+	f.Float64Var(&c.Rate, "rate", 0, "calls due per second, in all; 0 = as fast as they are answered")
+	f.DurationVar(&c.Duration, "duration", 10*time.Second, "how long to measure")
+	f.DurationVar(&c.Warmup, "warmup", 2*time.Second, "load before the measurement")
+	f.IntVar(&c.Keys, "keys", 100_000, "distinct checkpoint ids")
+	f.IntVar(&c.ValueBytes, "value-size", 256, "bytes of checkpoint data")
+	f.DurationVar(&c.Deadline, "deadline", 0, "deadline of each call; 0 = none")
+	f.Uint64Var(&c.Seed, "seed", 1, "seed of ids and values")
+	f.StringVar(&to, "to", "given", "which nodes to call: given (those of --server), leader, all")
+	f.IntSliceVar(&c.Pids, "pids", nil, "server processes on this machine whose CPU time is shown")
+	f.BoolVar(&fill, "fill", false, "commit every id once before the measurement")
+	_ = cmd.RegisterFlagCompletionFunc("to", cobra.FixedCompletions([]string{"given", "leader", "all"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// benchEndpoints finds the client addresses the load goes to.
+func (a *app) benchEndpoints(cmd *cobra.Command, to string) ([]string, error) {
+	if to == "given" {
+		return a.servers, nil
+	}
+	if to != "leader" && to != "all" {
+		return nil, usageError{cmd, fmt.Errorf("--to %q is unknown; it is one of given, leader, all", to)}
+	}
+	var out []string
+	err := a.call(cmd, func(ctx context.Context, c *clients) error {
+		ctx = metadata.AppendToOutgoingContext(ctx, "conveyor-consistency", "stale")
+		st, err := c.Admin.GetClusterStatus(ctx, &adminpb.GetClusterStatusRequest{})
+		if err != nil {
+			return err
+		}
+		for _, n := range st.GetNodes() {
+			if n.GetClientAddress() != "" && (to == "all" || n.GetNodeId() == st.GetLeaderId()) {
+				out = append(out, n.GetClientAddress())
+			}
+		}
+		return nil
+	})
+	if err == nil && len(out) == 0 {
+		err = fmt.Errorf("the cluster names no client address for --to %s; give the nodes with --server", to)
+	}
+	return out, err
+}
