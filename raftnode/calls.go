@@ -80,5 +80,6 @@ func NotDone(err error) bool {
 	var notLeader *NotLeaderError
 	return errors.As(err, &notLeader) ||
 		errors.Is(err, ErrNoLeader) || errors.Is(err, ErrStopping) || errors.Is(err, ErrBusy) ||
-		errors.Is(err, ErrTooLarge) || errors.Is(err, ErrOverwritten) || errors.Is(err, ErrMembershipPending)
+		errors.Is(err, ErrTooLarge) || errors.Is(err, ErrOverwritten) ||
+		errors.Is(err, ErrMembershipPending) || errors.Is(err, ErrMembershipRefused)
 }

@@ -93,6 +93,7 @@ func (l *loop) run(stop <-chan struct{}) error {
 // wants done. Any error is final.
 func (l *loop) turn(tick bool) error {
 	l.now = l.cfg.Clock.Now()
+	was := l.leading()
 	l.in.swap(&l.lanes)
 	for _, m := range l.lanes.local {
 		if err := l.stepLocal(m); err != nil {
@@ -117,6 +118,13 @@ func (l *loop) turn(tick bool) error {
 	l.propose()
 	l.serveReads()
 	l.drain()
+	if l.readsDue() || was && !l.leading() {
+		// What was just handed out changed what can be done for those who wait;
+		// without a second look they would wait for the next tick.
+		l.propose()
+		l.serveReads()
+		l.drain()
+	}
 	return nil
 }
 

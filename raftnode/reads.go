@@ -52,11 +52,7 @@ func (l *loop) serveReads() {
 	} else if !r.flight.issued.IsZero() && l.now.Sub(r.flight.issued) < l.cfg.ReadRetry {
 		return
 	}
-	// A leader may hand out its commit index only after it has committed an
-	// entry of its own term. Raft sees to that, except in a group of one voter:
-	// there it answers at once, and after a restart, when the commit index on
-	// disk is older than the log, the answer would hide acknowledged commands.
-	if l.leader == 0 || l.leading() && !l.termCommitted() {
+	if !l.canAsk() {
 		return
 	}
 	r.lastID++
@@ -68,7 +64,27 @@ func (l *loop) serveReads() {
 	l.rn.ReadIndex(binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, l.cfg.Incarnation), r.lastID))
 }
 
-// reissueReads makes the batch in flight be asked again, after a leader change.
+// canAsk reports whether somebody can answer a read.
+//
+// A leader may hand out its commit index only after it has committed an entry of
+// its own term. Raft sees to that, except in a group of one voter: there it
+// answers at once, and after a restart, when the commit index on disk is older
+// than the log, the answer would hide acknowledged commands.
+func (l *loop) canAsk() bool {
+	return l.leader != 0 && (!l.leading() || l.termCommitted())
+}
+
+// readsDue reports whether serveReads would ask now.
+func (l *loop) readsDue() bool {
+	r := &l.reads
+	waiting := len(r.next.calls) > 0
+	if len(r.flight.calls) > 0 {
+		waiting = r.flight.issued.IsZero()
+	}
+	return waiting && l.canAsk()
+}
+
+// reissue makes the batch in flight be asked again, after a leader change.
 func (r *reads) reissue() { r.flight.issued = time.Time{} }
 
 // readStates takes raft's answers.
