@@ -158,7 +158,13 @@ func (l *loop) stepPeer(it *peerItem) {
 		l.stepSnapshot(it)
 		return
 	case raftpb.MsgReadIndex:
-		if l.leading() && !l.termCommitted() {
+		if !l.leading() {
+			// Raft would pass it on to the leader in the asker's name. The next
+			// node takes that for a forgery, or, when it is the asker itself,
+			// for nonsense. The asker hears of the change and asks again.
+			return
+		}
+		if !l.termCommitted() {
 			// See serveReads.
 			if len(l.heldReads) < 1024 {
 				l.heldReads = append(l.heldReads, m)

@@ -194,7 +194,9 @@ func (l *loop) checkChange(c Change) error {
 		if c.Replaces != 0 && !slices.Contains(cs.GetVoters(), c.Replaces) {
 			return refuse("node %d, which it would replace, is not a voter", c.Replaces)
 		}
-		if lag, known := l.lag(c.ID); !known || lag > l.cfg.PromoteMaxLag {
+		if lag, known := l.lag(c.ID); !known {
+			return refuse("it does not follow the log yet")
+		} else if lag > l.cfg.PromoteMaxLag {
 			return refuse("it still lacks %d entries (at most %d may be missing)", lag, l.cfg.PromoteMaxLag)
 		}
 	case Remove:
@@ -215,13 +217,14 @@ func (l *loop) checkChange(c Change) error {
 	return l.checkQuorum(c, refuse)
 }
 
-// lag returns how many entries a member lacks.
+// lag returns how many entries a member lacks; false when that is not known
+// because it does not answer, or is not yet receiving the log.
 func (l *loop) lag(id uint64) (uint64, bool) {
 	var match uint64
 	known := false
 	l.rn.WithProgress(func(i uint64, _ raft.ProgressType, pr tracker.Progress) {
 		if i == id {
-			match, known = pr.Match, pr.RecentActive
+			match, known = pr.Match, pr.RecentActive && pr.State == tracker.StateReplicate
 		}
 	})
 	if match >= l.commit {
