@@ -30,7 +30,9 @@ func (t *tx) putPipeline(c *commandpb.PutPipeline) *commandpb.Rejection {
 	}
 	body, err := encode(spec)
 	if err != nil {
-		return invalid(subject, "it cannot be stored: %v", err)
+		// Not the error's text: protobuf words it differently in each build,
+		// and a remembered result is part of the state.
+		return invalid(subject, "it cannot be stored: a text in it is not valid UTF-8")
 	}
 	if len(body) > maxSpecBytes {
 		return limit(subject, "it is %d bytes long, at most %d are allowed", len(body), maxSpecBytes)

@@ -11,15 +11,18 @@ import (
 )
 
 // NormalizeName returns the form in which service names are compared: lower
-// case without '-', '_' and '.'.
+// case without '-', '_' and '.'. Only A to Z are lowered: other letters by the
+// tables of the Go release, which index entries must not depend on.
 func NormalizeName(s string) string {
 	return strings.Map(func(r rune) rune {
-		switch r {
-		case '-', '_', '.':
+		switch {
+		case r == '-', r == '_', r == '.':
 			return -1
+		case r >= 'A' && r <= 'Z':
+			return r + 'a' - 'A'
 		}
 		return r
-	}, strings.ToLower(s))
+	}, s)
 }
 
 func checkMap(what string, m map[string]string) *commandpb.Rejection {
@@ -77,7 +80,7 @@ func (t *tx) saveService(prev, next *commandpb.Service) *commandpb.Rejection {
 	next.ModRevision = t.index
 	v, err := encode(next)
 	if err != nil {
-		return invalid("service "+next.ServiceId, "it cannot be stored: %v", err)
+		return invalid("service "+next.ServiceId, "it cannot be stored: a text in it is not valid UTF-8")
 	}
 	var before proto.Message
 	if prev != nil {
