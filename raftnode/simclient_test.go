@@ -37,12 +37,21 @@ type simClient struct {
 	id   int
 	hint uint64
 	op   *simOp
+	// waiting: the next act is on its way.
+	waiting bool
 }
 
-func (c *simClient) next() { c.sim.at(nil, c.sim.between(0, c.sim.prof.think), c.act) }
+// next has the client act again after a while.
+func (c *simClient) next() {
+	if !c.waiting {
+		c.waiting = true
+		c.sim.at(nil, c.sim.between(c.sim.prof.think/10, c.sim.prof.think), c.act)
+	}
+}
 
 func (c *simClient) act() {
 	s := c.sim
+	c.waiting = false
 	if s.calm || c.op != nil {
 		return
 	}
@@ -102,14 +111,14 @@ func (c *simClient) propose(n *simNode) {
 	op := &simOp{node: n, life: n.life, cmd: s.oracle.newCommand(), floor: s.oracle.known}
 	c.op = op
 	s.stats.proposed++
-	s.outstanding++
+	n.pending++
 	data := simCommand(op.cmd, s.rng.IntN(s.prof.ballast))
 	n.node.ProposeFunc(data, func(r Result, err error) {
 		if op.done {
 			s.violate("answers", "command %d was answered twice", op.cmd)
 		}
 		op.done = true
-		s.outstanding--
+		n.pending--
 		s.settled(n, op, r, err)
 		if c.op == op {
 			c.op = nil

@@ -36,7 +36,6 @@ type simNode struct {
 
 	node    *Node // nil while down
 	workers []*simWorker
-	ticks   bool
 
 	// fuse counts down crash points, zero is none; frozen is the disk as it
 	// was when the fuse burnt down.
@@ -51,6 +50,8 @@ type simNode struct {
 	clock int64
 	rate  int
 
+	// pending counts the commands this life owes an answer.
+	pending int
 	// What the oracle has already looked at.
 	seenCommit, seenTerm uint64
 	ghosts               []*raftpb.Message
@@ -92,7 +93,7 @@ func (n *simNode) start() {
 	}
 	n.life++
 	n.diskBroken = false
-	n.seenCommit, n.seenTerm = 0, 0
+	n.seenCommit, n.seenTerm, n.pending = 0, 0, 0
 	n.log.node, n.machine.node = n, n
 	s.oracle.restored(n, &n.machine.mem, "its own disk")
 	n.fs = errorfs.Wrap(n.files, errorfs.InjectorFunc(func(op errorfs.Op) error {
@@ -280,14 +281,17 @@ func (n *simNode) stop(failed bool) {
 	}
 	n.node.resolve()
 	s.event(n, "stop")
+	if n.pending != 0 {
+		s.violate("answers", "n%d stopped and left %d commands without an answer", n.id, n.pending)
+	}
 	if !failed {
 		for range s.rng.IntN(3) {
-			if _, err := n.node.appender.step(); err != nil {
+			if _, err := n.node.appender.step(); err != nil && !n.diskBroken {
 				s.violate("failure", "n%d gave up while stopping: %v", n.id, err)
 			}
 		}
 		for range s.rng.IntN(3) {
-			if _, err := n.node.applier.step(); err != nil {
+			if _, err := n.node.applier.step(); err != nil && !n.diskBroken {
 				s.violate("failure", "n%d gave up while stopping: %v", n.id, err)
 			}
 		}
