@@ -2,9 +2,8 @@ package rpc
 
 import (
 	"context"
-	"time"
-
 	"sync"
+	"time"
 
 	"conveyor.etl/router/rpc/peerpb"
 )
@@ -67,6 +66,12 @@ func (b *Beats) Touch(sidecarID, serviceID string) {
 		}
 	}
 }
+
+// Sidecar takes one heartbeat of a sidecar.
+func (b *Beats) Sidecar(id string) { b.Touch(id, "") }
+
+// Service takes one heartbeat of a service.
+func (b *Beats) Service(id string) { b.Touch("", id) }
 
 // Lost counts heartbeats that found the collector full.
 func (b *Beats) Lost() uint64 {

@@ -27,7 +27,7 @@ func (s *PeerServer) Forward(stream peerpb.Peer_ForwardServer) error {
 		return err
 	}
 	from := in.hello.GetNodeId()
-	done, err := s.greet(in.hello)
+	done, err := s.greet(in.hello, false)
 	if err != nil {
 		return err
 	}

@@ -183,7 +183,7 @@ func (s *PeerServer) SendImage(stream peerpb.Peer_SendImageServer) error {
 		return err
 	}
 	from := first.GetHello().GetNodeId()
-	done, err := s.greet(first.GetHello())
+	done, err := s.greet(first.GetHello(), false)
 	if err != nil {
 		return err
 	}
@@ -248,7 +248,7 @@ func (s *PeerServer) finishImage(stream peerpb.Peer_SendImageServer, r *snap.Rec
 
 // FetchImage implements peerpb.PeerServer.
 func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Peer_FetchImageServer) error {
-	done, err := s.greet(req.GetHello())
+	done, err := s.greet(req.GetHello(), false)
 	if err != nil {
 		return err
 	}

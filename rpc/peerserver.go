@@ -58,14 +58,14 @@ func NewPeerServer(c PeerServerConfig) (*PeerServer, error) {
 	return &PeerServer{c: c, self: c.Transport.o.Identity}, nil
 }
 
-// greet checks the greeting h of a stream. The caller calls done when the
-// stream ends.
-func (s *PeerServer) greet(h *peerpb.Hello) (done func(), err error) {
+// greet checks the greeting h of a stream; answer is that of
+// PeerTransport.greeted. The caller calls done when the stream ends.
+func (s *PeerServer) greet(h *peerpb.Hello, answer bool) (done func(), err error) {
 	if err := s.self.check(h, 0); err != nil {
 		s.refused(err)
 		return nil, Status(err).Err()
 	}
-	if done, err = s.c.Transport.greeted(h); err != nil {
+	if done, err = s.c.Transport.greeted(h, answer); err != nil {
 		s.refused(err)
 		return nil, Status(err).Err()
 	}
@@ -85,7 +85,7 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 		return err
 	}
 	from := in.hello.GetNodeId()
-	done, err := s.greet(in.hello)
+	done, err := s.greet(in.hello, true)
 	if err != nil {
 		return err
 	}

@@ -257,7 +257,10 @@ func (t *PeerTransport) startLocked(id uint64, addr string) *peer {
 // may be the one whose membership is old, and the unknown one the leader that
 // will tell it. To be told, it must be able to answer. raft itself keeps a
 // removed node that tries to lead from disturbing (PreVote, CheckQuorum).
-func (t *PeerTransport) greeted(h *peerpb.Hello) (done func(), err error) {
+//
+// answer says that the stream is one of raft messages, whose answers need a
+// stream of this node's own.
+func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	id := h.GetNodeId()
@@ -269,6 +272,9 @@ func (t *PeerTransport) greeted(h *peerpb.Hello) (done func(), err error) {
 			"erase its data directory and add it again with a new id", id)}
 	}
 	p := t.peers[id]
+	if p == nil && !answer {
+		return func() {}, nil
+	}
 	if p == nil {
 		if h.GetPeerAddr() == "" {
 			return nil, &RefusedError{Peer: id, Reason: fmt.Sprintf(
