@@ -10,6 +10,7 @@ import (
 
 	"conveyor.etl/router/manifest"
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 )
 
@@ -100,13 +101,13 @@ func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected 
 	id := p.GetId()
 	before, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
 	if err != nil {
-		return "", fmt.Errorf("pipeline %s was not applied: %w", id, err)
+		return "", about("pipeline "+id, err)
 	}
 	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
 		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
 	})
 	if err != nil {
-		return "", fmt.Errorf("pipeline %s: %w", id, err)
+		return "", about("pipeline "+id, err)
 	}
 	if !reply.GetSuccess() {
 		text := reply.GetError()
@@ -151,6 +152,9 @@ With -o yaml or -o json the pipelines are printed as the cluster would store the
 			configs := make([]*adminpb.PipelineConfig, len(set.Pipelines))
 			for i, p := range set.Pipelines {
 				configs[i] = p.Config
+				for _, v := range rpc.CheckPipeline(p.Config) {
+					faults = append(faults, manifest.Fault{Where: p.Where, Text: "pipeline " + p.Config.GetId() + ": " + v})
+				}
 			}
 			if len(faults) > 0 {
 				return checkFailed(faults)

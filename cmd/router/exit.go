@@ -42,6 +42,26 @@ type codedError struct {
 func (e codedError) Error() string { return e.err.Error() }
 func (e codedError) Unwrap() error { return e.err }
 
+// callError is a failed call about one of several objects.
+type callError struct {
+	subject string
+	st      *status.Status
+}
+
+func (e callError) Error() string { return e.subject + ": " + e.st.Message() }
+
+// GRPCStatus lets exitCode and explain see the code of the call.
+func (e callError) GRPCStatus() *status.Status { return status.New(e.st.Code(), e.Error()) }
+
+// about says which object a failed call was about, without the ornaments gRPC
+// puts around a message.
+func about(subject string, err error) error {
+	if st, ok := status.FromError(err); ok {
+		return callError{subject, st}
+	}
+	return fmt.Errorf("%s: %w", subject, err)
+}
+
 // silentError ends the process with its code after the command itself has
 // printed everything there is to say.
 type silentError struct{ code int }

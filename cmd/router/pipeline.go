@@ -148,7 +148,7 @@ func newPipelineDeleteCommand(a *app) *cobra.Command {
 					reply, err := c.Admin.DeletePipeline(ctx, &adminpb.DeletePipelineRequest{PipelineId: id, ExpectedVersion: expected})
 					switch {
 					case err != nil:
-						errs = append(errs, fmt.Errorf("pipeline %s: %w", id, err))
+						errs = append(errs, about("pipeline "+id, err))
 					case !reply.GetSuccess():
 						errs = append(errs, refused("pipeline "+id+" was not deleted", reply.GetError(), expected != nil))
 					case !reply.GetExisted() && !missingOK:
@@ -189,9 +189,9 @@ func newPipelineEnableCommand(a *app, enable bool) *cobra.Command {
 					done, text, err := setEnabled(ctx, c, id, enable, expected)
 					switch {
 					case err != nil:
-						errs = append(errs, fmt.Errorf("pipeline %s: %w", id, err))
+						errs = append(errs, about("pipeline "+id, err))
 					case !done:
-						errs = append(errs, refused("pipeline "+id+" was not changed", text, expected != nil))
+						errs = append(errs, notEnabled(ctx, c, id, text, expected != nil))
 					default:
 						fmt.Fprintf(a.stdout, "pipeline %s %sd\n", id, verb)
 					}
@@ -211,6 +211,16 @@ func setEnabled(ctx context.Context, c *clients, id string, enable bool, expecte
 	}
 	reply, err := c.Admin.DisablePipeline(ctx, &adminpb.DisablePipelineRequest{PipelineId: id, Drain: true, ExpectedVersion: expected})
 	return reply.GetSuccess(), reply.GetError(), err
+}
+
+// notEnabled explains a refusal. The reply carries a text only, so that a
+// missing pipeline is told from the rest by looking for it.
+func notEnabled(ctx context.Context, c *clients, id, text string, conditional bool) error {
+	reply, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
+	if err == nil && !reply.GetFound() {
+		return notFound("there is no pipeline %q; nothing was changed", id)
+	}
+	return refused("pipeline "+id+" was not changed", text, conditional)
 }
 
 // expectedVersion returns the --if-version of a command about count objects.

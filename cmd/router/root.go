@@ -33,6 +33,7 @@ type app struct {
 func constructors() []func(*app) *cobra.Command {
 	return []func(*app) *cobra.Command{
 		newServeCommand,
+		newDevCommand,
 		newConfigCommand,
 		newPipelineCommand,
 		newSidecarCommand,

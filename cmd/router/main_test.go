@@ -1,0 +1,175 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"conveyor.etl/router/config"
+	"conveyor.etl/router/server"
+)
+
+// TestMain lets scripts run this very program as "router".
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"router": func() {
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+			code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Environ())
+			stop()
+			os.Exit(code)
+		},
+	})
+}
+
+// Goal: the commands do, print and exit as documented. Method: each script in
+// testdata/script runs them against a real node of its own, whose client address
+// is in the environment; $ADDR1 to $ADDR4 are free addresses.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			for i := 1; i <= 4; i++ {
+				addr, err := freeAddr()
+				if err != nil {
+					return err
+				}
+				env.Setenv(fmt.Sprintf("ADDR%d", i), addr)
+			}
+			examples, err := filepath.Abs("../../examples")
+			if err != nil {
+				return err
+			}
+			env.Setenv("EXAMPLES", examples)
+			s, err := startNode(filepath.Join(env.WorkDir, "node"))
+			if err != nil {
+				return err
+			}
+			env.Defer(func() {
+				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+				defer cancel()
+				if err := s.Stop(ctx); err != nil {
+					env.T().Log(err)
+				}
+			})
+			env.Setenv("CONVEYOR_ROUTER_SERVER", s.Addr())
+			return nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exitcode": exitCodeOf,
+			"await":    await,
+			"damage":   damage,
+		},
+	})
+}
+
+// freeAddr returns an address below the ports that systems give to whoever asks
+// for any: those could be taken before the node of a script listens.
+func freeAddr() (string, error) {
+	for range 1000 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String(), nil
+		}
+	}
+	return "", errors.New("no free port found")
+}
+
+func startNode(dir string) (*server.Server, error) {
+	loaded, err := config.Load(config.Input{Environ: []string{
+		"CONVEYOR_ROUTER_NODE_ID=1", "CONVEYOR_ROUTER_DATA_DIR=" + dir,
+		"CONVEYOR_ROUTER_LISTEN_ADDR=127.0.0.1:0", "CONVEYOR_ROUTER_RAFT_ADDR=127.0.0.1:0",
+	}})
+	if err != nil {
+		return nil, err
+	}
+	s := server.New(loaded.Config, server.Options{})
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := s.Start(ctx); err != nil {
+		return nil, err
+	}
+	_, err = s.Node().ReadIndex(ctx)
+	return s, err
+}
+
+// exitCodeOf runs a program and demands an exit code: exitcode N PROGRAM ARGS.
+func exitCodeOf(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exitcode N program args...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	got := "0"
+	if err != nil {
+		got = strings.TrimPrefix(err.Error(), "exit status ")
+	}
+	if got != args[0] {
+		ts.Fatalf("exit code %s, want %s", got, args[0])
+	}
+}
+
+// await repeats a program until it succeeds: await PROGRAM ARGS.
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	deadline := time.NewTimer(20 * time.Second)
+	defer deadline.Stop()
+	pause := time.NewTicker(50 * time.Millisecond)
+	defer pause.Stop()
+	for {
+		err := ts.Exec(args[0], args[1:]...)
+		if err == nil {
+			return
+		}
+		select {
+		case <-pause.C:
+		case <-deadline.C:
+			ts.Fatalf("%v did not succeed: %v", args, err)
+		}
+	}
+}
+
+// damage inverts one byte of a file: damage FILE OFFSET.
+func damage(ts *testscript.TestScript, neg bool, args []string) {
+	offset, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	raw := []byte(ts.ReadFile(args[0]))
+	raw[offset] ^= 0xff
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), raw, 0o600))
+}
+
+// Every command has help, every flag of a command too.
+func TestHelpIsComplete(t *testing.T) {
+	a := &app{}
+	var walk func(path string)
+	root := newRootCommand(a)
+	seen := 0
+	walk = func(path string) {
+		cmd, _, err := root.Find(strings.Fields(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, sub := range cmd.Commands() {
+			if sub.Short == "" {
+				t.Errorf("%s has no help", sub.CommandPath())
+			}
+			seen++
+			walk(path + " " + sub.Name())
+		}
+	}
+	walk("")
+	if seen < 30 {
+		t.Errorf("only %d commands found", seen)
+	}
+}
