@@ -232,6 +232,21 @@ func (n *Node) Running() bool {
 	return n.cmd != nil
 }
 
+// exitedItself tells whether the process ended without being told to.
+func (n *Node) exitedItself() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cmd == nil {
+		return false
+	}
+	select {
+	case <-n.exited:
+		return true
+	default:
+		return false
+	}
+}
+
 // PID returns the process id of a running node.
 func (n *Node) PID() int {
 	n.mu.Lock()
@@ -289,6 +304,9 @@ func (c *Cluster) WaitServing(nodes ...*Node) {
 	c.t.Helper()
 	for _, n := range nodes {
 		eventually(c.t, 60*time.Second, fmt.Sprintf("node %d serves", n.ID), func(ctx context.Context) error {
+			if n.exitedItself() {
+				c.t.Fatalf("node %d ended by itself: %v\n%s", n.ID, n.exitErr, n.log)
+			}
 			_, err := n.Admin().ListPipelines(ctx, &adminpb.ListPipelinesRequest{})
 			return err
 		})
@@ -463,11 +481,11 @@ var (
 	buildErr  error
 )
 
-// binary returns the router under test: CONVEYOR_ROUTER_BIN when set, else one
+// binary returns the router under test: CONVEYOR_E2E_BIN when set, else one
 // built from this checkout for this test run.
 func binary(t testing.TB) string {
 	t.Helper()
-	if b := os.Getenv("CONVEYOR_ROUTER_BIN"); b != "" {
+	if b := os.Getenv("CONVEYOR_E2E_BIN"); b != "" {
 		return b
 	}
 	buildOnce.Do(func() {

@@ -53,7 +53,7 @@ func TestRandomKillsLoseNothing(t *testing.T) {
 	t.Logf("%d kills", kills)
 	c.WaitServing(c.Nodes...)
 	load.Stop()
-	load.FinalReads(c, 4)
+	load.FinalReads(c, 8)
 	load.Check(c)
 	c.WaitSameState()
 }
@@ -99,7 +99,7 @@ func TestRandomPartitionsLoseNothing(t *testing.T) {
 	}
 	c.WaitServing(c.Nodes...)
 	load.Stop()
-	load.FinalReads(c, 4)
+	load.FinalReads(c, 8)
 	load.Check(c)
 	c.WaitSameState()
 }

@@ -5,6 +5,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -107,6 +108,9 @@ func outcome(err error) Known {
 	}
 }
 
-// definite tells the server's own UNAVAILABLE, which carries details, from the
-// one that gRPC makes up when a connection breaks in the middle of a call.
-func definite(st *status.Status) bool { return len(st.Details()) > 0 }
+// definite tells the server's own UNAVAILABLE, which carries details, and the
+// one of a connection that could not be made from the one that gRPC makes up
+// when a connection breaks in the middle of a call.
+func definite(st *status.Status) bool {
+	return len(st.Details()) > 0 || strings.Contains(st.Message(), "Error while dialing")
+}

@@ -18,7 +18,9 @@ type PipelineOp struct {
 
 // PipelineOut is what the call answered. A refused put or delete has OK false.
 type PipelineOut struct {
-	OK      bool
+	OK bool
+	// Absent: a delete found nothing to delete, whatever version it expected.
+	Absent  bool
 	Version uint64
 	Tag     string
 }
@@ -52,6 +54,12 @@ func PipelineModel() porcupine.Model {
 			out := output.(PipelineOut)
 			if in.Tag == "" && !in.Delete { // read
 				if out.Version == s.version && out.Tag == s.tag {
+					return []any{s}
+				}
+				return nil
+			}
+			if in.Delete && (out.Absent || s.version == 0) {
+				if out.OK && out.Absent && s.version == 0 {
 					return []any{s}
 				}
 				return nil
