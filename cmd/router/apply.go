@@ -67,7 +67,7 @@ first that failed.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			set, err := from.load(cmd, a)
 			if err != nil {
-				return fmt.Errorf("%w\nNothing was applied.", err)
+				return fmt.Errorf("nothing was applied: %w", err)
 			}
 			if len(set.Pipelines) == 0 {
 				return errors.New("the files declare no pipeline; nothing was applied")

@@ -16,8 +16,14 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/rpc/routerpb/checkpointpb"
+	"conveyor.etl/router/rpc/routerpb/commonpb"
+	"conveyor.etl/router/rpc/routerpb/registrypb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 	"conveyor.etl/router/server"
 )
 
@@ -71,6 +77,7 @@ func TestScripts(t *testing.T) {
 			"exitcode": exitCodeOf,
 			"await":    await,
 			"damage":   damage,
+			"populate": populate,
 		},
 	})
 }
@@ -147,6 +154,47 @@ func damage(ts *testscript.TestScript, neg bool, args []string) {
 	raw := []byte(ts.ReadFile(args[0]))
 	raw[offset] ^= 0xff
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), raw, 0o600))
+}
+
+// populate plays the part of a pod: its sidecar offers the services of the
+// example pipeline orders, and one of its services is a member of a group and
+// has saved a checkpoint.
+func populate(ts *testscript.TestScript, neg bool, args []string) {
+	conn, err := grpc.NewClient("passthrough:///"+ts.Getenv("CONVEYOR_ROUTER_SERVER"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	ts.Check(err)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	local := func(name string, kind sidecarpb.ServiceType) *sidecarpb.LocalService {
+		return &sidecarpb.LocalService{ServiceName: name, ServiceType: kind, LocalEndpoint: "127.0.0.1:9000"}
+	}
+	_, err = sidecarpb.NewSidecarCoordinatorClient(conn).RegisterSidecar(ctx, &sidecarpb.RegisterSidecarRequest{
+		SidecarId: "default/pod-1", PodName: "pod-1", Namespace: "default", SidecarEndpoint: "10.0.0.1:50053",
+		LocalServices: []*sidecarpb.LocalService{
+			local("KafkaOrders", sidecarpb.ServiceType_SERVICE_TYPE_SOURCE),
+			local("filter_valid", sidecarpb.ServiceType_SERVICE_TYPE_TRANSFORM),
+			local("enrich-customer", sidecarpb.ServiceType_SERVICE_TYPE_TRANSFORM),
+			local("s3archive", sidecarpb.ServiceType_SERVICE_TYPE_SINK),
+		},
+	})
+	ts.Check(err)
+	registry := registrypb.NewServiceRegistryClient(conn)
+	_, err = registry.Register(ctx, &registrypb.RegisterRequest{
+		Identity:  &commonpb.ServiceIdentity{ServiceId: "svc-1", Name: "s3archive", ServiceType: commonpb.ServiceType_SERVICE_TYPE_SINK},
+		Endpoint:  &commonpb.Endpoint{Host: "10.0.0.1", Port: 9000},
+		Metadata:  &registrypb.ServiceMetadata{Labels: map[string]string{"zone": "a"}},
+		SidecarId: "default/pod-1",
+	})
+	ts.Check(err)
+	_, err = registry.JoinGroup(ctx, &registrypb.JoinGroupRequest{ServiceId: "svc-1", GroupId: "archivers", StageId: "orders-sink", PartitionCount: 6})
+	ts.Check(err)
+	checkpoints := checkpointpb.NewCheckpointServiceClient(conn)
+	_, err = checkpoints.SaveCheckpoint(ctx, &checkpointpb.SaveCheckpointRequest{ServiceId: "svc-1", CheckpointId: "c-1", Data: []byte("state"),
+		SourceOffsets: map[string]*checkpointpb.PartitionOffsets{"orders": {Offsets: map[uint32]uint64{3: 30, 1: 10}}}})
+	ts.Check(err)
+	_, err = checkpoints.CommitGroupOffset(ctx, &checkpointpb.CommitGroupOffsetRequest{GroupId: "archivers", SourceId: "orders", Partition: 2, Offset: 20})
+	ts.Check(err)
 }
 
 // Every command has help, every flag of a command too.
