@@ -34,7 +34,7 @@ func TestGolden(t *testing.T) {
 	inputs, _ := filepath.Glob("testdata/*.yaml")
 	examples, _ := filepath.Glob("../examples/*.*")
 	for _, in := range append(inputs, examples...) {
-		if strings.HasSuffix(in, ".md") {
+		if !isManifest(filepath.Base(in)) {
 			continue
 		}
 		t.Run(filepath.Base(in), func(t *testing.T) {

@@ -182,12 +182,21 @@ func blockStyle(n *yaml.Node) {
 			n.Style &^= yaml.FlowStyle
 		}
 	case yaml.ScalarNode:
-		// The encoder quotes again where a plain scalar would read differently.
-		if n.Tag == "!!str" {
+		// The encoder quotes again where a plain scalar would read differently,
+		// but for the words only older YAML takes for booleans.
+		if n.Tag == "!!str" && !oldBoolean(n.Value) {
 			n.Style = 0
 		}
 	}
 	for _, c := range n.Content {
 		blockStyle(c)
 	}
+}
+
+func oldBoolean(s string) bool {
+	switch strings.ToLower(s) {
+	case "y", "n", "yes", "no", "on", "off":
+		return true
+	}
+	return false
 }
