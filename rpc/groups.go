@@ -30,12 +30,9 @@ func (a *registryAPI) JoinGroup(ctx context.Context, req *registrypb.JoinGroupRe
 	if n := req.GetPartitionCount(); n > MaxPartitions {
 		return nil, invalid("partition_count", "%d, the limit is %d", n, MaxPartitions)
 	}
-	count := req.GetPartitionCount()
-	if count == 0 {
-		var err error
-		if count, err = a.partitionCount(ctx, req.GetGroupId(), req.GetStageId()); err != nil {
-			return nil, err
-		}
+	count, err := a.partitionCount(ctx, req)
+	if err != nil {
+		return nil, err
 	}
 	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_JoinGroup{JoinGroup: &commandpb.JoinGroup{
 		ServiceId:      req.ServiceId,
@@ -60,14 +57,28 @@ func (a *registryAPI) JoinGroup(ctx context.Context, req *registrypb.JoinGroupRe
 }
 
 // partitionCount decides how many partitions a group gets that does not exist
-// yet: the parallelism of the stage it reads for, else the default. The state
-// machine keeps the count of a group that exists.
-func (a *registryAPI) partitionCount(ctx context.Context, group, stage string) (uint32, error) {
+// yet: the number asked for, else the parallelism of the stage it reads for,
+// else the default. The state machine keeps the count of a group that exists.
+//
+// It refuses a service that is not registered: nobody would notice when it dies,
+// and its partitions would stay with it for ever.
+func (a *registryAPI) partitionCount(ctx context.Context, req *registrypb.JoinGroupRequest) (uint32, error) {
+	group, stage := req.GroupId, req.GetStageId()
 	v, err := a.view(ctx)
 	if err != nil {
 		return 0, err
 	}
 	defer v.Close()
+	s, err := v.Service(req.ServiceId)
+	if err != nil {
+		return 0, err
+	}
+	if s == nil {
+		return 0, errUnknownService(req.ServiceId)
+	}
+	if req.GetPartitionCount() > 0 {
+		return req.PartitionCount, nil
+	}
 	g, err := v.Group(group)
 	if err != nil {
 		return 0, err

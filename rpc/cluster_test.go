@@ -1,0 +1,189 @@
+package rpc
+
+import (
+	"bytes"
+	"slices"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+	"conveyor.etl/router/rpc/routerpb/checkpointpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+	"conveyor.etl/router/rpc/routerpb/registrypb"
+)
+
+func TestSidecarLists(t *testing.T) {
+	a := newAPI(t)
+	a.create(chain("p", "x", "y"))
+	for _, id := range []string{"a/1", "a/2", "b/1", "b/2", "b/3"} {
+		a.node.must(t, &commandpb.Command{Op: &commandpb.Command_RegisterSidecar{RegisterSidecar: &commandpb.RegisterSidecar{
+			Sidecar: &commandpb.Sidecar{SidecarId: id, Namespace: id[:1], Endpoint: "h:1"},
+		}}})
+	}
+	a.assign("b/2", "p")
+	var all []string
+	token := ""
+	for {
+		resp, err := a.cluster.ListSidecars(a.ctx(), &clusterpb.ListSidecarsRequest{Namespace: "b", PageSize: 2, PageToken: token})
+		noError(t, err)
+		for _, s := range resp.Sidecars {
+			all = append(all, s.SidecarId)
+			if (len(s.Assignments) == 1) != (s.SidecarId == "b/2") || s.State != clusterpb.SidecarState_SIDECAR_STATE_ALIVE {
+				t.Fatal(s)
+			}
+		}
+		if token = resp.NextPageToken; token == "" {
+			break
+		}
+	}
+	if !slices.Equal(all, []string{"b/1", "b/2", "b/3"}) {
+		t.Fatal(all)
+	}
+	one, err := a.cluster.GetSidecar(a.ctx(), &clusterpb.GetSidecarRequest{SidecarId: "b/2"})
+	noError(t, err)
+	if !one.Found || one.Sidecar.Assignments[0].PipelineId != "p" {
+		t.Fatal(one)
+	}
+	none, err := a.cluster.GetSidecar(a.ctx(), &clusterpb.GetSidecarRequest{SidecarId: "b/9"})
+	noError(t, err)
+	if none.Found || none.Revision == 0 {
+		t.Fatal(none)
+	}
+	for i := range 2 {
+		gone, err := a.cluster.DeregisterSidecar(a.ctx(), &clusterpb.DeregisterSidecarRequest{SidecarId: "b/2"})
+		noError(t, err)
+		if gone.Existed != (i == 0) {
+			t.Fatal(gone)
+		}
+	}
+}
+
+func TestGroupLists(t *testing.T) {
+	a := newAPI(t)
+	a.register(registration("svc", "x"))
+	for _, g := range []string{"g1", "g2", "g3"} {
+		_, err := a.registry.JoinGroup(a.ctx(), &registrypb.JoinGroupRequest{ServiceId: "svc", GroupId: g, PartitionCount: 2})
+		noError(t, err)
+	}
+	resp, err := a.cluster.ListGroups(a.ctx(), &clusterpb.ListGroupsRequest{PageSize: 2})
+	noError(t, err)
+	if len(resp.Groups) != 2 || resp.NextPageToken != "g2" {
+		t.Fatal(resp)
+	}
+	resp, err = a.cluster.ListGroups(a.ctx(), &clusterpb.ListGroupsRequest{PageSize: 2, PageToken: "g2"})
+	noError(t, err)
+	if len(resp.Groups) != 1 || resp.NextPageToken != "" {
+		t.Fatal(resp)
+	}
+	one, err := a.cluster.GetGroup(a.ctx(), &clusterpb.GetGroupRequest{GroupId: "g1"})
+	noError(t, err)
+	if !one.Found || one.Group.PartitionCount != 2 || len(one.Group.Members[0].Partitions) != 2 {
+		t.Fatal(one)
+	}
+	none, err := a.cluster.GetGroup(a.ctx(), &clusterpb.GetGroupRequest{GroupId: "g9"})
+	noError(t, err)
+	if none.Found {
+		t.Fatal(none)
+	}
+}
+
+func TestStateHash(t *testing.T) {
+	a := newAPI(t)
+	hash := func() *clusterpb.GetStateHashResponse {
+		t.Helper()
+		resp, err := a.cluster.GetStateHash(a.ctx(), &clusterpb.GetStateHashRequest{})
+		noError(t, err)
+		return resp
+	}
+	one := hash()
+	_, err := a.checkpoint.CommitOffset(a.ctx(), &checkpointpb.CommitOffsetRequest{SourceId: "s", Offset: 1})
+	noError(t, err)
+	two := hash()
+	if len(one.Hash) == 0 || bytes.Equal(one.Hash, two.Hash) || two.AppliedIndex != one.AppliedIndex+1 || two.NodeId != 1 {
+		t.Fatal(one, two)
+	}
+}
+
+// Goal: the live picture shows each change in words, from now or from a
+// revision, and refuses what it cannot tell without a gap.
+func TestWatchChanges(t *testing.T) {
+	a := newAPI(t)
+	a.create(chain("seed", "x", "y")) // revision 0 would mean "from now"
+	stream, err := a.cluster.WatchChanges(a.ctx(), &clusterpb.WatchChangesRequest{})
+	noError(t, err)
+	_, err = stream.Header() // it watches from here on
+	noError(t, err)
+	start := a.node.fsm.Revision()
+	a.create(chain("p", "x", "y"))
+	a.registerSidecar("ns/pod", "transform")
+	a.assign("ns/pod", "p")
+	a.register(registration("svc", "x"))
+	_, err = a.registry.JoinGroup(a.ctx(), &registrypb.JoinGroupRequest{ServiceId: "svc", GroupId: "g", PartitionCount: 1})
+	noError(t, err)
+	a.revoke("ns/pod", "p")
+	_, err = a.admin.DeletePipeline(a.ctx(), &adminpb.DeletePipelineRequest{PipelineId: "p"})
+	noError(t, err)
+	want := []struct{ table, text string }{
+		{"pipelines", "created with 2 stages, enabled"},
+		{"sidecars", "registered at 10.0.0.7:50053"},
+		{"assignments", "runs x-stage, y-stage of p"},
+		{"services", "registered as x"},
+		{"groups", "created with 1 partitions"},
+		{"assignments", "taken from sidecar ns/pod"},
+		{"pipelines", "deleted"},
+	}
+	check := func(stream clusterpb.Cluster_WatchChangesClient) {
+		t.Helper()
+		last := start
+		for _, w := range want {
+			ev, err := stream.Recv()
+			noError(t, err)
+			if ev.Table != w.table || !strings.Contains(ev.Summary, w.text) || ev.Revision <= last {
+				t.Fatalf("%v after %d, want %v", ev, last, w)
+			}
+			if ev.Deleted != (w.text == "deleted") || strings.ContainsRune(ev.Key, 0) {
+				t.Fatal(ev)
+			}
+			last = ev.Revision
+		}
+	}
+	check(stream)
+	again, err := a.cluster.WatchChanges(a.ctx(), &clusterpb.WatchChangesRequest{FromRevision: start})
+	noError(t, err)
+	check(again)
+	some, err := a.cluster.WatchChanges(a.ctx(), &clusterpb.WatchChangesRequest{FromRevision: start, Tables: []string{"services"}})
+	noError(t, err)
+	ev, err := some.Recv()
+	noError(t, err)
+	if ev.Table != "services" {
+		t.Fatal(ev)
+	}
+	future, err := a.cluster.WatchChanges(a.ctx(), &clusterpb.WatchChangesRequest{FromRevision: 1_000_000})
+	noError(t, err)
+	_, err = future.Recv()
+	wantCode(t, err, codes.OutOfRange)
+}
+
+// Goal: a transfer works from every node: a follower passes it on to the leader,
+// once.
+func TestTransferLeader(t *testing.T) {
+	leader := newAPI(t)
+	resp, err := leader.cluster.TransferLeader(leader.ctx(), &clusterpb.TransferLeaderRequest{NodeId: 3})
+	noError(t, err)
+	if resp.LeaderId != 3 || !slices.Equal(leader.node.moved, []uint64{3}) {
+		t.Fatal(resp)
+	}
+	// It follows now and knows no address to pass the call on to.
+	_, err = leader.cluster.TransferLeader(leader.ctx(), &clusterpb.TransferLeaderRequest{})
+	wantCode(t, err, codes.Unavailable)
+	// A call that was passed on is not passed on again.
+	_, err = leader.cluster.TransferLeader(leader.with(metadataRelayed, "2"), &clusterpb.TransferLeaderRequest{})
+	wantCode(t, err, codes.Unavailable)
+	leader.node.setLeader(0, raftnode.ErrNoLeader)
+	_, err = leader.cluster.TransferLeader(leader.ctx(), &clusterpb.TransferLeaderRequest{})
+	wantCode(t, err, codes.Unavailable)
+}
