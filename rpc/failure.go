@@ -22,7 +22,8 @@ func failureOf(id uint64, err error) forwardedResult {
 		r.failure = peerpb.Failure_FAILURE_AMBIGUOUS
 	case errors.As(err, &notLeader):
 		r.failure, r.leader = peerpb.Failure_FAILURE_NOT_LEADER, notLeader.Leader
-	case errors.Is(err, raftnode.ErrNoLeader):
+	case errors.Is(err, raftnode.ErrNoLeader), errors.Is(err, raftnode.ErrOverwritten):
+		// Both mean: certainly not done, and another leader may do it.
 		r.failure = peerpb.Failure_FAILURE_NO_LEADER
 	case errors.Is(err, raftnode.ErrBusy):
 		r.failure = peerpb.Failure_FAILURE_BUSY

@@ -95,7 +95,8 @@ func repeatable(cmd *commandpb.Command) bool {
 func certainlyNotDone(err error) bool {
 	var notLeader *raftnode.NotLeaderError
 	return !errors.Is(err, raftnode.ErrAmbiguous) &&
-		(errors.As(err, &notLeader) || errors.Is(err, raftnode.ErrNoLeader) || errors.Is(err, ErrUnreachable))
+		(errors.As(err, &notLeader) || errors.Is(err, raftnode.ErrNoLeader) ||
+			errors.Is(err, raftnode.ErrOverwritten) || errors.Is(err, ErrUnreachable))
 }
 
 // truthful returns err as the final word on op: when an earlier attempt may

@@ -80,6 +80,8 @@ type fakeNode struct {
 	lead        raftnode.Leadership
 	changed     chan struct{}
 	beats       []beatKey
+	// discard: messages are not recorded.
+	discard bool
 	// step, when set, runs before messages are recorded.
 	step func(context.Context, []*raftpb.Message) error
 	// propose answers commands while the node leads.
@@ -105,7 +107,9 @@ func (n *fakeNode) Step(ctx context.Context, msgs []*raftpb.Message) error {
 		}
 	}
 	n.mu.Lock()
-	n.stepped = append(n.stepped, msgs...)
+	if !n.discard {
+		n.stepped = append(n.stepped, msgs...)
+	}
 	n.mu.Unlock()
 	n.event.fire()
 	return nil

@@ -61,10 +61,12 @@ func statusTable() []statusRow {
 		{raftnode.ErrStopping, codes.Unavailable, "STOPPING", NotDone, soon},
 		{ErrUnreachable, codes.Unavailable, "LEADER_UNREACHABLE", NotDone, soon},
 		{ErrClosed, codes.Unavailable, "STOPPING", NotDone, soon},
+		{raftnode.ErrOverwritten, codes.Unavailable, "OVERWRITTEN", NotDone, soon},
 		{raftnode.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, soon},
 		{ErrNoSpace, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
 		{raftnode.ErrTooLarge, codes.InvalidArgument, "TOO_LARGE", NotDone, 0},
 		{raftnode.ErrMembershipPending, codes.FailedPrecondition, "MEMBERSHIP_PENDING", NotDone, later},
+		{raftnode.ErrMembershipRefused, codes.FailedPrecondition, "MEMBERSHIP_REFUSED", NotDone, 0},
 		{raftnode.ErrTransferFailed, codes.Aborted, "TRANSFER_FAILED", Unknown, later},
 		{raftnode.ErrStateBehindLog, codes.Unavailable, "STATE_BEHIND_LOG", NotDone, later},
 
@@ -91,7 +93,9 @@ func statusTable() []statusRow {
 		{router.ErrFutureRevision, codes.OutOfRange, "FUTURE_REVISION", NotDone, 0},
 		{router.ErrResync, codes.OutOfRange, "RESYNC", NotDone, 0},
 		{router.ErrNewerFormat, codes.FailedPrecondition, "STATE_NEWER_FORMAT", NotDone, 0},
-		// These three stop the node; what it had proposed, others may apply.
+		// These stop the node; what it had proposed, others may apply.
+		{raftnode.ErrDiverged, codes.DataLoss, "DIVERGED", Unknown, 0},
+		{raftnode.ErrDiskStalled, codes.Unknown, "DISK_STALLED", Unknown, 0},
 		{router.ErrUnknownCommand, codes.DataLoss, "UNKNOWN_COMMAND", Unknown, 0},
 		{router.ErrCorrupt, codes.DataLoss, "STATE_CORRUPT", Unknown, 0},
 		{router.ErrLostMarker, codes.DataLoss, "STATE_CORRUPT", Unknown, 0},
