@@ -57,6 +57,17 @@ fuzz: ## run every fuzz target for FUZZTIME (10s)
 		go test $$dir -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) </dev/null; \
 	done
 
+# A random start unless SEED names one; SEED alone runs that seed and prints
+# every event.
+SEEDS ?= 20000
+.PHONY: sim
+sim: ## simulate SEEDS (20000) whole groups with faults, or replay SEED=
+ifdef SEED
+	go test ./raftnode -run 'TestSimulation$$' -timeout 0 -v -seed=$(SEED) $(if $(filter command% environment%,$(origin SEEDS)),-seeds=$(SEEDS),-trace)
+else
+	go test ./raftnode -run 'TestSimulation$$' -timeout 0 -v -seed=$$(date +%s%N) -seeds=$(SEEDS)
+endif
+
 .PHONY: ci
 ci: ## what a change has to pass
 	.ci/run

@@ -158,7 +158,8 @@ func (l *loop) stepPeer(it *peerItem) {
 		l.stepSnapshot(it)
 		return
 	case raftpb.MsgReadIndex:
-		if !l.leading() {
+		// Raft itself is asked: it may have stepped down earlier in this turn.
+		if l.rn.BasicStatus().RaftState != raft.StateLeader {
 			// Raft would pass it on to the leader in the asker's name. The next
 			// node takes that for a forgery, or, when it is the asker itself,
 			// for nonsense. The asker hears of the change and asks again.
@@ -274,6 +275,7 @@ func (l *loop) drain() {
 			l.setSoftState(rd.SoftState)
 		}
 		out := rd.Messages[:0]
+		var votes []*raftpb.Message
 		for _, m := range rd.Messages {
 			switch m.GetTo() {
 			case raft.LocalAppendThread:
@@ -281,12 +283,18 @@ func (l *loop) drain() {
 			case raft.LocalApplyThread:
 				l.applyQ.push(applyItem{msg: m})
 			default:
-				if m.GetType() == raftpb.MsgSnap {
+				switch m.GetType() {
+				case raftpb.MsgSnap:
 					l.snaps.send(m)
-				} else {
+				case raftpb.MsgVote:
+					votes = append(votes, m)
+				default:
 					out = append(out, m)
 				}
 			}
+		}
+		if len(votes) > 0 {
+			l.askForVotes(votes)
 		}
 		if len(out) > 0 {
 			l.tr.Send(out)
@@ -297,6 +305,22 @@ func (l *loop) drain() {
 		l.tellLeadership()
 	}
 	l.releaseHeldReads()
+}
+
+// askForVotes sends requests for votes once the candidate's own term and vote,
+// which are already on their way to the log, are durable.
+//
+// Raft would let them leave at once: it counts the candidate's own vote only when
+// that is durable. But the others' votes can be enough without it. Say A asks B
+// and C in term 6, leads with their votes, and C stores A's entry X at (8, 6).
+// A crashes before its disk has heard of term 6, comes back in term 5, campaigns
+// for term 6 a second time, and B repeats its vote. Now A puts Y at (8, 6). C
+// takes it for the entry it has, and acknowledges it: two contents of one
+// committed entry.
+func (l *loop) askForVotes(votes []*raftpb.Message) {
+	l.appendQ.push(&raftpb.Message{
+		Type: raftpb.MsgStorageAppend.Enum(), To: new(uint64(raft.LocalAppendThread)), From: new(l.cfg.ID), Responses: votes,
+	})
 }
 
 func (l *loop) setSoftState(ss *raft.SoftState) {

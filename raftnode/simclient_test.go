@@ -45,7 +45,11 @@ type simClient struct {
 func (c *simClient) next() {
 	if !c.waiting {
 		c.waiting = true
-		c.sim.at(nil, c.sim.between(c.sim.prof.think/10, c.sim.prof.think), c.act)
+		think := c.sim.prof.think
+		if c.hint == 0 {
+			think = max(think, 40_000) // nobody to ask: no use in hurrying
+		}
+		c.sim.at(nil, c.sim.between(think/10, think), c.act)
 	}
 }
 
@@ -71,7 +75,9 @@ func (c *simClient) act() {
 		c.moveMember(n)
 	default:
 		for range 1 + s.rng.IntN(s.prof.burst) {
-			c.propose(n)
+			if c.propose(n); c.op == nil {
+				break // refused at once
+			}
 		}
 	}
 	if c.op == nil {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime/debug"
+	"slices"
 	"time"
 )
 
@@ -61,13 +62,13 @@ func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
 
 func newSimProfile(r *rand.Rand) simProfile {
 	p := simProfile{
-		nodes: pick(r, 3, 3, 5), clients: 2 + r.IntN(6), steps: 1500 + r.IntN(1500),
+		nodes: pick(r, 3, 3, 5), clients: 2 + r.IntN(6), steps: 2000 + r.IntN(2500),
 		ordered: r.IntN(2) == 0, lossPermille: pick(r, 0, 0, 10, 50, 150), repeatPermille: pick(r, 0, 10, 100),
 		latencyMax: pick[int64](r, 1_000, 5_000, 30_000), latencyTailPct: pick(r, 0, 2, 10),
 		think: pick[int64](r, 10_000, 60_000, 200_000), burst: pick(r, 1, 1, 3, 12), ballast: pick(r, 1, 40, 300),
 		readPct: pick(r, 0, 20, 50), memberPermille: pick(r, 0, 0, 30), flushPct: pick(r, 0, 2, 20),
 		slowDisk: pick[int64](r, 50_000, 300_000, 1_500_000), downMax: pick[int64](r, 20_000, 200_000, 1_000_000),
-		faultEvery: pick[int64](r, 50_000, 150_000, 400_000),
+		faultEvery: pick[int64](r, 60_000, 200_000, 600_000),
 	}
 	p.config = Config{
 		TickInterval: 20 * time.Millisecond, ElectionTicks: 6, HeartbeatTicks: 2,
@@ -90,6 +91,9 @@ func newSimProfile(r *rand.Rand) simProfile {
 	for i := range p.faults {
 		if r.IntN(2) == 0 {
 			p.faults[i] = 1 + r.IntN(6)
+			if i == faultFuse {
+				p.faults[i] *= 3 // most burn out unseen
+			}
 			p.faultsWeightSum += p.faults[i]
 		}
 	}
@@ -103,6 +107,9 @@ const msec = time.Millisecond
 type sabotage struct {
 	ackBeforeSync, forgetVotes, durableLies, installForgets, diskSwapped bool
 	ghostAnswers, applyOrder, proposeTwice, lieRefused, staleReads       bool
+	forgeSender, garbleEntries, neverHeal                                bool
+	// blind names the kinds of violation not to be noticed.
+	blind []string
 }
 
 type simEvent struct {
@@ -267,22 +274,13 @@ func (s *sim) step() {
 	for _, c := range s.clients {
 		c.poll()
 	}
-	s.orphans = deleteFunc(s.orphans, func(op *simOp) bool { return op.node.life != op.life || s.pollRead(op) })
-}
-
-func deleteFunc(ops []*simOp, f func(*simOp) bool) []*simOp {
-	kept := ops[:0]
-	for _, op := range ops {
-		if !f(op) {
-			kept = append(kept, op)
-		}
-	}
-	return kept
+	s.orphans = slices.DeleteFunc(s.orphans, func(op *simOp) bool { return op.node.life != op.life || s.pollRead(op) })
 }
 
 // survives runs f; a crash point in it ends the node it belongs to, any other
 // panic the run. It returns false after either.
 func (s *sim) survives(f func()) (ok bool) {
+	ok = true
 	defer func() {
 		switch r := recover().(type) {
 		case nil:
@@ -294,14 +292,21 @@ func (s *sim) survives(f func()) (ok bool) {
 			s.violate("failure", "panic: %v\n%s", r, debug.Stack())
 			ok = false
 		}
+		for _, n := range s.nodes {
+			if n.doomed != "" {
+				s.stats.fuses++
+				n.crash(n.doomed, true)
+				ok = false
+			}
+		}
 	}()
 	f()
-	return true
+	return ok
 }
 
 // violate ends the run.
 func (s *sim) violate(kind, format string, args ...any) {
-	if s.violation == nil {
+	if s.violation == nil && !slices.Contains(s.sab.blind, kind) {
 		s.kind = kind
 		s.violation = fmt.Errorf(kind+": "+format, args...)
 		s.event(nil, "VIOLATION", s.violation.Error())
@@ -438,6 +443,9 @@ func (s *sim) heal() {
 	s.event(nil, "all faults end")
 	s.calm = true
 	s.net.cut = [simMaxNodes + 1][simMaxNodes + 1]bool{}
+	for _, n := range s.nodes[1:] {
+		s.net.cut[1][n.id] = s.sab.neverHeal
+	}
 	for _, n := range s.nodes {
 		n.fuse, n.slowUntil, n.pausedUntil, n.rate = 0, 0, 0, 100
 		if n.diskBroken && n.node != nil {

@@ -2,10 +2,12 @@ package raftnode
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"go.etcd.io/raft/v3/raftpb"
 )
 
@@ -20,15 +22,38 @@ type simCrash struct {
 // aside first: deferred functions run while the stack unwinds, and a dead
 // process cleans nothing up.
 func (n *simNode) point(at string) {
-	if n.fuse == 0 {
+	if n.doomed == "" && !n.burns() {
 		return
 	}
-	if n.fuse--; n.fuse > 0 {
-		return
-	}
-	n.freeze(true)
 	panic(simCrash{n, at})
 }
+
+// burns burns the fuse down by one and says whether that was the end.
+func (n *simNode) burns() bool {
+	if n.fuse == 0 {
+		return false
+	}
+	if n.fuse--; n.fuse > 0 {
+		return false
+	}
+	n.freeze(true)
+	return true
+}
+
+// fileOp is a crash point in the file system. Those who call it may hold locks
+// they cannot give back while the stack unwinds, so the node is doomed instead:
+// nothing it does from here on leaves it, and it ends with the step.
+func (n *simNode) fileOp(op errorfs.Op) error {
+	if n.doomed == "" && op.Kind.ReadOrWrite() == errorfs.OpIsWrite && n.burns() {
+		n.doomed = "at a file of its images"
+	}
+	if n.doomed != "" {
+		return errSimDead
+	}
+	return nil
+}
+
+var errSimDead = errors.New("the node has crashed")
 
 // simLog is memLog with crash points and checks of what the real log refuses.
 type simLog struct {
@@ -122,6 +147,8 @@ type simMachine struct {
 	node *simNode
 	mem  simState
 	disk simState
+	// claimed is an index said to be durable that is not (sabotage).
+	claimed uint64
 }
 
 func newSimMachine(n *simNode, pos Position) *simMachine {
@@ -204,10 +231,10 @@ func (m *simMachine) ApplyMembership(pos Position) error {
 
 // Durable implements StateMachine.
 func (m *simMachine) Durable() uint64 {
-	if m.node.sim.sab.durableLies || m.node.sim.sab.installForgets {
+	if m.node.sim.sab.durableLies {
 		return m.mem.pos.Index
 	}
-	return m.disk.pos.Index
+	return max(m.disk.pos.Index, m.claimed)
 }
 
 // Flush implements StateMachine.
@@ -266,7 +293,9 @@ func (m *simMachine) Install(dir string) (Position, error) {
 		chain: im.Chain, cmds: im.Cmds,
 	}
 	n.sim.oracle.restored(n, &m.mem, "the installed image")
-	if !n.sim.sab.installForgets {
+	if n.sim.sab.installForgets {
+		m.claimed = m.mem.pos.Index
+	} else {
 		m.disk = m.mem.clone()
 	}
 	n.sim.stats.installs++

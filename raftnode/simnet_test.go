@@ -29,6 +29,9 @@ type simTransport struct {
 }
 
 func (t *simTransport) Send(msgs []*raftpb.Message) {
+	if t.from.doomed != "" {
+		return
+	}
 	for _, m := range msgs {
 		t.net.sim.oracle.promised(t.from, m)
 		t.net.post(t.from, m)
@@ -52,6 +55,17 @@ func (w *simNet) post(from *simNode, m *raftpb.Message) {
 		s.stats.dropped++
 		s.event(nil, "lost    ", describe(m))
 		return
+	}
+	if s.sab.garbleEntries && len(m.GetEntries()) > 1 && s.rng.IntN(20) == 0 {
+		m = proto.CloneOf(m)
+		m.Entries[0].Data = m.Entries[1].Data
+	}
+	if s.sab.forgeSender && m.GetType() == raftpb.MsgAppResp && from.id == 2 && m.GetTo() != 3 {
+		forged := proto.CloneOf(m)
+		forged.From = new(uint64(3))
+		if b, err := proto.Marshal(forged); err == nil {
+			w.arrive(3, to, b, s.latency())
+		}
 	}
 	b, err := proto.Marshal(m)
 	if err != nil {

@@ -41,6 +41,8 @@ type simNode struct {
 	// was when the fuse burnt down.
 	fuse   int
 	frozen *simDisk
+	// doomed says where the node has died in the middle of a step.
+	doomed string
 	// diskBroken: the log has been told to fail.
 	diskBroken bool
 
@@ -96,14 +98,12 @@ func (n *simNode) start() {
 	n.seenCommit, n.seenTerm, n.pending = 0, 0, 0
 	n.log.node, n.machine.node = n, n
 	s.oracle.restored(n, &n.machine.mem, "its own disk")
-	n.fs = errorfs.Wrap(n.files, errorfs.InjectorFunc(func(op errorfs.Op) error {
-		if n.fuse > 0 && op.Kind.ReadOrWrite() == errorfs.OpIsWrite {
-			n.point("images")
-		}
-		return nil
-	}))
+	n.fs = errorfs.Wrap(n.files, errorfs.InjectorFunc(n.fileOp))
 	clock := simClock{n}
 	images, err := snap.OpenStore(n.fs, "images", snap.Options{Now: clock.Now, MaxPartials: 4})
+	if n.doomed != "" {
+		return
+	}
 	if err != nil {
 		s.violate("start", "n%d cannot open its images: %v", n.id, err)
 		return
@@ -113,12 +113,15 @@ func (n *simNode) start() {
 	cfg.Events = EventListener{
 		ProposalsLost: func(int) { s.stats.lost++ },
 		ImageBuilt: func(_ time.Duration, _ uint64, _ int64, err error) {
-			if err != nil {
+			if err != nil && n.doomed == "" {
 				s.violate("image", "n%d cannot build an image: %v", n.id, err)
 			}
 		},
 	}
 	node, err := New(cfg, n.machine, n.log, wal.Recovered{}, images, &simTransport{s.net, n})
+	if n.doomed != "" {
+		return
+	}
 	if err != nil {
 		s.violate("start", "n%d cannot start from its own disk: %v", n.id, err)
 		return
@@ -191,7 +194,11 @@ func (n *simNode) schedule(w *simWorker) {
 // run does one step of a worker and looks at what it led to.
 func (n *simNode) run(name string, step func() error) {
 	s := n.sim
-	if err := step(); err != nil {
+	err := step()
+	if n.doomed != "" {
+		return
+	}
+	if err != nil {
 		if n.diskBroken || errors.Is(err, ErrDiskStalled) {
 			s.event(n, name, "ends the node:", err.Error())
 			n.stop(true)
@@ -235,7 +242,7 @@ func (n *simNode) freeze(power bool) {
 // crash ends the node at once. With power, what was not synced may be lost.
 func (n *simNode) crash(why string, power bool) {
 	s := n.sim
-	n.fuse = 0
+	n.fuse, n.doomed = 0, ""
 	if n.node == nil && n.frozen == nil {
 		return
 	}
@@ -256,6 +263,9 @@ func (n *simNode) crash(why string, power bool) {
 	}
 	n.log, n.machine, n.files = &simLog{n.frozen.log, n}, n.frozen.machine, n.frozen.files
 	n.frozen = nil
+	if s.sab.installForgets {
+		n.files = vfs.NewCrashableMem()
+	}
 	if s.sab.diskSwapped && n.id == 1 && power {
 		fresh := newSimNode(s, n.id, s.boot)
 		n.log, n.machine, n.files = fresh.log, fresh.machine, fresh.files
@@ -268,6 +278,9 @@ func (n *simNode) crash(why string, power bool) {
 	down := s.between(1_000, s.prof.downMax)
 	if s.calm {
 		down = 1_000
+	}
+	if !s.calm && s.prof.faults[faultFuse] > 0 && s.rng.IntN(4) == 0 {
+		n.fuse = 1 + s.rng.IntN(8) // may hit while it starts
 	}
 	s.at(n, down, n.start)
 }

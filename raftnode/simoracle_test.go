@@ -199,6 +199,15 @@ func (o *simOracle) promised(n *simNode, m *raftpb.Message) {
 	s := o.sim
 	hs := n.log.durable.hs
 	switch m.GetType() {
+	case raftpb.MsgVote:
+		// A candidate that forgets its term could campaign for it twice.
+		if hs.GetTerm() < m.GetTerm() || hs.GetTerm() == m.GetTerm() && hs.GetVote() != n.id {
+			s.violate("promises", "n%d asks for votes in term %d, its disk says term %d, vote %d", n.id, m.GetTerm(), hs.GetTerm(), hs.GetVote())
+		}
+	case raftpb.MsgApp, raftpb.MsgHeartbeat:
+		if hs.GetTerm() < m.GetTerm() {
+			s.violate("promises", "n%d leads term %d, its disk knows term %d", n.id, m.GetTerm(), hs.GetTerm())
+		}
 	case raftpb.MsgAppResp:
 		if m.GetReject() {
 			return
