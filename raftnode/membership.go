@@ -57,7 +57,8 @@ type Change struct {
 // change is in force here. Only the leader can; one change runs at a time. The
 // errors mean what they mean for Propose; ErrMembershipRefused says why the
 // change is no good. A leader asked to remove itself hands leadership over
-// first and returns a NotLeaderError naming its successor: ask there.
+// first and returns a NotLeaderError naming its successor: ask there; with
+// ErrTransferFailed it could not, and nothing was proposed.
 func (n *Node) ChangeMembership(ctx context.Context, c Change) (Position, error) {
 	if err := ctx.Err(); err != nil {
 		return Position{}, err

@@ -67,7 +67,7 @@ func TestGrowAndShrinkWhileRunning(t *testing.T) {
 			if err == nil {
 				return pos
 			}
-			if ctx.Err() != nil || !NotDone(err) && !errors.Is(err, ErrAmbiguous) {
+			if ctx.Err() != nil || !NotDone(err) && !errors.Is(err, ErrAmbiguous) && !errors.Is(err, ErrTransferFailed) {
 				t.Fatalf("%v: %v", c, err)
 			}
 			// Refused for now: the learner is behind, or leadership moved.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/tracker"
@@ -35,6 +36,10 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 		return err
 	}
 	target := res.Index
+	// Raft gives an attempt up after one election timeout, which a slow disk of
+	// the target may need to catch up alone.
+	retry, stopRetry := n.cfg.Clock.Ticker(time.Duration(n.cfg.ElectionTicks+2) * n.cfg.TickInterval)
+	defer stopRetry()
 	for {
 		changed := n.Changed()
 		lead := n.Leadership()
@@ -46,6 +51,12 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 		}
 		select {
 		case <-changed:
+		case <-retry:
+			n.inbox.pushControl(nil, func(l *loop) {
+				if l.leading() && l.transferTicks == 0 {
+					l.startTransfer(target)
+				}
+			})
 		case <-n.stopped:
 			return ErrStopping
 		case <-ctx.Done():
