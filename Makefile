@@ -63,10 +63,19 @@ SEEDS ?= 20000
 .PHONY: sim
 sim: ## simulate SEEDS (20000) whole groups with faults, or replay SEED=
 ifdef SEED
-	go test ./raftnode -run 'TestSimulation$$' -timeout 0 -v -seed=$(SEED) $(if $(filter command% environment%,$(origin SEEDS)),-seeds=$(SEEDS),-trace)
+	go test ./raftnode -run 'TestSimulation$$' -timeout 0 -v -seed=$(SEED) $(if $(filter command% environment%,$(origin SEEDS)),-seeds=$(SEEDS),-events)
 else
 	go test ./raftnode -run 'TestSimulation$$' -timeout 0 -v -seed=$$(date +%s%N) -seeds=$(SEEDS)
 endif
+
+FAULTS_FOR ?= 10m
+.PHONY: e2e
+e2e: ## real processes, kills and partitions for FAULTS_FOR (10m) each
+	go test ./e2e -count=1 -timeout 0 -v -faults-for=$(FAULTS_FOR)
+
+.PHONY: rewrite-golden
+rewrite-golden: ## write the golden files of manifest and wal anew; look at the diff
+	go test ./manifest ./wal -rewrite
 
 .PHONY: ci
 ci: ## what a change has to pass
