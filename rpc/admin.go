@@ -280,7 +280,7 @@ func (a *adminAPI) GetPipeline(ctx context.Context, req *adminpb.GetPipelineRequ
 	if p == nil {
 		return &adminpb.GetPipelineResponse{Revision: v.Revision()}, nil
 	}
-	st, err := newPlacementReader(v).status(p)
+	st, err := a.newPlacementReader(v).status(p)
 	if err != nil {
 		return nil, err
 	}
@@ -300,7 +300,7 @@ func (a *adminAPI) ListPipelines(ctx context.Context, req *adminpb.ListPipelines
 	}
 	defer v.Close()
 	resp := &adminpb.ListPipelinesResponse{Revision: v.Revision()}
-	placements := newPlacementReader(v)
+	placements := a.newPlacementReader(v)
 	var inner error
 	size := 0
 	err = v.Pipelines(after, 0, func(p *commandpb.Pipeline) bool {

@@ -14,6 +14,8 @@ import (
 // nobody runs.
 type placementReader struct {
 	v        *router.View
+	index    func(*router.View) (func(*commandpb.Pipeline, string) string, error)
+	explain  func(*commandpb.Pipeline, string) string
 	offers   map[string]sidecarCount // by normalised service name
 	byType   map[commandpb.ServiceType]sidecarCount
 	sidecars int
@@ -22,7 +24,9 @@ type placementReader struct {
 // sidecarCount counts sidecars by whether they are alive.
 type sidecarCount struct{ alive, gone int }
 
-func newPlacementReader(v *router.View) *placementReader { return &placementReader{v: v} }
+func (s *Server) newPlacementReader(v *router.View) *placementReader {
+	return &placementReader{v: v, index: s.cfg.Explain}
+}
 
 // status describes one pipeline of the view.
 func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus, error) {
@@ -65,6 +69,18 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage) (string, error) {
 	if !p.GetSpec().GetEnabled() {
 		return "the pipeline is disabled", nil
+	}
+	if r.index != nil {
+		if r.explain == nil {
+			explain, err := r.index(r.v)
+			if err != nil {
+				return "", err
+			}
+			r.explain = explain
+		}
+		if reason := r.explain(p, stage.GetId()); reason != "" {
+			return reason, nil
+		}
 	}
 	if err := r.readSidecars(); err != nil {
 		return "", err

@@ -70,6 +70,11 @@ type ServerConfig struct {
 	// Metrics returns further numbers for GetMetrics; optional.
 	Metrics func() map[string]float64
 
+	// Explain indexes a view and returns what says why nobody runs a stage and
+	// what would help; the room that places stages knows best. Optional: without
+	// it the reason is judged by who offers the service.
+	Explain func(v *router.View) (func(p *commandpb.Pipeline, stage string) string, error)
+
 	// SidecarTTL is the silence after which a sidecar's stages move elsewhere;
 	// it is told to sidecars, the liveness loop enforces it.
 	SidecarTTL time.Duration

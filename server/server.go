@@ -226,7 +226,8 @@ func (s *Server) startClients(self rpc.Identity) error {
 	s.api, err = rpc.NewServer(rpc.ServerConfig{
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
-		ClientAddr: s.transport.ClientAddr, Alarms: s.alarms, Metrics: s.metrics,
+		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain,
+		Alarms: s.alarms, Metrics: s.metrics,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
 		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
 	})
