@@ -247,6 +247,13 @@ func (l *Log) load(s *scanResult, id Identity, rec *Recovered) error {
 		return fmt.Errorf("wal: read %s: %w", l.dir, err)
 	}
 	ents = ents[:s.last()-at.GetIndex()]
+	// A process that was killed between write and fsync, or between rename and
+	// the fsync of the directory, left what reads back fine now and is gone
+	// after a power failure. Our caller takes all we return for stored.
+	if err := errors.Join(w.Sync(), syncDir(l.dir), syncDir(filepath.Dir(l.dir))); err != nil {
+		w.Close()
+		return fmt.Errorf("wal: sync what was found in %s: %w", l.dir, err)
+	}
 
 	hs := s.hs
 	if hs.GetCommit() < at.GetIndex() {
