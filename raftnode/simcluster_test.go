@@ -107,7 +107,7 @@ const msec = time.Millisecond
 type sabotage struct {
 	ackBeforeSync, forgetVotes, durableLies, installForgets, diskSwapped bool
 	ghostAnswers, applyOrder, proposeTwice, lieRefused, staleReads       bool
-	forgeSender, garbleEntries, neverHeal                                bool
+	openWithoutSync, forgeSender, garbleEntries, neverHeal               bool
 	// blind names the kinds of violation not to be noticed.
 	blind []string
 }

@@ -36,7 +36,7 @@ func (n *simNode) burns() bool {
 	if n.fuse--; n.fuse > 0 {
 		return false
 	}
-	n.freeze(true)
+	n.freeze(n.sim.rng.IntN(2) == 0)
 	return true
 }
 

@@ -227,6 +227,9 @@ func (n *simNode) freeze(power bool) {
 		d.log = n.log.crash(s.rng.IntN(keep + 1))
 	} else {
 		d.log = n.log.crash(keep)
+		if s.sab.openWithoutSync {
+			d.log.durable = n.log.durable.clone()
+		}
 	}
 	d.machine = n.machine.crash()
 	// All or nothing of what was not synced: anything in between would depend

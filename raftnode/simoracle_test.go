@@ -197,23 +197,23 @@ func (o *simOracle) commits(n *simNode, commit uint64) {
 // promised checks a message that gives a promise against the sender's disk.
 func (o *simOracle) promised(n *simNode, m *raftpb.Message) {
 	s := o.sim
-	hs := n.log.durable.hs
+	term, vote := n.durableTerm()
 	switch m.GetType() {
 	case raftpb.MsgVote:
 		// A candidate that forgets its term could campaign for it twice.
-		if hs.GetTerm() < m.GetTerm() || hs.GetTerm() == m.GetTerm() && hs.GetVote() != n.id {
-			s.violate("promises", "n%d asks for votes in term %d, its disk says term %d, vote %d", n.id, m.GetTerm(), hs.GetTerm(), hs.GetVote())
+		if term < m.GetTerm() || term == m.GetTerm() && vote != n.id {
+			s.violate("promises", "n%d asks for votes in term %d, its disk says term %d, vote %d", n.id, m.GetTerm(), term, vote)
 		}
 	case raftpb.MsgApp, raftpb.MsgHeartbeat:
-		if hs.GetTerm() < m.GetTerm() {
-			s.violate("promises", "n%d leads term %d, its disk knows term %d", n.id, m.GetTerm(), hs.GetTerm())
+		if term < m.GetTerm() {
+			s.violate("promises", "n%d leads term %d, its disk knows term %d", n.id, m.GetTerm(), term)
 		}
 	case raftpb.MsgAppResp:
 		if m.GetReject() {
 			return
 		}
-		if hs.GetTerm() < m.GetTerm() {
-			s.violate("promises", "n%d acknowledges in term %d, its disk knows term %d", n.id, m.GetTerm(), hs.GetTerm())
+		if term < m.GetTerm() {
+			s.violate("promises", "n%d acknowledges in term %d, its disk knows term %d", n.id, m.GetTerm(), term)
 		}
 		if last := n.log.durable.last(); last < m.GetIndex() {
 			s.violate("promises", "n%d acknowledges entry %d, its disk ends at %d", n.id, m.GetIndex(), last)
@@ -222,10 +222,26 @@ func (o *simOracle) promised(n *simNode, m *raftpb.Message) {
 		if m.GetReject() {
 			return
 		}
-		if hs.GetTerm() != m.GetTerm() && hs.GetTerm() < m.GetTerm() || hs.GetTerm() == m.GetTerm() && hs.GetVote() != m.GetTo() {
-			s.violate("promises", "n%d votes for %d in term %d, its disk says term %d, vote %d", n.id, m.GetTo(), m.GetTerm(), hs.GetTerm(), hs.GetVote())
+		if term < m.GetTerm() || term == m.GetTerm() && vote != m.GetTo() {
+			s.violate("promises", "n%d votes for %d in term %d, its disk says term %d, vote %d", n.id, m.GetTo(), m.GetTerm(), term, vote)
 		}
 	}
+}
+
+// durableTerm returns the term and vote a restart would find: what a node holds
+// of a term proves that it has been in it, even if a write that was cut short
+// left no more.
+func (n *simNode) durableTerm() (term, vote uint64) {
+	d := &n.log.durable
+	term, vote = d.hs.GetTerm(), d.hs.GetVote()
+	last := max(d.term, n.machine.disk.pos.Term)
+	if k := len(d.ents); k > 0 {
+		last = max(last, d.ents[k-1].GetTerm())
+	}
+	if last > term {
+		return last, 0
+	}
+	return term, vote
 }
 
 // applied looks at the state of a node after one entry; first is the number of

@@ -22,6 +22,8 @@ func TestSimulationNoticesSabotage(t *testing.T) {
 		{"the log acknowledges before it is synced, seen by its consequences alone",
 			sabotage{ackBeforeSync: true, blind: []string{"promises", "durability"}},
 			[]string{"leader completeness", "election safety", "state equality", "start", "failure"}},
+		{"what a killed process had not synced counts as stored when the log is opened again", sabotage{openWithoutSync: true},
+			[]string{"promises", "durability"}},
 		{"the log forgets votes", sabotage{forgetVotes: true}, []string{"promises"}},
 		{"the log forgets votes, promises unchecked", sabotage{forgetVotes: true, blind: []string{"promises"}},
 			[]string{"election safety", "log matching"}},

@@ -10,7 +10,7 @@ import (
 var (
 	simSeed  = flag.Uint64("seed", 0, "first seed of the simulation; 0: the seeds 1 to -seeds")
 	simSeeds = flag.Int("seeds", 0, "how many seeds the simulation runs; 0: 1000, or the one -seed names")
-	simTell  = flag.Bool("trace", false, "print every event of the simulation")
+	simTell  = flag.Bool("events", false, "print every event of the simulation")
 )
 
 // TestSimulation runs whole groups of three and five nodes in a simulated world
@@ -33,7 +33,7 @@ func TestSimulation(t *testing.T) {
 		seed := first + uint64(i)
 		s := runSeed(seed, sabotage{})
 		if s.violation != nil {
-			t.Fatalf("%s\nseed %d: %v\n\nThis replays it exactly:\n\n\tgo test ./raftnode -run 'TestSimulation$' -seed=%d -trace\n",
+			t.Fatalf("%s\nseed %d: %v\n\nThis replays it exactly:\n\n\tgo test ./raftnode -run 'TestSimulation$' -seed=%d -events\n",
 				s.trace, seed, s.violation, seed)
 		}
 		sum.add(&s.stats)
