@@ -30,6 +30,9 @@ var (
 	// ErrRefused: the other node refused the handshake, or was refused. It is
 	// a *RefusedError.
 	ErrRefused = errors.New("rpc: handshake refused")
+	// ErrSuperseded: the stream belongs to a connection whose node has made a
+	// later one. What it carried last was dropped, as best effort allows.
+	ErrSuperseded = errors.New("rpc: a later connection of the same node took over")
 	// ErrMalformed: a peer sent something that no version of this program
 	// sends. The stream was ended.
 	ErrMalformed = errors.New("rpc: malformed message from a peer")

@@ -124,11 +124,14 @@ func (p *peer) session(ctx context.Context) error {
 		cancel(fmt.Errorf("rpc: no greeting from node %d at %s within %v", p.id, p.addr, 2*p.t.o.DialTimeout))
 	})
 	defer timeout.Stop()
-	control, err := p.open(ctx, conn)
+	// Greater than the last also after a restart of this process, which a
+	// counter would not be.
+	session := uint64(time.Now().UnixNano())
+	control, err := p.open(ctx, conn, session)
 	if err != nil {
 		return cause(ctx, err)
 	}
-	entries, err := p.open(ctx, conn)
+	entries, err := p.open(ctx, conn, session)
 	if err != nil {
 		return cause(ctx, err)
 	}
@@ -170,12 +173,14 @@ func cause(ctx context.Context, err error) error {
 }
 
 // open starts a Messages stream and exchanges greetings on it.
-func (p *peer) open(ctx context.Context, conn *grpc.ClientConn) (grpc.ClientStream, error) {
+func (p *peer) open(ctx context.Context, conn *grpc.ClientConn, session uint64) (grpc.ClientStream, error) {
 	stream, err := peerpb.NewPeerClient(conn).Messages(ctx)
 	if err != nil {
 		return nil, fromPeer(p.id, err)
 	}
-	err = stream.Send(&peerpb.MessageFrame{Hello: p.t.o.Identity.hello(p.id)})
+	hello := p.t.o.Identity.hello(p.id)
+	hello.Session = session
+	err = stream.Send(&peerpb.MessageFrame{Hello: hello})
 	if err != nil && !errors.Is(err, io.EOF) { // EOF: the reason is in Recv
 		return nil, fromPeer(p.id, err)
 	}

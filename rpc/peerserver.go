@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 
 	"go.etcd.io/raft/v3/raftpb"
 
@@ -43,6 +44,64 @@ type PeerServer struct {
 	peerpb.UnimplementedPeerServer
 	c    PeerServerConfig
 	self Identity
+
+	mu sync.Mutex
+	// inbound holds the nodes with open Messages streams.
+	inbound map[uint64]*inbound
+}
+
+// inbound is where the messages of one node come in. What a dead connection
+// left in the buffers of this node is still being read when the next one is up
+// already; without care, old messages would come after new ones.
+type inbound struct {
+	// mu is held to step messages, and exclusively to change session.
+	mu      sync.RWMutex
+	session uint64
+	// streams is guarded by PeerServer.mu.
+	streams int
+}
+
+// enter admits a stream of session of node id, and ends those of earlier ones.
+func (s *PeerServer) enter(id, session uint64) (*inbound, error) {
+	s.mu.Lock()
+	in := s.inbound[id]
+	if in == nil {
+		in = &inbound{}
+		s.inbound[id] = in
+	}
+	in.streams++
+	s.mu.Unlock()
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if session < in.session {
+		s.leave(id, in)
+		return nil, Status(ErrSuperseded).Err()
+	}
+	in.session = session
+	return in, nil
+}
+
+// leave forgets a node with its last stream, and with it the last session: the
+// next may have a smaller number, if the node's clock was set back.
+func (s *PeerServer) leave(id uint64, in *inbound) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if in.streams--; in.streams == 0 {
+		delete(s.inbound, id)
+	}
+}
+
+// step passes messages on, unless a later session has begun.
+func (s *PeerServer) step(ctx context.Context, in *inbound, session uint64, msgs []*raftpb.Message) error {
+	in.mu.RLock()
+	defer in.mu.RUnlock()
+	if in.session != session {
+		return Status(ErrSuperseded).Err()
+	}
+	if err := s.c.Node.Step(ctx, msgs); err != nil {
+		return Status(err).Err()
+	}
+	return nil
 }
 
 // NewPeerServer returns a server; it starts nothing.
@@ -55,7 +114,7 @@ func NewPeerServer(c PeerServerConfig) (*PeerServer, error) {
 	}
 	setDefault(&c.MaxInFlight, 1<<16)
 	setDefault(&c.MaxInFlightBytes, 64<<20)
-	return &PeerServer{c: c, self: c.Transport.o.Identity}, nil
+	return &PeerServer{c: c, self: c.Transport.o.Identity, inbound: map[uint64]*inbound{}}, nil
 }
 
 // greet checks the greeting h of a stream; answer is that of
@@ -84,12 +143,17 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 	if err := stream.RecvMsg(&in); err != nil {
 		return err
 	}
-	from := in.hello.GetNodeId()
+	from, session := in.hello.GetNodeId(), in.hello.GetSession()
 	done, err := s.greet(in.hello, true)
 	if err != nil {
 		return err
 	}
 	defer done()
+	door, err := s.enter(from, session)
+	if err != nil {
+		return err
+	}
+	defer s.leave(from, door)
 	if err := stream.Send(s.self.hello(from)); err != nil {
 		return err
 	}
@@ -101,8 +165,8 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 					return Status(err).Err()
 				}
 			}
-			if err := s.c.Node.Step(stream.Context(), in.msgs); err != nil {
-				return Status(err).Err()
+			if err := s.step(stream.Context(), door, session, in.msgs); err != nil {
+				return err
 			}
 		}
 		if err := stream.RecvMsg(&in); err != nil {

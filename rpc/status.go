@@ -74,6 +74,7 @@ func statusTable() []statusRow {
 		{ErrFutureRevision, codes.OutOfRange, "FUTURE_REVISION", NotDone, 0},
 		{ErrBehind, codes.Unavailable, "BEHIND", NotDone, soon},
 		{ErrRefused, codes.PermissionDenied, "HANDSHAKE_REFUSED", NotDone, 0},
+		{ErrSuperseded, codes.Aborted, "SUPERSEDED", NotDone, 0},
 		{ErrMalformed, codes.InvalidArgument, "MALFORMED", NotDone, 0},
 
 		{snap.ErrNotFound, codes.NotFound, "IMAGE_NOT_FOUND", NotDone, 0},

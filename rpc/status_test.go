@@ -54,6 +54,7 @@ func statusCases() map[string]struct {
 		"rpc.ErrBehind":          {ErrBehind, codes.Unavailable, NotDone},
 		"rpc.ErrFutureRevision":  {&FutureRevisionError{Asked: 7, Current: 5}, codes.OutOfRange, NotDone},
 		"rpc.ErrRefused":         {&RefusedError{Peer: 1, Reason: "r"}, codes.PermissionDenied, NotDone},
+		"rpc.ErrSuperseded":      {ErrSuperseded, codes.Aborted, NotDone},
 		"rpc.ErrMalformed":       {ErrMalformed, codes.InvalidArgument, NotDone},
 		"rpc.ErrClosed":          {ErrClosed, codes.Unavailable, NotDone},
 

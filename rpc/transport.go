@@ -59,7 +59,8 @@ type TransportOptions struct {
 	// ImageChunkBytes is the size of the chunks of an image. Default 256 KiB.
 	ImageChunkBytes int
 	// ImageAttempts is how many attempts in a row may fail without the receiver
-	// having got any further before SendImage gives up. Default 8.
+	// having got any further before SendImage gives up. Default 16, some five seconds:
+	// longer than the receiver takes to notice that an earlier connection died.
 	ImageAttempts int
 }
 
@@ -76,7 +77,7 @@ func (o *TransportOptions) EnsureDefaults() *TransportOptions {
 	setDefault(&o.BackoffMax, 500*time.Millisecond)
 	setDefault(&o.ReportInterval, 100*time.Millisecond)
 	setDefault(&o.ImageChunkBytes, 256<<10)
-	setDefault(&o.ImageAttempts, 8)
+	setDefault(&o.ImageAttempts, 16)
 	return o
 }
 

@@ -142,13 +142,19 @@ func TestBrokenStreamsRecover(t *testing.T) {
 		})
 	}
 	sendUntilReceived()
+	connected := func() {
+		t.Helper()
+		until(t, &a.log.event, "a connection", func() bool { return a.transport.Stats()[0].Connected })
+	}
 	for range 10 {
+		connected()
 		reports := a.node.reports(2)
 		a.net.cut("")
 		until(t, &a.node.event, "a report", func() bool { return a.node.reports(2) > reports })
 		sendUntilReceived()
 	}
 	// The same when the whole peer goes and comes back.
+	connected()
 	reports := a.node.reports(2)
 	b.stopServer()
 	until(t, &a.node.event, "a report", func() bool { return a.node.reports(2) > reports })

@@ -101,7 +101,10 @@ type Hello struct {
 	Version    string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
 	// Where the sender serves its peers. A node whose membership is older than
 	// the sender's cannot know this address, yet must be able to answer it.
-	PeerAddr      string `protobuf:"bytes,7,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
+	PeerAddr string `protobuf:"bytes,7,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
+	// Of Messages streams: the streams of one connection share a number, a later
+	// connection has a greater one and takes the place of the earlier.
+	Session       uint64 `protobuf:"varint,8,opt,name=session,proto3" json:"session,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -183,6 +186,13 @@ func (x *Hello) GetPeerAddr() string {
 		return x.PeerAddr
 	}
 	return ""
+}
+
+func (x *Hello) GetSession() uint64 {
+	if x != nil {
+		return x.Session
+	}
+	return 0
 }
 
 type MessageFrame struct {
@@ -770,7 +780,7 @@ var File_conveyor_peer_peer_proto protoreflect.FileDescriptor
 
 const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\n" +
-	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xd1\x01\n" +
+	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xeb\x01\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x1d\n" +
 	"\n" +
@@ -781,7 +791,8 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\vclient_addr\x18\x05 \x01(\tR\n" +
 	"clientAddr\x12\x18\n" +
 	"\aversion\x18\x06 \x01(\tR\aversion\x12\x1b\n" +
-	"\tpeer_addr\x18\a \x01(\tR\bpeerAddr\"V\n" +
+	"\tpeer_addr\x18\a \x01(\tR\bpeerAddr\x12\x18\n" +
+	"\asession\x18\b \x01(\x04R\asession\"V\n" +
 	"\fMessageFrame\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1a\n" +
 	"\bmessages\x18\x02 \x03(\fR\bmessages\"\xd3\x01\n" +
