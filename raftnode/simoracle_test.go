@@ -27,8 +27,9 @@ type simOracle struct {
 	leaders map[uint64]simLeader
 	entries map[simEntryID]simEntry
 	// committed[i] is the term of the committed entry i, zero while unknown.
-	committed []uint64
-	maxCommit uint64
+	// committedIn[i] is the term in which that was first known.
+	committed, committedIn []uint64
+	maxCommit              uint64
 	// states[i] is the state after entry i, from whoever got there first.
 	states  []simCanon
 	top     uint64
@@ -69,7 +70,7 @@ func newSimOracle(s *sim, boot Position) *simOracle {
 	}
 	o.known, o.top, o.maxCommit = boot.Index, boot.Index, boot.Index
 	o.grow(boot.Index)
-	o.committed[boot.Index] = boot.Term
+	o.committed[boot.Index], o.committedIn[boot.Index] = boot.Term, boot.Term
 	o.states[boot.Index] = simCanon{term: boot.Term, chain: 1}
 	return o
 }
@@ -78,6 +79,7 @@ func (o *simOracle) grow(i uint64) {
 	for uint64(len(o.states)) <= i {
 		o.states = append(o.states, simCanon{})
 		o.committed = append(o.committed, 0)
+		o.committedIn = append(o.committedIn, 0)
 	}
 }
 
@@ -148,13 +150,15 @@ func (o *simOracle) leads(n *simNode, term uint64) {
 	}
 	o.leaders[term] = me
 	s.stats.elections++
-	if last := n.lastIndex(); last < o.maxCommit {
-		s.violate("leader completeness", "n%d leads term %d with a log up to %d, committed is %d", n.id, term, last, o.maxCommit)
-		return
-	}
+	// It must have what was committed in earlier terms. (One that wins late, of
+	// an old term, owes nothing to newer ones.)
 	for i := o.maxCommit; i > n.log.index; i-- {
-		if t, ok := n.lastTermOf(i); o.committed[i] != 0 && (!ok || t != 0 && t != o.committed[i]) {
-			s.violate("leader completeness", "n%d leads term %d with entry %d of term %d, the committed one is of term %d", n.id, term, i, t, o.committed[i])
+		if o.committed[i] == 0 || o.committedIn[i] >= term {
+			continue
+		}
+		if t, ok := n.lastTermOf(i); !ok || t != 0 && t != o.committed[i] {
+			s.violate("leader completeness", "n%d leads term %d with entry %d of term %d (log up to %d), the one committed in term %d is of term %d",
+				n.id, term, i, t, n.lastIndex(), o.committedIn[i], o.committed[i])
 			return
 		}
 	}
@@ -178,6 +182,9 @@ func (o *simOracle) commits(n *simNode, commit uint64) {
 			return
 		}
 		o.committed[i] = term
+		if o.committedIn[i] == 0 {
+			o.committedIn[i] = n.seenTerm
+		}
 	}
 	if commit <= o.maxCommit {
 		return
