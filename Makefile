@@ -77,6 +77,17 @@ e2e: ## real processes, kills and partitions for FAULTS_FOR (10m) each
 rewrite-golden: ## write the golden files of manifest and wal anew; look at the diff
 	go test ./manifest ./wal -rewrite
 
+# Rows by name and comma, all when empty; see bench/etcd/README.md.
+ROWS ?=
+PAIRS ?= 3
+DURATION ?= 6s
+.PHONY: bench
+bench: build ## compare with etcd 3.7.3 on this machine; ROWS=unary64,outage picks rows
+	cd bench/etcd/build && go build -trimpath -o $(BIN)/etcd go.etcd.io/etcd/server/v3
+	cd bench/etcd && go build -trimpath -o $(BIN)/bench-etcd .
+	$(BIN)/bench-etcd -router $(BIN)/router -etcd $(BIN)/etcd \
+		-rows '$(ROWS)' -pairs $(PAIRS) -duration $(DURATION)
+
 .PHONY: ci
 ci: ## what a change has to pass
 	.ci/run
