@@ -204,9 +204,10 @@ func TestForwarderCallerLeaves(t *testing.T) {
 		_, err := x.f.Submit(ctx, onceCommand("left"))
 		done <- err
 	}()
-	for !x.f.waiting() {
-		// The goroutine is on its way.
-	}
+	until(t, &x.node.event, "the command to wait", func() bool {
+		x.node.event.fire() // look again at once
+		return x.f.waiting()
+	})
 	cancel()
 	if err := <-done; !errors.Is(err, ErrNotProposed) || !errors.Is(err, context.Canceled) {
 		t.Fatal(err)

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 
@@ -357,5 +359,23 @@ func TestForgedMessagesAreRefused(t *testing.T) {
 				t.Error("the message reached raft")
 			}
 		})
+	}
+}
+
+// A peer that accepts connections and then says nothing counts as unreachable,
+// and the attempt ends by itself.
+func TestSilentPeer(t *testing.T) {
+	checkLeaks(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a := newStation(t, 1, func(o *TransportOptions) { o.DialTimeout = 20 * time.Millisecond })
+	a.transport.SetMembers([]raftnode.Member{{ID: 2, Addr: l.Addr().String()}})
+	a.transport.Send([]*raftpb.Message{message(raftpb.MsgVote, 1, 2, 1)})
+	until(t, &a.node.event, "a report", func() bool { return a.node.reports(2) > 1 })
+	if s := a.transport.Stats()[0]; s.Connected || s.Dropped != 1 || s.QueuedBytes != 0 || s.LastError == "" {
+		t.Errorf("%+v", s)
 	}
 }
