@@ -32,6 +32,7 @@ import (
 // applied to a real state machine and answered.
 type oneNode struct {
 	fsm *router.FSM
+	id  uint64
 
 	mu      sync.Mutex
 	index   uint64
@@ -48,7 +49,7 @@ type oneNode struct {
 	moved   []uint64
 }
 
-func newOneNode(t *testing.T) *oneNode {
+func newOneNode(t testing.TB) *oneNode {
 	t.Helper()
 	fsm, err := router.Open(vfs.NewMem(), "state", router.Options{Bootstrap: router.Position{Index: 1, Term: 1}})
 	if err != nil {
@@ -60,7 +61,7 @@ func newOneNode(t *testing.T) *oneNode {
 		}
 	})
 	return &oneNode{
-		fsm: fsm, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
+		fsm: fsm, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
 		members: []raftnode.Member{{ID: 1, Addr: "n1:50052"}},
 	}
 }
@@ -202,14 +203,14 @@ func (n *oneNode) Changed() <-chan struct{} {
 func (n *oneNode) Leadership() raftnode.Leadership {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return raftnode.Leadership{Leader: n.leader, Term: 1, Leading: n.leader == 1}
+	return raftnode.Leadership{Leader: n.leader, Term: 1, Leading: n.leader == n.id}
 }
 
 func (n *oneNode) Status() raftnode.Status {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return raftnode.Status{
-		ID: 1, Term: 1, Leader: n.leader, Commit: n.index, Applied: n.index, LastIndex: n.index, Role: raftnode.RoleLeader,
+		ID: n.id, Term: 1, Leader: n.leader, Commit: n.index, Applied: n.index, LastIndex: n.index, Role: raftnode.RoleLeader,
 		Position: raftnode.Position{ConfState: &raftpb.ConfState{}, Members: n.members},
 		Peers:    n.peers,
 	}
@@ -218,7 +219,7 @@ func (n *oneNode) Status() raftnode.Status {
 func (n *oneNode) TransferLeader(_ context.Context, to uint64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.leader != 1 {
+	if n.leader != n.id {
 		return &raftnode.NotLeaderError{Leader: n.leader, Term: 1}
 	}
 	n.moved = append(n.moved, to)

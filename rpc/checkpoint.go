@@ -67,29 +67,23 @@ func (a *checkpointAPI) GetSourceOffset(ctx context.Context, req *checkpointpb.G
 		}
 		return true
 	}
-	if req.Partition != nil {
-		v, err := a.latest(ctx)
-		if err != nil {
-			return nil, err
-		}
-		defer v.Close()
-		o, err := v.SourceOffset(req.SourceId, req.GetPartition())
-		if err != nil {
-			return nil, err
-		}
-		if o != nil {
-			add(req.GetPartition(), o)
-		}
-		resp.Revision = v.Revision()
-		return resp, nil
-	}
-	v, err := a.view(ctx)
+	v, err := a.latest(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer v.Close()
 	resp.Revision = v.Revision()
-	return resp, v.SourceOffsets(req.SourceId, add)
+	if req.Partition == nil {
+		return resp, v.SourceOffsets(req.SourceId, add)
+	}
+	o, err := v.SourceOffset(req.SourceId, req.GetPartition())
+	if err != nil {
+		return nil, err
+	}
+	if o != nil {
+		add(req.GetPartition(), o)
+	}
+	return resp, nil
 }
 
 // ReportWatermark stores how far event time has come in one partition and
@@ -241,7 +235,7 @@ func (a *checkpointAPI) GetGroupOffsets(ctx context.Context, req *checkpointpb.G
 	if err := checkOptionalID("source_id", req.GetSourceId()); err != nil {
 		return nil, err
 	}
-	v, err := a.view(ctx)
+	v, err := a.latest(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,11 @@ package rpc
 
 import (
 	"bytes"
+	"context"
+	"net"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -186,4 +189,62 @@ func TestTransferLeader(t *testing.T) {
 	leader.node.setLeader(0, raftnode.ErrNoLeader)
 	_, err = leader.cluster.TransferLeader(leader.ctx(), &clusterpb.TransferLeaderRequest{})
 	wantCode(t, err, codes.Unavailable)
+}
+
+// Goal: a follower shows the cluster as its leader sees it, with its own
+// position, and passes a transfer on; when the leader does not answer it shows
+// what it knows itself.
+func TestFollowerAsksLeader(t *testing.T) {
+	leader := newAPI(t)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	noError(t, err)
+	served := make(chan error, 1)
+	go func() { served <- leader.Serve(lis) }()
+	t.Cleanup(func() {
+		leader.Shutdown(context.Background())
+		noError(t, <-served)
+	})
+	members := []raftnode.Member{{ID: 1, Addr: "n1:50052"}, {ID: 2, Addr: "n2:50052"}, {ID: 3, Addr: "n3:50052"}}
+	leader.node.mu.Lock()
+	leader.node.members = members
+	leader.node.peers = []raftnode.PeerStatus{{ID: 1, Match: 9, RecentActive: true}, {ID: 2, Match: 8, RecentActive: true}, {ID: 3, Match: 3}}
+	leader.node.mu.Unlock()
+
+	node := newOneNode(t)
+	node.members, node.id = members, 2
+	var mu sync.Mutex
+	addr := lis.Addr().String()
+	follower := serveAPI(t, node, func(c *ServerConfig) {
+		c.NodeID = 2
+		c.Reachable = func(id uint64) bool { return id == 3 }
+		c.ClientAddr = func(id uint64) string {
+			mu.Lock()
+			defer mu.Unlock()
+			if id == 1 {
+				return addr
+			}
+			return ""
+		}
+	})
+	st, err := follower.admin.GetClusterStatus(follower.ctx(), &adminpb.GetClusterStatusRequest{})
+	noError(t, err)
+	if st.NodeId != 2 || st.LeaderId != 1 || st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED || len(st.Alarms) != 1 {
+		t.Fatal(st)
+	}
+	if st.Nodes[1].MatchIndex != 8 || st.Nodes[1].AppliedIndex != node.index || st.Nodes[1].Version != "1.2.3" || st.Nodes[2].Healthy {
+		t.Fatal(st.Nodes)
+	}
+	_, err = follower.cluster.TransferLeader(follower.ctx(), &clusterpb.TransferLeaderRequest{NodeId: 1})
+	noError(t, err)
+	if !slices.Equal(leader.node.moved, []uint64{1}) {
+		t.Fatal(leader.node.moved)
+	}
+	mu.Lock()
+	addr = ""
+	mu.Unlock()
+	st, err = follower.admin.GetClusterStatus(follower.ctx(), &adminpb.GetClusterStatusRequest{})
+	noError(t, err)
+	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY || !st.Nodes[2].Healthy || st.Nodes[1].MatchIndex == 0 {
+		t.Fatal(st)
+	}
 }
