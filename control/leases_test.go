@@ -1,0 +1,230 @@
+package control
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	testSuspect = 30 * time.Second
+	testExpire  = 45 * time.Second
+)
+
+func testLeases(n int) (*leases, time.Time) {
+	l := newLeases("sidecars", testSuspect, testExpire, massLimits{fraction: 0.5, floor: 10, hold: 10 * testExpire})
+	now := time.Unix(1_000_000, 0)
+	for i := range n {
+		l.put(now, fmt.Sprintf("pod%03d", i), alive, 1, 0)
+	}
+	return l, now
+}
+
+// settleAll applies transitions as the state machine would.
+func (l *leases) settleAll(now time.Time, ts []transition) {
+	for _, t := range ts {
+		l.done(t.id)
+		l.put(now, t.id, t.to, t.generation, 0)
+	}
+}
+
+func show(ts []transition) string {
+	var out []string
+	for _, t := range ts {
+		out = append(out, fmt.Sprintf("%s %v>%v", t.id, t.from, t.to))
+	}
+	return strings.Join(out, ", ")
+}
+
+func expectMoves(t *testing.T, got []transition, want string) {
+	t.Helper()
+	if s := show(got); s != want {
+		t.Fatalf("transitions %q, want %q", s, want)
+	}
+}
+
+// A silent sidecar is suspect, then expired; a heartbeat revives it from both.
+func TestLeaseRunsOut(t *testing.T) {
+	l, now := testLeases(1)
+	expectMoves(t, l.sweep(now.Add(testSuspect-1)), "")
+	now = now.Add(testSuspect)
+	ts := l.sweep(now)
+	expectMoves(t, ts, "pod000 alive>suspect")
+	expectMoves(t, l.sweep(now.Add(time.Hour)), "") // on its way: not proposed twice
+	l.settleAll(now, ts)
+	expectMoves(t, l.sweep(now.Add(time.Second)), "")
+	if !l.touch(now.Add(2*time.Second), "pod000") {
+		t.Fatal("a heartbeat of a suspect calls for its revival")
+	}
+	now = now.Add(2 * time.Second)
+	ts = l.sweep(now)
+	expectMoves(t, ts, "pod000 suspect>alive")
+	l.settleAll(now, ts)
+	if l.touch(now, "pod000") || l.touch(now, "unknown") {
+		t.Fatal("only the dead are revived")
+	}
+	for _, step := range []struct {
+		after time.Duration
+		want  string
+	}{{testSuspect, "pod000 alive>suspect"}, {testExpire, "pod000 suspect>expired"}, {10 * testExpire, ""}} {
+		ts = l.sweep(now.Add(step.after))
+		expectMoves(t, ts, step.want)
+		l.settleAll(now.Add(step.after), ts)
+	}
+	now = now.Add(time.Hour)
+	l.touch(now, "pod000")
+	expectMoves(t, l.sweep(now), "pod000 expired>alive")
+}
+
+// A transition that could not be replicated is proposed again.
+func TestLeaseFailedProposal(t *testing.T) {
+	l, now := testLeases(1)
+	now = now.Add(testSuspect)
+	expectMoves(t, l.sweep(now), "pod000 alive>suspect")
+	l.done("pod000")
+	expectMoves(t, l.sweep(now), "pod000 alive>suspect")
+}
+
+// A heartbeat that arrives while the suspicion is being replicated must not be
+// forgotten when that takes effect.
+func TestLeaseHeartbeatInFlight(t *testing.T) {
+	l, now := testLeases(1)
+	now = now.Add(testSuspect)
+	ts := l.sweep(now)
+	l.touch(now.Add(time.Second), "pod000")
+	l.settleAll(now.Add(2*time.Second), ts)
+	expectMoves(t, l.sweep(now.Add(2*time.Second)), "pod000 suspect>alive")
+}
+
+// A new leader finds suspects and expired ones in the state. It has heard from
+// nobody, so it neither revives them nor judges the others for a full lease.
+func TestLeaseGraceAfterLeaderChange(t *testing.T) {
+	l, now := testLeases(2)
+	l.put(now, "suspect", suspect, 1, 0)
+	l.put(now, "expired", expired, 1, 0)
+	expectMoves(t, l.sweep(now.Add(testSuspect-1)), "")
+	expectMoves(t, l.sweep(now.Add(testExpire-1)), "pod000 alive>suspect, pod001 alive>suspect")
+	expectMoves(t, l.sweep(now.Add(testExpire)), "suspect suspect>expired")
+}
+
+// A registration starts a full lease, a repeated record of the same one does
+// not.
+func TestLeaseRegistrationRenews(t *testing.T) {
+	l, now := testLeases(1)
+	at := now.Add(testSuspect - time.Second)
+	l.put(at, "pod000", alive, 1, 0)
+	expectMoves(t, l.sweep(now.Add(testSuspect)), "pod000 alive>suspect")
+	l, now = testLeases(1)
+	l.put(at, "pod000", alive, 2, 0)
+	expectMoves(t, l.sweep(now.Add(testSuspect)), "")
+	expectMoves(t, l.sweep(at.Add(testSuspect)), "pod000 alive>suspect")
+}
+
+// Services know no suspicion, and one that announced a long interval is given
+// three of them.
+func TestLeaseServices(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	l := newLeases("services", 0, testExpire, massLimits{fraction: 0.5, floor: 10, hold: time.Hour})
+	l.put(now, "quick", alive, 1, 3*time.Second)
+	l.put(now, "slow", alive, 1, 3*time.Minute)
+	expectMoves(t, l.sweep(now.Add(testExpire-1)), "")
+	ts := l.sweep(now.Add(testExpire))
+	expectMoves(t, ts, "quick alive>expired")
+	l.settleAll(now, ts)
+	expectMoves(t, l.sweep(now.Add(3*time.Minute)), "slow alive>expired")
+	l.touch(now.Add(4*time.Minute), "quick")
+	expectMoves(t, l.sweep(now.Add(4*time.Minute)), "quick expired>alive")
+}
+
+// The silence of a leader that was itself stopped is nobody's fault.
+func TestLeaseShift(t *testing.T) {
+	l, now := testLeases(2)
+	l.touch(now.Add(10*time.Second), "pod001")
+	now = now.Add(70 * time.Second)
+	l.shift(now, time.Minute) // pod000 silent for 10 s, pod001 for none
+	expectMoves(t, l.sweep(now.Add(testSuspect-10*time.Second)), "pod000 alive>suspect")
+	expectMoves(t, l.sweep(now.Add(testSuspect)), "pod001 alive>suspect")
+}
+
+// expireAll lets all sidecars of l run out at once and returns how many were
+// expired at each sweep.
+func expireAll(l *leases, now time.Time, sweeps int) []int {
+	ts := l.sweep(now.Add(testSuspect))
+	l.settleAll(now.Add(testSuspect), ts)
+	var out []int
+	for i := range sweeps {
+		at := now.Add(testExpire + time.Duration(i)*time.Second)
+		ts := l.sweep(at)
+		l.settleAll(at, ts)
+		out = append(out, len(ts))
+	}
+	return out
+}
+
+// Up to half of a fleet may expire at once; more are held back, raise an alarm,
+// and are let go slowly only after a long time.
+func TestMassExpiryIsHeld(t *testing.T) {
+	l, now := testLeases(100)
+	for i := 50; i < 100; i++ {
+		l.touch(now.Add(testSuspect), fmt.Sprintf("pod%03d", i))
+	}
+	if got := expireAll(l, now, 1); got[0] != 50 || l.due != 0 {
+		t.Fatalf("half of the fleet: %v expired, %d held", got, l.due)
+	}
+
+	l, now = testLeases(100)
+	hold := int(l.limits.hold / time.Second)
+	got := expireAll(l, now, hold+2)
+	for i, n := range got[:hold] {
+		if n != 0 {
+			t.Fatalf("%d expired %d s into the hold", n, i)
+		}
+	}
+	if l.due == 0 {
+		t.Fatal("nothing is reported as held")
+	}
+	if sum := got[hold] + got[hold+1]; sum < 1 || sum > 2 {
+		t.Fatalf("%d of 100 were let go in the first two seconds after the hold", sum)
+	}
+
+	// Those that come back during the hold have lost nothing.
+	l, now = testLeases(100)
+	expireAll(l, now, 10)
+	at := now.Add(testExpire + 11*time.Second)
+	for i := range 100 {
+		l.touch(at, fmt.Sprintf("pod%03d", i))
+	}
+	ts := l.sweep(at)
+	if len(ts) != 100 || ts[0].to != alive || l.due != 0 {
+		t.Fatalf("%d transitions, first %v, %d held", len(ts), show(ts[:1]), l.due)
+	}
+}
+
+// Small fleets are not held: the only sidecar of a cluster may die.
+func TestMassExpiryFloor(t *testing.T) {
+	l, now := testLeases(10)
+	if got := expireAll(l, now, 1); got[0] != 10 {
+		t.Fatalf("%v expired", got)
+	}
+}
+
+// Losing a fleet in slices within one window counts as a mass expiry too.
+func TestMassExpiryInSlices(t *testing.T) {
+	l, now := testLeases(100)
+	ts := l.sweep(now.Add(testSuspect))
+	l.settleAll(now.Add(testSuspect), ts)
+	expired := 0
+	for i := range 100 {
+		l.all[fmt.Sprintf("pod%03d", i)].last = now.Add(time.Duration(i) * 100 * time.Millisecond)
+	}
+	for i := range 20 {
+		at := now.Add(testExpire + time.Duration(i)*time.Second)
+		ts := l.sweep(at)
+		l.settleAll(at, ts)
+		expired += len(ts)
+	}
+	if expired < 40 || expired > 50 || expired+l.due != 100 {
+		t.Fatalf("%d expired within one window and %d are held", expired, l.due)
+	}
+}
