@@ -385,7 +385,7 @@ func (l *layout) weight(salt string, stg, h int) uint64 {
 	return d.Sum64()
 }
 
-// rank is how well a host suits a stage; see less.
+// rank is how well a host suits a stage; see compareRanks.
 type rank struct {
 	host   int
 	tie    tie

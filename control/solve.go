@@ -1,6 +1,8 @@
 package control
 
 import (
+	"container/heap"
+	"iter"
 	"slices"
 
 	"conveyor.etl/router/router/commandpb"
@@ -215,17 +217,39 @@ func (l *layout) missing() []int {
 	return out
 }
 
-// choices lists the hosts that may run stage stg and do not, the best first.
-func (l *layout) choices(stg int) []rank {
-	s := &l.stages[stg]
-	ranks := make([]rank, 0, len(s.hosts))
-	for _, h := range s.hosts {
-		if !l.runs(h, stg) {
-			ranks = append(ranks, l.rank(stg, h))
+// choices yields the hosts that may run stage stg and do not, the best first,
+// as ranked now. Mostly the first one is taken, out of up to a whole fleet: a
+// heap orders no more of them than are asked for.
+func (l *layout) choices(stg int) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		s := &l.stages[stg]
+		ranks := make(rankHeap, 0, len(s.hosts))
+		for _, h := range s.hosts {
+			if !l.runs(h, stg) {
+				ranks = append(ranks, l.rank(stg, h))
+			}
+		}
+		heap.Init(&ranks)
+		for len(ranks) > 0 {
+			if !yield(heap.Pop(&ranks).(rank).host) {
+				return
+			}
 		}
 	}
-	slices.SortFunc(ranks, compareRanks)
-	return ranks
+}
+
+// rankHeap is a heap with the best rank on top.
+type rankHeap []rank
+
+func (h rankHeap) Len() int           { return len(h) }
+func (h rankHeap) Less(i, j int) bool { return compareRanks(h[i], h[j]) < 0 }
+func (h rankHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *rankHeap) Push(x any)        { *h = append(*h, x.(rank)) }
+func (h *rankHeap) Pop() any {
+	old := *h
+	last := old[len(old)-1]
+	*h = old[:len(old)-1]
+	return last
 }
 
 // search places one instance of every stage that runs nowhere and has a
@@ -244,12 +268,12 @@ func (l *layout) search(careful bool) bool {
 		if k == len(open) {
 			return true
 		}
-		for _, r := range l.choices(open[k]) {
+		for h := range l.choices(open[k]) {
 			if steps--; steps < 0 {
 				return false
 			}
 			mark := len(l.undo)
-			if !l.place(open[k], r.host, careful) {
+			if !l.place(open[k], h, careful) {
 				continue
 			}
 			if visit(k + 1) {
@@ -289,11 +313,11 @@ func (l *layout) add() bool {
 			continue
 		}
 		for _, careful := range []bool{true, false} {
-			for _, r := range l.choices(i) {
+			for h := range l.choices(i) {
 				if len(s.at) >= s.count {
 					break
 				}
-				if l.place(i, r.host, careful) {
+				if l.place(i, h, careful) {
 					changed = true
 				}
 			}
