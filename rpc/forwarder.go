@@ -254,8 +254,13 @@ func (f *Forwarder) park(op *operation, why error) {
 		f.finish(op, nil, 0, op.truthful(err))
 		return
 	}
-	// Now, not before: from here on the caller may give it up.
-	op.state.Store(opWaiting)
+	// Now, not before: from here on the caller may give it up. It may have done
+	// so already, when op was not sent in between: then it has been told that
+	// nothing will be proposed, and a plain store would take that back.
+	if !op.state.CompareAndSwap(opSent, opWaiting) && op.state.Load() == opGivenUp {
+		f.mu.Unlock()
+		return
+	}
 	f.parked = append(f.parked, op)
 	f.parkedBytes += int64(op.size)
 	first := len(f.parked) == 1

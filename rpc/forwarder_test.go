@@ -224,6 +224,30 @@ func TestForwarderCallerLeaves(t *testing.T) {
 	}
 }
 
+// The same, when the caller leaves at the moment at which the forwarder has
+// taken the command up for another attempt and finds, again, nobody to send it
+// to.
+func TestForwarderCallerLeavesDuringAttempt(t *testing.T) {
+	checkLeaks(t)
+	x := newForwarding(t, nil)
+	e := &echo{}
+	x.two.node.propose = e.propose
+	cmd := onceCommand("left")
+	op := &operation{cmd: cmd, size: cmd.SizeVT(), deadline: time.Now().Add(patience),
+		done: func(*commandpb.Result, uint64, error) { t.Error("who gave up has its answer already") }}
+	if !op.giveUp() {
+		t.Fatal("a waiting command could not be given up")
+	}
+	x.f.dispatch(op)
+	x.lead(x.two, 1)
+	if a := get(t, x.submit(onceCommand("stayed"))); a.err != nil {
+		t.Fatal(a.err)
+	}
+	if e.count("left") != 0 {
+		t.Error("a command was proposed after its caller was told that it was not")
+	}
+}
+
 // A caller that leaves while its command is with the leader is told so.
 func TestForwarderCallerLeavesLate(t *testing.T) {
 	checkLeaks(t)
