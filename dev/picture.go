@@ -3,6 +3,7 @@ package dev
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -72,20 +73,12 @@ type picture struct {
 // the screen first, which flickers; a resize is set right by the next drawing.
 func (p *picture) draw(columns, rows int, now time.Time) string {
 	s := p.observer.scene()
-	top := p.nodeLines(&s, now)
-	top = append(top, p.pipelineLines(&s)...)
-	top = append(top, p.sidecarLines(&s)...)
-	bottom := p.hintLines(&s)
-	// The newest events get the room that is left, at least three lines.
-	room := max(3, rows-1-len(top)-len(bottom)-2)
-	middle := []line{head("WHAT HAPPENS")}
-	for _, ev := range p.events.last(room) {
-		middle = append(middle, line{{ev.at.Format("15:04:05 "), faint}, {ev.text, plain}})
-	}
-	middle = append(middle, nil)
-	all := append(append(top, middle...), bottom...)
-	if len(all) > rows-1 {
-		all = all[:max(0, rows-1)]
+	var all []line
+	for squeeze := 0; squeeze <= 3; squeeze++ {
+		var fits bool
+		if all, fits = p.compose(&s, now, rows, squeeze); fits {
+			break
+		}
 	}
 	var b strings.Builder
 	b.WriteString("\x1b[H")
@@ -95,6 +88,39 @@ func (p *picture) draw(columns, rows int, now time.Time) string {
 	}
 	b.WriteString("\x1b[J")
 	return b.String()
+}
+
+// leastEvents is how many events a picture shows at least.
+const leastEvents = 3
+
+// compose puts the picture together for rows lines, leaving out more the higher
+// squeeze is: first the blank lines, then what the sidecars hold, then most of
+// the hints. It says whether that was enough.
+func (p *picture) compose(s *scene, now time.Time, rows, squeeze int) ([]line, bool) {
+	top := append(p.nodeLines(s, now), p.pipelineLines(s)...)
+	if squeeze < 2 {
+		top = append(top, p.sidecarLines(s)...)
+	}
+	bottom := p.hintLines(s)
+	if squeeze >= 3 {
+		bottom = append(bottom[:min(2, len(bottom)-1)], bottom[len(bottom)-1])
+	}
+	gap := []line{nil}
+	if squeeze >= 1 {
+		gap = nil
+		top = slices.DeleteFunc(top, func(l line) bool { return len(l) == 0 })
+	}
+	// The newest events get the room that is left.
+	room := rows - 1 - len(top) - len(bottom) - len(gap) - 1
+	all := append(top, head("WHAT HAPPENS"))
+	for _, ev := range p.events.last(max(leastEvents, room)) {
+		all = append(all, line{{ev.at.Format("15:04:05 "), faint}, {ev.text, plain}})
+	}
+	all = append(append(all, gap...), bottom...)
+	if len(all) > rows-1 {
+		return all[:max(0, rows-1)], false
+	}
+	return all, true
 }
 
 func (p *picture) nodeLines(s *scene, now time.Time) []line {

@@ -55,6 +55,12 @@ func TestPictureFits(t *testing.T) {
 			t.Errorf("the picture lacks %q:\n%s", want, full)
 		}
 	}
+	small := escapes.ReplaceAllString(p.draw(80, 24, time.Now()), "")
+	for _, want := range []string{"leader", "orders", "something", "kill -9 101", "Ctrl-C"} {
+		if !strings.Contains(small, want) {
+			t.Errorf("the picture of an ordinary terminal lacks %q:\n%s", want, small)
+		}
+	}
 	o.Color = false
 	if regexp.MustCompile("\x1b\\[[0-9]+m").MatchString(p.draw(200, 60, time.Now())) {
 		t.Error("colours although they are off")
