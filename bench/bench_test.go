@@ -97,11 +97,10 @@ func TestDriveCounts(t *testing.T) {
 type store struct {
 	checkpointpb.UnimplementedCheckpointServiceServer
 	clusterpb.UnimplementedCommitsServer
-	mu    sync.Mutex
-	data  map[string][]byte
-	stale atomic.Int64
-	ops   atomic.Int64
-	fail  string // a service id that is refused
+	mu   sync.Mutex
+	data map[string][]byte
+	ops  atomic.Int64
+	fail string // a service id that is refused
 }
 
 func (s *store) SaveCheckpoint(ctx context.Context, r *checkpointpb.SaveCheckpointRequest) (*checkpointpb.SaveCheckpointResponse, error) {

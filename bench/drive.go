@@ -87,10 +87,9 @@ func (r *recorder) record(d time.Duration, commands int, err error) {
 	_ = r.latency.RecordValue(min(max(1, d.Microseconds()), maxLatency.Microseconds()))
 }
 
-// phases tells callers whether they are warming up, measured or done.
+// phases tells callers whether what ends now is counted.
 type phases struct {
 	measured atomic.Bool
-	begin    time.Time
 }
 
 // Drive runs the callers and returns what it measured. A failed call is counted
