@@ -36,7 +36,9 @@ func (zeroRandom) Read(b []byte) (int, error) {
 //	propose n commands...     each command is a call of its own
 //	read n                    ReadIndex
 //	turn n, append n, apply n one step of n's loop, appender or applier
-//	tick n [times=k]          a tick of n's clock, and a turn; n can be all
+//	tick n [times=k] [settle] a tick of n's clock, and a turn; with settle its
+//	                          disk works after each; n can be all, which also
+//	                          stabilizes after each
 //	deliver [to=n] [from=n] [type=t] [drop]
 //	stabilize [n...]          everything, until nothing moves
 //	cut a b, heal             cut the link between a and b; all links work
@@ -48,6 +50,7 @@ func (zeroRandom) Read(b []byte) (int, error) {
 //	images n                  build and send the images asked for
 //	truncate n                let n decide whether to truncate its log
 //	break-disk n, lose-images n, lose-state n
+//	new-group, jump n time    begin anew; move n's clock
 //	status, log n, state n    what there is
 //	do, quietly               the commands in the lines that follow; quietly
 //	                          shows only leaders, outcomes and what is asked for
@@ -126,7 +129,7 @@ func (tr *trace) command(d *datadriven.TestData) {
 		return out
 	}
 	var h *harness
-	if len(args) > 0 && d.Cmd != "add-nodes" && d.Cmd != "deliver" && args[0] != "all" {
+	if len(args) > 0 && d.Cmd != "add-nodes" && d.Cmd != "deliver" && d.Cmd != "stabilize" && args[0] != "all" {
 		h = tr.node(tr.number(args[0]))
 	}
 	switch d.Cmd {
@@ -159,8 +162,12 @@ func (tr *trace) command(d *datadriven.TestData) {
 					tr.turn(x, true)
 				}
 			}
-			if h == nil {
+			switch {
+			case h == nil:
 				tr.stabilize(nil)
+			case slices.Contains(args, "settle"):
+				for tr.appendOnce(h) || tr.applyOnce(h) {
+				}
 			}
 		}
 	case "deliver":
@@ -210,6 +217,16 @@ func (tr *trace) command(d *datadriven.TestData) {
 				tr.printf("%v", err)
 			}
 		}
+	case "new-group":
+		tr.nodes, tr.wire, tr.waiting = nil, nil, nil
+		clear(tr.down)
+		clear(tr.cut)
+	case "jump":
+		by, err := time.ParseDuration(args[1])
+		if err != nil {
+			tr.t.Fatal(err)
+		}
+		h.clock.advance(by)
 	case "lose-state":
 		h.sm = newMemMachine(h.fs, bootPosition(h.sm.Applied().ConfState.GetVoters()...))
 	case "truncate":

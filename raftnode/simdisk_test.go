@@ -63,6 +63,7 @@ type simLog struct {
 
 func (l *simLog) Append(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error {
 	n := l.node
+	n.sim.oracle.appended(n, ents)
 	n.point("append")
 	if n.fuse == 1 {
 		// Cut short: any prefix may have reached the disk.
@@ -78,7 +79,6 @@ func (l *simLog) Append(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) e
 	if err := l.memLog.Append(hs, ents, sync && !n.sim.sab.ackBeforeSync); err != nil {
 		return err
 	}
-	n.sim.oracle.appended(n, ents)
 	n.point("append, written")
 	return nil
 }

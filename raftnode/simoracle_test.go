@@ -88,17 +88,17 @@ func (o *simOracle) newCommand() uint64 {
 	return o.lastCmd
 }
 
-// appended looks at what a node has just written.
+// appended looks at what a node is about to write: runs of entries, of which a
+// later one may overwrite an earlier one.
 func (o *simOracle) appended(n *simNode, ents []*raftpb.Entry) {
 	for k, e := range ents {
 		i := e.GetIndex()
-		var prev uint64
-		if k > 0 && ents[k-1].GetIndex() == i-1 {
-			prev = ents[k-1].GetTerm()
-		} else if k > 0 {
-			continue // overwritten by what follows, or the start of what overwrites
-		} else {
-			prev, _ = n.log.Term(i - 1)
+		prev, _ := n.log.Term(i - 1)
+		for j := k - 1; j >= 0; j-- {
+			if ents[j].GetIndex() == i-1 {
+				prev = ents[j].GetTerm()
+				break
+			}
 		}
 		h := fnv.New64a()
 		h.Write([]byte{byte(e.GetType())})

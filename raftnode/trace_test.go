@@ -67,6 +67,9 @@ func traceMessage(m *raftpb.Message) string {
 		// The entries are those of the message it answers.
 		return fmt.Sprintf("%v Index:%d", m.GetType(), max(m.GetIndex(), lastOf(m.GetEntries())))
 	}
+	if t := m.GetType(); t == raftpb.MsgReadIndex || t == raftpb.MsgReadIndexResp {
+		return raft.DescribeMessage(m, func([]byte) string { return "question" })
+	}
 	return raft.DescribeMessage(m, traceFormat)
 }
 
@@ -282,6 +285,8 @@ func (tr *trace) outcome(c *tracedCall, o outcome) string {
 		return fmt.Sprintf("done, entry %d, result %v", o.res.Index, o.res.Value)
 	case o.err == nil:
 		return "done"
+	case !strings.HasPrefix(c.what, "propose"):
+		return o.err.Error()
 	case NotDone(o.err):
 		return fmt.Sprintf("NOT DONE: %v", o.err)
 	}
