@@ -191,13 +191,17 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 	})
 }
 
+// pass lets d go by on the clock of the bubble: no real time passes, and
+// everything that was due has happened up to the last instant.
+func pass(d time.Duration) { sleep(context.Background(), d) }
+
 // beat lets sidecars send heartbeats every 10 s for d.
 func beat(l *Liveness, d time.Duration, ids ...string) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		for _, id := range ids {
 			l.Touch(id, "")
 		}
-		time.Sleep(min(10*time.Second, time.Until(end)))
+		pass(min(10*time.Second, time.Until(end)))
 	}
 	synctest.Wait()
 }
@@ -215,7 +219,7 @@ func TestLossAndReturn(t *testing.T) {
 	r.register("d", "clean:transform")
 	r.putPipeline("p", threeStages)
 	r.inBubble(func(t *testing.T, l *Liveness) {
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		if got := r.table(); got != "nothing is assigned\n" {
 			t.Fatalf("a node that does not lead planned:\n%s", got)
@@ -247,7 +251,7 @@ func TestLossAndReturn(t *testing.T) {
 			t.Fatalf("tables after the loss:\n%s", second)
 		}
 		l.Touch(stage, "")
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		if got := r.state(stage); got != "alive" || r.table() != second {
 			t.Fatalf("%s is %s; tables:\n%s", stage, got, r.table())
@@ -279,17 +283,17 @@ func TestNewLeaderIsPatient(t *testing.T) {
 	r.register("a", "orders:source")
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)
-		time.Sleep(29 * time.Second)
+		pass(29 * time.Second)
 		r.setLeading(false)
 		l.Touch("a", "") // lands on a node that does not lead: no harm
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		r.setLeading(true)
-		time.Sleep(29 * time.Second)
+		pass(29 * time.Second)
 		synctest.Wait()
 		if got := r.state("a"); got != "alive" {
 			t.Fatalf("a is %s", got)
 		}
-		time.Sleep(2 * time.Second)
+		pass(2 * time.Second)
 		synctest.Wait()
 		if got := r.state("a"); got != "suspect" {
 			t.Fatalf("a is %s although it has been silent for a full lease", got)
@@ -310,7 +314,7 @@ func TestServiceExpires(t *testing.T) {
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)
 		for range 6 {
-			time.Sleep(10 * time.Second)
+			pass(10 * time.Second)
 			l.Touch("", "one")
 		}
 		synctest.Wait()
@@ -335,14 +339,14 @@ func TestPlacerGathers(t *testing.T) {
 	r.putPipeline("p", "orders:source*100 -> lake:sink")
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		before := r.planned()
 		for i := range 100 {
 			r.register(fmt.Sprintf("s%02d", i), "orders:source")
-			time.Sleep(time.Millisecond)
+			pass(time.Millisecond)
 		}
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		if n := r.planned() - before; n < 1 || n > 3 {
 			t.Fatalf("%d plans for one rollout", n)
@@ -373,7 +377,7 @@ func TestPlacerPlansAgain(t *testing.T) {
 	}
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		if got := r.table(); !contains(got, "p a: orders=127.0.0.1:9001 lake@k(elsewhere:1)") {
 			t.Fatalf("the plan was made from an address that is no longer true:\n%s", got)
@@ -383,11 +387,11 @@ func TestPlacerPlansAgain(t *testing.T) {
 		r.mu.Unlock()
 		r.do(&commandpb.Command{Op: &commandpb.Command_DeletePipeline{DeletePipeline: &commandpb.DeletePipeline{PipelineId: "p"}}})
 		r.putPipeline("q", "orders:source -> lake:sink")
-		time.Sleep(time.Second)
+		pass(time.Second)
 		r.mu.Lock()
 		r.refuse = nil
 		r.mu.Unlock()
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		if got := r.table(); !contains(got, "q a:") || contains(got, "p ") {
 			t.Fatalf("after the trouble was over:\n%s", got)
@@ -401,7 +405,7 @@ func TestLoopsResync(t *testing.T) {
 	r := newReplica(t, router.Options{HistoryBytes: 64 << 10})
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)
-		time.Sleep(time.Second)
+		pass(time.Second)
 		// One entry with more changes than the history holds.
 		e := router.Entry{Index: r.fsm.Applied().Index + 1, Term: 1}
 		m := newModel()
@@ -418,13 +422,13 @@ func TestLoopsResync(t *testing.T) {
 		}
 		r.register("k", "lake:sink")
 		r.putPipeline("p", "orders:source -> lake:sink")
-		time.Sleep(2 * time.Second)
+		pass(2 * time.Second)
 		synctest.Wait()
 		if got := splitLines(r.table()); len(got) != 2 {
 			t.Fatalf("tables: %v", got)
 		}
 		l.Touch("s0000", "")
-		time.Sleep(31 * time.Second)
+		pass(31 * time.Second)
 		synctest.Wait()
 		if got := r.state("s1999"); got != "suspect" {
 			t.Fatalf("s1999 is %s: the leases missed it", got)
