@@ -172,9 +172,11 @@ func (t *tx) command(raw []byte, local bool) (*commandpb.Result, error) {
 	}
 	t.op = h.op
 	var rej *commandpb.Rejection
+	var digest uint64
 	if c.RequestId != "" {
 		if rej = checkID("request id", c.RequestId); rej == nil {
-			first, again := t.remembered(c.RequestId, h)
+			digest = digestOf(&c)
+			first, again := t.remembered(c.RequestId, h, digest)
 			if again || t.err != nil {
 				return first, t.err
 			}
@@ -195,7 +197,7 @@ func (t *tx) command(raw []byte, local bool) (*commandpb.Result, error) {
 	}
 	t.res.Revision, t.res.TimeMs = t.clock.Revision, t.now
 	if c.RequestId != "" && checkID("request id", c.RequestId) == nil {
-		t.remember(c.RequestId, h)
+		t.remember(c.RequestId, h, digest)
 	}
 	return t.res, t.err
 }

@@ -206,6 +206,7 @@ func (s *FSM) adopt(d *database) error {
 	s.clock = clock
 	s.hot = newHotCache(s.o.HotBytes)
 	s.marks = newMarkIndex()
+	clear(s.overlay) // what a failed run left is of the old state
 	s.ckptMemo.Store(nil)
 	s.revision.Store(clock.Revision)
 	s.mu.Lock()

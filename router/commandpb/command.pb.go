@@ -2113,6 +2113,7 @@ type RequestRecord struct {
 	TimeMs        uint64                 `protobuf:"varint,2,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`
 	Op            uint32                 `protobuf:"varint,3,opt,name=op,proto3" json:"op,omitempty"` // field number of the command's operation
 	Result        *Result                `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"`
+	Digest        uint64                 `protobuf:"fixed64,5,opt,name=digest,proto3" json:"digest,omitempty"` // of the operation, so that another one is noticed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2173,6 +2174,13 @@ func (x *RequestRecord) GetResult() *Result {
 		return x.Result
 	}
 	return nil
+}
+
+func (x *RequestRecord) GetDigest() uint64 {
+	if x != nil {
+		return x.Digest
+	}
+	return 0
 }
 
 var File_conveyor_command_command_proto protoreflect.FileDescriptor
@@ -2352,12 +2360,13 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\acurrent\x18\x04 \x01(\x04R\acurrent\x12\x1e\n" +
 	"\n" +
 	"violations\x18\x05 \x03(\tR\n" +
-	"violations\"\x86\x01\n" +
+	"violations\"\x9e\x01\n" +
 	"\rRequestRecord\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x17\n" +
 	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\x12\x0e\n" +
 	"\x02op\x18\x03 \x01(\rR\x02op\x120\n" +
-	"\x06result\x18\x04 \x01(\v2\x18.conveyor.command.ResultR\x06result*\xb3\x01\n" +
+	"\x06result\x18\x04 \x01(\v2\x18.conveyor.command.ResultR\x06result\x12\x16\n" +
+	"\x06digest\x18\x05 \x01(\x06R\x06digest*\xb3\x01\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fCODE_INVALID\x10\x01\x12\x12\n" +
