@@ -185,6 +185,8 @@ func (c *Client) Invoke(ctx context.Context, method string, args, reply any, opt
 		ctx = c.withRequestID(ctx)
 	}
 	pause := c.o.BackoffMin
+	// unknown: an earlier attempt may still take effect.
+	unknown := false
 	for attempt := 1; ; attempt++ {
 		conn, i, err := c.pick()
 		if err != nil {
@@ -195,6 +197,11 @@ func (c *Client) Invoke(ctx context.Context, method string, args, reply any, opt
 			return nil
 		}
 		v := judge(err, kind)
+		if unknown {
+			err = stillUnknown(err)
+		} else {
+			unknown = kind == mutation && OutcomeOf(err) == Unknown
+		}
 		if v.elsewhere {
 			c.failed(i)
 		}

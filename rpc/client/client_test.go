@@ -367,3 +367,34 @@ func TestKindsAreComplete(t *testing.T) {
 		}
 	}
 }
+
+// An attempt whose outcome is unknown stays so for the whole call, whatever is
+// certain of the later ones.
+func TestUnknownOutcomeStays(t *testing.T) {
+	checkLeaks(t)
+	lost := failure(codes.Unknown, Unknown, 0)
+	for _, last := range []error{
+		failure(codes.Unavailable, NotDone, time.Hour), // longer than the call may take
+		failure(codes.ResourceExhausted, NotDone, 0),
+	} {
+		a := startNode(t, func(n int) error {
+			if n == 0 {
+				return lost
+			}
+			return last
+		})
+		c := dial(t, Options{}, a.addr)
+		err := commit(c)
+		if a.count() != 2 {
+			t.Fatalf("%d attempts", a.count())
+		}
+		if OutcomeOf(err) != Unknown || status.Code(err) != codes.Unknown {
+			t.Errorf("after an unknown attempt, %v was passed on as %v", last, err)
+		}
+	}
+	// What is certain of all attempts stays certain.
+	b := startNode(t, func(int) error { return failure(codes.Unavailable, NotDone, time.Hour) })
+	if err := commit(dial(t, Options{}, b.addr)); OutcomeOf(err) != NotDone {
+		t.Error(err)
+	}
+}

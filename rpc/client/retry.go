@@ -128,6 +128,29 @@ func OutcomeOf(err error) Outcome {
 	return Unknown
 }
 
+// stillUnknown returns err as the word on a call of which an earlier attempt may
+// take effect: that a later one was certainly not done does not undo that. What
+// every node says of the request itself, that it is malformed or refused, it
+// would have said of the first attempt too, and stays.
+func stillUnknown(err error) error {
+	st, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	outcome, _ := details(st)
+	if outcome != NotDone || st.Code() != codes.Unavailable && st.Code() != codes.ResourceExhausted {
+		return err
+	}
+	again, derr := status.New(codes.Unknown,
+		"an earlier attempt may have been done; the last one was not: "+st.Message()).WithDetails(&errdetails.ErrorInfo{
+		Reason: "AMBIGUOUS", Domain: errorDomain, Metadata: map[string]string{"outcome": string(Unknown)},
+	})
+	if derr != nil {
+		return err
+	}
+	return again.Err()
+}
+
 // details reads what the cluster attached to a status: the outcome ("" when
 // none) and how long to wait.
 func details(st *status.Status) (outcome Outcome, wait time.Duration) {
