@@ -102,7 +102,14 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, expecte
 	}
 	same := current != nil && proto.Equal(current.Spec, spec)
 	matches := expected == nil || *expected == current.GetVersion()
-	if matches && (same || validateOnly) {
+	// A call with a request id goes to the log even when nothing is left to do:
+	// an earlier attempt of it may still be on its way, and only the remembered
+	// id keeps that one from undoing what others write from now on.
+	request, err := requestID(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if matches && (same && request == "" || validateOnly) {
 		return &putResult{version: current.GetVersion(), revision: revision}, nil
 	}
 	if validateOnly {
@@ -244,7 +251,11 @@ func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled bool, expe
 	if err != nil {
 		return nil, err
 	}
-	if current != nil && current.GetSpec().GetEnabled() == enabled && (expected == nil || *expected == current.Version) {
+	request, err := requestID(ctx) // see put
+	if err != nil {
+		return nil, err
+	}
+	if request == "" && current != nil && current.GetSpec().GetEnabled() == enabled && (expected == nil || *expected == current.Version) {
 		return &putResult{version: current.Version, revision: revision}, nil
 	}
 	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_SetPipelineEnabled{

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/raftnode"
@@ -23,6 +24,55 @@ func (a *api) create(cfg *adminpb.PipelineConfig) *adminpb.CreatePipelineRespons
 		a.t.Fatal(resp.Error)
 	}
 	return resp
+}
+
+// Goal: a call that was repeated and found nothing left to do has taken its
+// place: when its first attempt arrives at last, it does not undo what came
+// after.
+func TestLateFirstAttempt(t *testing.T) {
+	a := newAPI(t)
+	one, two := chain("p", "kafka-events", "filter-active", "warehouse"), chain("p", "kafka-events", "filter-active", "warehouse")
+	two.Name = "two"
+	a.create(one)
+	update := func(cfg *adminpb.PipelineConfig, id string) {
+		t.Helper()
+		resp, err := a.admin.UpdatePipeline(metadata.AppendToOutgoingContext(a.ctx(), MetadataRequestID, id),
+			&adminpb.UpdatePipelineRequest{PipelineId: "p", Config: cfg})
+		noError(t, err)
+		if !resp.Success {
+			t.Fatal(resp.Error)
+		}
+	}
+	disable := func(enabled bool, id string) {
+		t.Helper()
+		ctx := metadata.AppendToOutgoingContext(a.ctx(), MetadataRequestID, id)
+		var err error
+		if enabled {
+			_, err = a.admin.EnablePipeline(ctx, &adminpb.EnablePipelineRequest{PipelineId: "p"})
+		} else {
+			_, err = a.admin.DisablePipeline(ctx, &adminpb.DisablePipelineRequest{PipelineId: "p"})
+		}
+		noError(t, err)
+	}
+	now := func() *adminpb.PipelineConfig {
+		t.Helper()
+		got, err := a.admin.GetPipeline(a.ctx(), &adminpb.GetPipelineRequest{PipelineId: "p"})
+		noError(t, err)
+		return got.Config
+	}
+	update(one, "r1") // the repeat, which finds what it wants
+	update(two, "r2") // somebody else
+	update(one, "r1") // the first attempt, held up until now
+	if got := now(); got.GetName() != "two" {
+		t.Errorf("an attempt whose call had returned came back and put %q in the place of \"two\"", got.GetName())
+	}
+	enabled := now().GetEnabled()
+	disable(enabled, "r3")
+	disable(!enabled, "r4")
+	disable(enabled, "r3")
+	if now().GetEnabled() == enabled {
+		t.Error("an attempt whose call had returned came back and undid the switch")
+	}
 }
 
 // Goal: the operator's calls, in the order and with the mistakes it makes, end
