@@ -30,8 +30,10 @@
 //     complete: either the log held that very entry, committed, or the hard
 //     state that commits it follows at once. A crash between the two records
 //     of InstallSnapshot therefore leaves the old log in force.
-//  7. A start record whose entry the log does not hold empties the log. Entries
-//     written before it do not come back at the next Open.
+//  7. A start record past the commit, whose entry the log does not hold, empties
+//     the log. Entries written before it do not come back at the next Open. One
+//     up to the commit is that of a Compact; in the oldest segment its entry may
+//     be gone with the segments before, and a later start record is in force.
 //  8. A segment is deleted only when a newer start record is durable, oldest
 //     first. Deletion never touches a file Append may write.
 //  9. After a failed write or fsync the Log is failed for good: the kernel may

@@ -262,6 +262,10 @@ func (s *scanResult) snapshot(snap *walpb.Snapshot) {
 	case s.based && i >= s.base && i <= s.last() && i <= s.hs.GetCommit() && (s.termOf(i) == t || s.termOf(i) == 0):
 		s.terms = append([]uint64(nil), s.terms[i-s.base:]...)
 		s.base, s.baseTerm, s.start = i, t, snap
+	case i <= s.hs.GetCommit() && (!s.based || s.start == nil && i < s.base):
+		// That of a Compact, an Install lies past the commit: the segments with
+		// its entry are gone, so a later one is in force. Taken for an Install
+		// it would empty the log.
 	default:
 		s.pending = snap
 	}
