@@ -265,6 +265,13 @@ func TestDataDirectoryRefusals(t *testing.T) {
 			t.Fatal(err)
 		}
 		refuse(t, c, ErrIncomplete, log, "another id")
+		if err := os.Mkdir(log, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		refuse(t, c, ErrIncomplete, log, "another id") // its files removed
+		if err := os.Remove(log); err != nil {
+			t.Fatalf("the refused start left something in the log's directory: %v", err)
+		}
 		if err := os.Rename(log+".away", log); err != nil {
 			t.Fatal(err)
 		}

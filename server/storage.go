@@ -3,9 +3,7 @@ package server
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -42,7 +40,7 @@ type storage struct {
 // openStorage opens the data directory of a node, creating it when it is
 // absent. On an error everything opened so far is closed again.
 func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*storage, error) {
-	if err := os.MkdirAll(c.DataDir, 0o700); err != nil {
+	if err := makeDataDir(c.DataDir); err != nil {
 		return nil, fmt.Errorf("create the data directory: %w", err)
 	}
 	s := &storage{dir: c.DataDir}
@@ -73,7 +71,11 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	}
 	walDir := filepath.Join(s.dir, "wal")
 	if s.id.Initialized {
-		if _, err := os.Stat(walDir); errors.Is(err, fs.ErrNotExist) {
+		lost, err := emptyOrGone(walDir)
+		if err != nil {
+			return fmt.Errorf("look at the log: %w", err)
+		}
+		if lost {
 			return fmt.Errorf("%w: %s is gone, and with it what this node promised the others; starting without it could lose acknowledged writes; "+
 				"restore it, or remove node %d from the cluster and let a new node with another id join", ErrIncomplete, walDir, s.id.NodeID)
 		}
