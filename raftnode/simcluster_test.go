@@ -31,6 +31,7 @@ type simProfile struct {
 	memberPermille  int
 	flushPct        int
 	slowDisk        int64
+	slowApply       int64
 	downMax         int64
 	faultEvery      int64
 	faults          [simFaults]int
@@ -67,7 +68,7 @@ func newSimProfile(r *rand.Rand) simProfile {
 		latencyMax: pick[int64](r, 1_000, 5_000, 30_000), latencyTailPct: pick(r, 0, 2, 10),
 		think: pick[int64](r, 10_000, 60_000, 200_000), burst: pick(r, 1, 1, 3, 12), ballast: pick(r, 1, 40, 300),
 		readPct: pick(r, 0, 20, 50), memberPermille: pick(r, 0, 0, 30), flushPct: pick(r, 0, 2, 20),
-		slowDisk: pick[int64](r, 50_000, 300_000, 1_500_000), downMax: pick[int64](r, 20_000, 200_000, 1_000_000),
+		slowDisk: pick[int64](r, 50_000, 300_000, 1_500_000), slowApply: pick[int64](r, 1_000, 1_000, 30_000, 300_000), downMax: pick[int64](r, 20_000, 200_000, 1_000_000),
 		faultEvery: pick[int64](r, 60_000, 200_000, 600_000),
 	}
 	p.config = Config{
@@ -78,10 +79,10 @@ func newSimProfile(r *rand.Rand) simProfile {
 		MaxCommandBytes: 400, MaxBatchBytes: pick(r, 1, 200, 2*kib), MaxBatchesInFlight: pick(r, 1, 1, 2, 8),
 		MaxWaiting: pick(r, 3, 1000), MaxWaitingBytes: pick[int64](r, 1*kib, 1*mib), MaxApplyBytes: pick(r, 1, 300, 1*mib),
 		MaxPeerInboxBytes: 1*mib + 8*kib,
-		TailBytes:         pick[int64](r, 1*kib, 3*kib, 1*mib), MaxTailEntries: pick[uint64](r, 4, 16, 1000),
+		TailBytes:         pick[int64](r, 512, 1*kib, 3*kib, 1*mib), MaxTailEntries: pick[uint64](r, 4, 8, 16, 1000),
 		FollowerTailBytes: 4 * mib, PinnedTailBytes: 8 * mib,
 		MaxImageSenders: pick(r, 1, 2), ImageRetry: pick(r, 10*msec, 100*msec), KeepImages: pick(r, 1, 2),
-		ReadRetry: 60 * msec, ReadTimeout: 400 * msec, AmbiguousAfter: pick(r, 100*msec, 400*msec),
+		ReadRetry: 60 * msec, ReadTimeout: 400 * msec, AmbiguousAfter: pick(r, 100*msec, 400*msec, 3000*msec),
 		TransferTimeout: 100 * msec, StallTransfer: 100 * msec, StallFail: pick(r, 400*msec, 2000*msec),
 	}
 	if r.IntN(2) == 0 {
@@ -228,8 +229,14 @@ func (s *sim) between(lo, hi int64) int64 {
 
 func (s *sim) tickMicros() int64   { return s.prof.config.TickInterval.Microseconds() }
 func (s *sim) computeDelay() int64 { return s.between(5, 200) }
-func (s *sim) applyDelay() int64   { return s.between(5, 1000) }
 func (s *sim) imageDelay() int64   { return s.between(1_000, 60_000) }
+
+func (s *sim) applyDelay() int64 {
+	if s.calm {
+		return s.between(5, 1_000)
+	}
+	return s.between(5, s.prof.slowApply)
+}
 
 func (s *sim) latency() int64 {
 	if !s.calm && s.rng.IntN(100) < s.prof.latencyTailPct {

@@ -64,6 +64,19 @@ type simLog struct {
 func (l *simLog) Append(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error {
 	n := l.node
 	n.sim.oracle.appended(n, ents)
+	for k, e := range ents {
+		// What the real log refuses.
+		before, _ := l.Term(e.GetIndex() - 1)
+		if k > 0 && ents[k-1].GetIndex() == e.GetIndex()-1 {
+			before = ents[k-1].GetTerm()
+		}
+		if k > 0 && ents[k-1].GetIndex() >= e.GetIndex() {
+			continue // overwrites
+		}
+		if e.GetTerm() < before {
+			return fmt.Errorf("entry %d has term %d after term %d", e.GetIndex(), e.GetTerm(), before)
+		}
+	}
 	n.point("append")
 	if n.fuse == 1 {
 		// Cut short: any prefix may have reached the disk.
