@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -35,6 +34,8 @@ type Options struct {
 	Proxied bool
 	// Args are passed to every node after the generated ones.
 	Args []string
+	// Binary is the router to run; the one of this checkout when empty.
+	Binary string
 	// DataDir gives the data directory of a node; a folder of the test's own
 	// temporary directory when nil.
 	DataDir func(id uint64) string
@@ -55,6 +56,7 @@ type Node struct {
 	DataDir  string
 	Client   string // host:port of the client listener
 	Raft     string // host:port of the peer listener
+	bin      string
 	args     []string
 	conn     *grpc.ClientConn
 	mu       sync.Mutex
@@ -93,7 +95,7 @@ func LayOut(t testing.TB, o Options) *Cluster {
 			dir = o.DataDir(id)
 		}
 		c.Nodes = append(c.Nodes, &Node{
-			t: t, ID: id, DataDir: dir,
+			t: t, ID: id, DataDir: dir, bin: o.Binary,
 			Client: "127.0.0.1:" + strconv.Itoa(ports[2*i]),
 			Raft:   "127.0.0.1:" + strconv.Itoa(ports[2*i+1]),
 			log:    &logBuffer{limit: 1 << 20},
@@ -137,15 +139,17 @@ func LayOut(t testing.TB, o Options) *Cluster {
 	return c
 }
 
-// Start runs the process. It does not wait for it to serve.
-func (n *Node) Start() {
+// Start runs the process, with env added to its environment. It does not wait
+// for it to serve.
+func (n *Node) Start(env ...string) {
 	n.t.Helper()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.cmd != nil {
 		n.t.Fatalf("node %d runs already", n.ID)
 	}
-	cmd := exec.Command(binary(n.t), n.args...)
+	cmd := exec.Command(binaryOf(n), n.args...)
+	cmd.Env = append(os.Environ(), env...)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	// A test binary that is killed must not leave routers behind.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -208,6 +212,22 @@ func (n *Node) WaitExit(ctx context.Context) error {
 	case <-ctx.Done():
 		n.t.Fatalf("node %d has not exited: %v\n%s", n.ID, ctx.Err(), n.log)
 		return nil
+	}
+}
+
+// exitsWithin waits until the process ends by itself; false when ctx ends first.
+func (n *Node) exitsWithin(ctx context.Context) bool {
+	n.mu.Lock()
+	exited := n.exited
+	n.mu.Unlock()
+	select {
+	case <-exited:
+		n.mu.Lock()
+		n.cmd = nil
+		n.mu.Unlock()
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -473,35 +493,4 @@ func (b *logBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return string(b.buf)
-}
-
-var (
-	buildOnce sync.Once
-	builtBin  string
-	buildErr  error
-)
-
-// binary returns the router under test: CONVEYOR_E2E_BIN when set, else one
-// built from this checkout for this test run.
-func binary(t testing.TB) string {
-	t.Helper()
-	if b := os.Getenv("CONVEYOR_E2E_BIN"); b != "" {
-		return b
-	}
-	buildOnce.Do(func() {
-		dir, err := os.MkdirTemp("", "conveyor-router-e2e")
-		if err != nil {
-			buildErr = err
-			return
-		}
-		builtBin = filepath.Join(dir, "router")
-		out, err := exec.Command("go", "build", "-o", builtBin, "conveyor.etl/router/cmd/router").CombinedOutput()
-		if err != nil {
-			buildErr = fmt.Errorf("building the router: %w\n%s", err, strings.TrimSpace(string(out)))
-		}
-	})
-	if buildErr != nil {
-		t.Fatal(buildErr)
-	}
-	return builtBin
 }

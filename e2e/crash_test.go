@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"math/rand/v2"
+	"os"
 	"testing"
 	"time"
 )
@@ -12,6 +13,13 @@ var (
 	seedFlag     = flag.Uint64("seed", 0, "seed of the random choices; 0 takes a new one")
 	durationFlag = flag.Duration("faults-for", 15*time.Second, "how long faults are injected in each random test")
 )
+
+// TestMain removes the binaries that were built for the tests.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	removeBuilds()
+	os.Exit(code)
+}
 
 func newSeed(t *testing.T) uint64 {
 	s := *seedFlag

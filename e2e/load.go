@@ -16,6 +16,7 @@ import (
 // Load is a mixed set of clients whose every call is recorded.
 type Load struct {
 	Pipelines, Offsets *History
+	prefix             string
 	stop               chan struct{}
 	wg                 sync.WaitGroup
 	mu                 sync.Mutex
@@ -28,6 +29,9 @@ type LoadOptions struct {
 	Seed    uint64
 	Clients int // default 8
 	Keys    int // pipelines and offset partitions each, default 8
+	// Prefix begins every id, so that loads one after the other on one cluster
+	// each have a history that begins with nothing.
+	Prefix string
 	// Deadline of one call; default 1 s.
 	Deadline time.Duration
 }
@@ -43,7 +47,7 @@ func StartLoad(c *Cluster, o LoadOptions) *Load {
 	if o.Deadline == 0 {
 		o.Deadline = time.Second
 	}
-	l := &Load{Pipelines: NewHistory(), Offsets: NewHistory(), stop: make(chan struct{}), lastDone: time.Now()}
+	l := &Load{prefix: o.Prefix, Pipelines: NewHistory(), Offsets: NewHistory(), stop: make(chan struct{}), lastDone: time.Now()}
 	for i := range o.Clients {
 		l.wg.Add(1)
 		go func() {
@@ -114,8 +118,12 @@ func (l *Load) acknowledged(k Known) Known {
 	return k
 }
 
+func (l *Load) pipeline(k int) string { return fmt.Sprintf("%se2e/p%d", l.prefix, k) }
+
+func (l *Load) source() string { return l.prefix + "source-1" }
+
 func (l *Load) pipelineCall(ctx context.Context, node *Node, rng *rand.Rand, client, n, keys int, versions map[string]uint64) Known {
-	id := fmt.Sprintf("e2e/p%d", rng.IntN(keys))
+	id := l.pipeline(rng.IntN(keys))
 	switch r := rng.IntN(10); {
 	case r < 4:
 		return l.Pipelines.Record(client, PipelineOp{Pipeline: id}, func() (any, Known) { return readPipeline(ctx, node, id, versions) })
@@ -143,7 +151,7 @@ func (l *Load) pipelineCall(ctx context.Context, node *Node, rng *rand.Rand, cli
 			op.Expected = &v
 		}
 		if rng.IntN(2) == 0 { // exactly-once by request id
-			ctx = metadata.AppendToOutgoingContext(ctx, "conveyor-request-id", op.Tag)
+			ctx = metadata.AppendToOutgoingContext(ctx, "conveyor-request-id", l.prefix+op.Tag)
 		}
 		return l.acknowledged(l.Pipelines.Record(client, op, func() (any, Known) {
 			res, err := node.Admin().UpdatePipeline(ctx, &adminpb.UpdatePipelineRequest{
@@ -181,9 +189,9 @@ func readPipeline(ctx context.Context, node *Node, id string, versions map[strin
 
 func (l *Load) offsetCall(ctx context.Context, node *Node, rng *rand.Rand, client, keys int) Known {
 	part := uint32(rng.IntN(keys))
-	key := fmt.Sprintf("source-1/%d", part)
+	key := fmt.Sprintf("%s/%d", l.source(), part)
 	if rng.IntN(3) == 0 {
-		return l.Offsets.Record(client, OffsetOp{Key: key}, func() (any, Known) { return readOffset(ctx, node, "source-1", part) })
+		return l.Offsets.Record(client, OffsetOp{Key: key}, func() (any, Known) { return readOffset(ctx, node, l.source(), part) })
 	}
 	// Mostly rising with the clock, sometimes far behind.
 	v := uint64(time.Now().UnixMicro())
@@ -191,7 +199,7 @@ func (l *Load) offsetCall(ctx context.Context, node *Node, rng *rand.Rand, clien
 		v -= uint64(rng.IntN(1_000_000))
 	}
 	return l.acknowledged(l.Offsets.Record(client, OffsetOp{Key: key, Commit: true, Offset: v}, func() (any, Known) {
-		res, err := node.Checkpoints().CommitOffset(ctx, &checkpointpb.CommitOffsetRequest{SourceId: "source-1", Partition: part, Offset: v})
+		res, err := node.Checkpoints().CommitOffset(ctx, &checkpointpb.CommitOffsetRequest{SourceId: l.source(), Partition: part, Offset: v})
 		if err != nil {
 			return nil, outcome(err)
 		}
@@ -212,7 +220,7 @@ func readOffset(ctx context.Context, node *Node, source string, part uint32) (an
 func (l *Load) FinalReads(c *Cluster, keys int) {
 	for i, n := range c.Nodes {
 		for k := range keys {
-			id := fmt.Sprintf("e2e/p%d", k)
+			id := l.pipeline(k)
 			eventually(c.t, 30*time.Second, "final read of "+id, func(ctx context.Context) error {
 				var failed error
 				l.Pipelines.Record(1000+i, PipelineOp{Pipeline: id}, func() (any, Known) {
@@ -227,8 +235,8 @@ func (l *Load) FinalReads(c *Cluster, keys int) {
 			part := uint32(k)
 			eventually(c.t, 30*time.Second, "final read of an offset", func(ctx context.Context) error {
 				var failed error
-				l.Offsets.Record(1000+i, OffsetOp{Key: fmt.Sprintf("source-1/%d", part)}, func() (any, Known) {
-					out, known := readOffset(ctx, n, "source-1", part)
+				l.Offsets.Record(1000+i, OffsetOp{Key: fmt.Sprintf("%s/%d", l.source(), part)}, func() (any, Known) {
+					out, known := readOffset(ctx, n, l.source(), part)
 					if known != Done {
 						failed = fmt.Errorf("node %d did not answer", n.ID)
 					}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/cespare/xxhash/v2"
+
+	"conveyor.etl/router/internal/crashpoint"
 )
 
 const (
@@ -54,11 +56,14 @@ func clusterID(name string, members []uint64) uint64 {
 // openIdentity reads the identity of dir and checks it against what the node
 // was started as; an empty dir becomes that node's. Its errors match
 // ErrForeign, ErrNewer or ErrIncomplete.
-func openIdentity(dir string, want identity) (identity, error) {
+func openIdentity(dir string, points *crashpoint.Points, want identity) (identity, error) {
 	name := filepath.Join(dir, identityName)
 	raw, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return want, createIdentity(dir, want)
+		points.Pass("identity:before")
+		err := createIdentity(dir, want)
+		points.Pass("identity:after")
+		return want, err
 	}
 	if err != nil {
 		return identity{}, fmt.Errorf("read whose data directory this is: %w", err)

@@ -104,6 +104,7 @@ func (s *Server) start(ctx context.Context) error {
 	if err := s.startPeers(); err != nil {
 		return err
 	}
+	s.disk.points.Pass("raft:before")
 	s.runNode()
 	return s.startClients(self)
 }
@@ -114,7 +115,7 @@ func (s *Server) startNode(ctx context.Context, self rpc.Identity) error {
 	transport := &addressedTransport{s.transport, s.known}
 	for attempt := 0; ; attempt++ {
 		var err error
-		s.node, err = raftnode.New(s.raftConfig(), s.disk.machine, s.disk.log, s.disk.recovered, s.disk.images, transport)
+		s.node, err = raftnode.New(s.raftConfig(), s.disk.machine, s.disk.points.Log(s.disk.log), s.disk.recovered, s.disk.images, transport)
 		if err == nil {
 			break
 		}

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
@@ -237,7 +238,7 @@ func TestDataDirectoryRefusals(t *testing.T) {
 		refuse(t, c, ErrNewer, "format 2", "newer binary")
 	})
 	t.Run("another cluster's log", func(t *testing.T) {
-		id, err := openIdentity(c.DataDir, identity{ClusterName: c.ClusterName, NodeID: 1})
+		id, err := openIdentity(c.DataDir, &crashpoint.Points{}, identity{ClusterName: c.ClusterName, NodeID: 1})
 		if err != nil {
 			t.Fatal(err)
 		}

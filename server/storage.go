@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/rpc"
@@ -28,6 +30,7 @@ const (
 // storage is everything a node has on disk.
 type storage struct {
 	dir       string
+	points    *crashpoint.Points
 	lock      *dirLock
 	id        identity
 	log       *wal.Log
@@ -43,7 +46,11 @@ func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*sto
 	if err := makeDataDir(c.DataDir); err != nil {
 		return nil, fmt.Errorf("create the data directory: %w", err)
 	}
-	s := &storage{dir: c.DataDir}
+	points, err := crashpoint.New(os.Environ())
+	if err != nil {
+		return nil, err
+	}
+	s := &storage{dir: c.DataDir, points: points}
 	if err := s.open(c, log, now); err != nil {
 		// What was opened was not used: there is nothing a failing close could
 		// lose.
@@ -58,7 +65,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if s.lock, err = lockDir(s.dir); err != nil {
 		return err
 	}
-	s.id, err = openIdentity(s.dir, identity{
+	s.id, err = openIdentity(s.dir, s.points, identity{
 		FormatVersion: formatVersion,
 		ClusterID:     clusterID(c.ClusterName, c.Members()),
 		ClusterName:   c.ClusterName,
@@ -83,7 +90,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	conf := &raftpb.ConfState{Voters: s.id.Members}
 	s.log, s.recovered, err = wal.Open(walDir, wal.Identity{ClusterID: s.id.ClusterID, NodeID: s.id.NodeID},
 		wal.Start{Index: bootstrapIndex, Term: bootstrapTerm, ConfState: conf},
-		wal.Options{Logger: log.With("part", "wal"), SegmentBytes: c.Raft.SegmentBytes})
+		wal.Options{Logger: log.With("part", "wal"), SegmentBytes: c.Raft.SegmentBytes, FailPoint: s.points.WAL()})
 	if err != nil {
 		return s.foreign(err)
 	}
@@ -94,7 +101,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return err
 	}
-	s.fsm, err = router.Open(vfs.Default, filepath.Join(s.dir, "state"), router.Options{
+	s.fsm, err = router.Open(s.points.FS(vfs.Default), filepath.Join(s.dir, "state"), router.Options{
 		Bootstrap:     boot,
 		Logger:        log.With("part", "state"),
 		MemTableBytes: c.Store.MemTableBytes,
@@ -105,10 +112,12 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return s.foreign(err)
 	}
-	if s.machine, err = rpc.NewStateMachine(s.fsm); err != nil {
+	machine, err := rpc.NewStateMachine(s.fsm)
+	if err != nil {
 		return err
 	}
-	s.images, err = snap.OpenStore(vfs.Default, filepath.Join(s.dir, "images"), snap.Options{
+	s.machine = s.points.Machine(machine)
+	s.images, err = snap.OpenStore(s.points.FS(vfs.Default), filepath.Join(s.dir, "images"), snap.Options{
 		Logger: log.With("part", "images"), Now: now,
 	})
 	if err != nil {
@@ -121,7 +130,11 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 			return fmt.Errorf("sync the data directory: %w", err)
 		}
 		s.id.Initialized = true
-		return writeIdentity(s.dir, s.id)
+		s.points.Pass("initialized:before")
+		if err := writeIdentity(s.dir, s.id); err != nil {
+			return err
+		}
+		s.points.Pass("initialized:after")
 	}
 	return nil
 }
