@@ -248,6 +248,42 @@ func TestForwarderCallerLeavesDuringAttempt(t *testing.T) {
 	}
 }
 
+// Drain returns when the forwarded commands are answered and not before, also
+// when the node that forwarded them is gone.
+func TestDrain(t *testing.T) {
+	checkLeaks(t)
+	x := newForwarding(t, nil)
+	if err := x.two.peers.Drain(t.Context()); err != nil {
+		t.Fatalf("nothing was forwarded: %v", err)
+	}
+	held := make(chan func(raftnode.Result, error), 2)
+	x.two.node.propose = func(_ []byte, done func(raftnode.Result, error)) { held <- done }
+	x.lead(x.two, 1)
+	ch := x.submit(onceCommand("p"))
+	answer := <-held
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := x.two.peers.Drain(ctx); !errors.Is(err, context.Canceled) {
+		t.Fatalf("a command has no answer yet: %v", err)
+	}
+	drained := make(chan error, 1)
+	go func() { drained <- x.two.peers.Drain(t.Context()) }()
+	answer(raftnode.Result{Index: 1, Value: &commandpb.Result{Revision: 1}}, nil)
+	if err := <-drained; err != nil {
+		t.Fatal(err)
+	}
+	if a := get(t, ch); a.err != nil {
+		t.Fatal(a.err)
+	}
+
+	x.submit(onceCommand("q"))
+	<-held // never answered
+	x.f.Close()
+	if err := x.two.peers.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A caller that leaves while its command is with the leader is told so.
 func TestForwarderCallerLeavesLate(t *testing.T) {
 	checkLeaks(t)

@@ -38,7 +38,16 @@ func (s *PeerServer) Forward(stream peerpb.Peer_ForwardServer) error {
 
 	ctx, cancel := context.WithCancelCause(stream.Context())
 	defer cancel(nil)
-	out := &outbox{wake: make(chan struct{}, 1)}
+	out := &outbox{wake: make(chan struct{}, 1), sent: s.answered}
+	s.mu.Lock()
+	s.outboxes[out] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.outboxes, out)
+		s.mu.Unlock()
+		s.signalAnswered()
+	}()
 	var wg sync.WaitGroup
 	wg.Go(func() { cancel(out.run(ctx, stream)) })
 	for {
@@ -69,6 +78,43 @@ func (s *PeerServer) Forward(stream peerpb.Peer_ForwardServer) error {
 		return Status(err).Err()
 	}
 	return err
+}
+
+// Drain blocks until every command that other nodes have forwarded is answered,
+// or ctx is done. It is for a node that has handed leadership over and is about
+// to stop: what it still owes an answer is decided a moment after the new leader
+// has taken over, and without the answer the others could only call it unknown.
+// It refuses nothing; while this node leads there may be no such moment.
+func (s *PeerServer) Drain(ctx context.Context) error {
+	for {
+		if !s.owes() {
+			return nil
+		}
+		select {
+		case <-s.answered:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// owes reports whether any forwarded command waits for its answer to be sent.
+func (s *PeerServer) owes() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for out := range s.outboxes {
+		if out.owes() {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *PeerServer) signalAnswered() {
+	select {
+	case s.answered <- struct{}{}:
+	default:
+	}
 }
 
 // propose proposes one forwarded command.
@@ -105,6 +151,8 @@ var errAnswered = errors.New("rpc: all commands are answered")
 // once as there are, are the stream's own affair.
 type outbox struct {
 	wake chan struct{}
+	// sent is PeerServer.answered.
+	sent chan struct{}
 
 	mu      sync.Mutex
 	results []forwardedResult
@@ -112,7 +160,15 @@ type outbox struct {
 	// inFlight and inFlightBytes count admitted commands without a result.
 	inFlight      int
 	inFlightBytes int64
-	closed        bool
+	// sending: results were taken and are not handed to the network yet.
+	sending bool
+	closed  bool
+}
+
+func (o *outbox) owes() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.inFlight > 0 || len(o.results) > 0 || o.sending
 }
 
 // admit counts a command of size bytes as in flight, unless that would exceed a
@@ -165,6 +221,7 @@ func (o *outbox) take() (results []forwardedResult, last bool) {
 	defer o.mu.Unlock()
 	results = o.results
 	o.results, o.spare = o.spare[:0], results
+	o.sending = len(results) > 0
 	return results, o.closed && o.inFlight == 0
 }
 
@@ -182,6 +239,15 @@ func (o *outbox) run(ctx context.Context, stream grpc.ServerStream) error {
 			}
 			clear(rest[:n]) // the results are not ours to keep
 			rest = rest[n:]
+		}
+		if len(results) > 0 {
+			o.mu.Lock()
+			o.sending = false
+			o.mu.Unlock()
+			select {
+			case o.sent <- struct{}{}:
+			default:
+			}
 		}
 		if last {
 			return errAnswered

@@ -48,6 +48,11 @@ type PeerServer struct {
 	mu sync.Mutex
 	// inbound holds the nodes with open Messages streams.
 	inbound map[uint64]*inbound
+	// outboxes holds those of the open Forward streams.
+	outboxes map[*outbox]struct{}
+
+	// answered receives when answers were sent, or a Forward stream ended.
+	answered chan struct{}
 }
 
 // inbound is where the messages of one node come in. What a dead connection
@@ -114,7 +119,10 @@ func NewPeerServer(c PeerServerConfig) (*PeerServer, error) {
 	}
 	setDefault(&c.MaxInFlight, 1<<16)
 	setDefault(&c.MaxInFlightBytes, 64<<20)
-	return &PeerServer{c: c, self: c.Transport.o.Identity, inbound: map[uint64]*inbound{}}, nil
+	return &PeerServer{
+		c: c, self: c.Transport.o.Identity, inbound: map[uint64]*inbound{},
+		outboxes: map[*outbox]struct{}{}, answered: make(chan struct{}, 1),
+	}, nil
 }
 
 // greet checks the greeting h of a stream; answer is that of

@@ -286,6 +286,7 @@ type station struct {
 	net       *network
 	config    func(*PeerServerConfig)
 	server    *grpc.Server
+	peers     *PeerServer
 	served    chan struct{}
 	log       *logRecorder
 }
@@ -344,7 +345,7 @@ func (s *station) listen(l net.Listener) {
 		defer close(served)
 		server.Serve(l)
 	}()
-	s.server, s.served = server, served
+	s.server, s.peers, s.served = server, ps, served
 }
 
 // stopServer kills the server side, as a crash would.
