@@ -32,6 +32,7 @@ type Server struct {
 	beats     *rpc.Beats
 	guard     *rpc.DiskGuard
 	peers     *grpc.Server
+	handler   *rpc.PeerServer
 	api       *rpc.Server
 	control   *controlLoops
 
@@ -189,7 +190,7 @@ func (s *Server) startPeers() error {
 	}
 	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.liveness.Touch})
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
-	handler, err := rpc.NewPeerServer(rpc.PeerServerConfig{
+	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
 	})
@@ -197,7 +198,7 @@ func (s *Server) startPeers() error {
 		return err
 	}
 	s.peers = grpc.NewServer(rpc.PeerServerOptions()...)
-	peerpb.RegisterPeerServer(s.peers, handler)
+	peerpb.RegisterPeerServer(s.peers, s.handler)
 	s.serving.Go(func() {
 		if err := s.peers.Serve(s.peerLis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			s.fail(fmt.Errorf("serve peers on %s: %w", s.peerLis.Addr(), err))

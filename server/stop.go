@@ -44,6 +44,16 @@ func (s *Server) stop(ctx context.Context) error {
 		}
 	}
 	s.api.Shutdown(ctx)
+	if healthy {
+		// What other nodes sent here while this one led is decided by the new
+		// leader's first entry; stopping before would leave their callers with
+		// an unknown outcome.
+		answer, cancel := context.WithTimeout(ctx, 2*s.c.Raft.ElectionTimeout)
+		if err := s.handler.Drain(answer); err != nil {
+			s.log.Warn("some commands of other nodes are left without an answer; their callers will take the outcome for unknown", "err", err)
+		}
+		cancel()
+	}
 	s.stopLoops()
 	s.loops.Wait()
 	s.stopNode()
