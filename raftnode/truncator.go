@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"go.etcd.io/raft/v3"
@@ -74,7 +75,13 @@ func (t *truncator) step(now time.Time) (bool, error) {
 	if upTo >= first {
 		durable := t.sm.Durable()
 		if durable < upTo {
-			if durable, err = t.sm.Flush(); err != nil {
+			if durable, err = t.sm.Flush(); errors.Is(err, syscall.ENOSPC) {
+				// The state goes on in memory and is replayed from the log, whose
+				// file has room still; deletes may yet free some.
+				t.cfg.Logger.Error("the disk is full: the log cannot be truncated until there is space again", "err", err)
+				t.held.Store(bytes + max(1, t.cfg.TailBytes/8))
+				return false, nil
+			} else if err != nil {
 				return false, fmt.Errorf("raftnode: flush the state before truncating the log: %w", err)
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -90,6 +91,20 @@ func TestTruncateRespectsPins(t *testing.T) {
 	h.loop.acked.Store(5)
 	if first := h.truncate(); first != 6 {
 		t.Fatalf("log begins at %d, raft has heard of 5 applied entries", first)
+	}
+}
+
+// A full disk is no reason to stop: the log stays as it is until there is space.
+func TestTruncateDiskFull(t *testing.T) {
+	h := filled(t, 20)
+	h.sm.fail = failOn("flush", fmt.Errorf("no space left for the state: %w", syscall.ENOSPC))
+	if first := h.truncate(); first != 2 {
+		t.Fatalf("log begins at %d, of a state that is not durable", first)
+	}
+	h.sm.fail = nil
+	h.fill(20)
+	if first := h.truncate(); first == 2 {
+		t.Fatal("not truncated although there is space again")
 	}
 }
 
