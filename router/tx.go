@@ -255,8 +255,17 @@ func (t *tx) emit(table Table, k string, prev, next proto.Message) {
 	t.set.add(Change{Revision: t.index, Table: table, Key: k, Prev: prev, Next: next})
 }
 
+// maxTimeMS is far beyond every real time, and far enough below the largest
+// number to add retentions to.
+const maxTimeMS = 1 << 48
+
 // begin starts a command.
 func (t *tx) begin(timeMS uint64, wanted bool) {
+	if timeMS > maxTimeMS {
+		// A clock set before 1970 says so. It must not set ours, which never
+		// goes back.
+		timeMS = 0
+	}
 	t.now = max(t.clock.TimeMs, timeMS)
 	t.changed, t.wanted = false, wanted
 	if wanted {
