@@ -203,9 +203,7 @@ func (f *feed) dispatchLocked(c *router.Change) {
 	case router.TableAssignments:
 		prev, _ := c.Prev.(*commandpb.Assignment)
 		next, _ := c.Next.(*commandpb.Assignment)
-		if next == nil && prev.GetRevoked() {
-			f.floor = max(f.floor, prev.GetModRevision())
-		}
+		f.floor = max(f.floor, forgotten(c))
 		f.sidecars.ring(cmp.Or(next.GetSidecarId(), prev.GetSidecarId()))
 	case router.TableServices:
 		f.services.ring(c.Key)
@@ -296,10 +294,60 @@ func (f *feed) watch(in bells, id string, b bell) func() {
 	}
 }
 
-// resumeFloor returns the oldest revision a watch of assignments can resume
-// from without missing a revocation.
-func (f *feed) resumeFloor() uint64 {
+// resumeFloor returns the oldest revision from which a watch that begins with the
+// state of revision can resume without missing a revocation.
+//
+// What follow has not come to yet counts as well. A state may already have
+// forgotten a revocation of which follow has still to hear, and a watch resumed
+// then would leave its sidecar running for ever what it lost.
+func (f *feed) resumeFloor(ctx context.Context, revision uint64) (uint64, error) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.floor
+	reached, floor := f.reached, f.floor
+	f.mu.Unlock()
+	sub, err := f.state.Hub().Subscribe(reached, router.TableAssignments)
+	if errors.Is(err, router.ErrCompacted) {
+		return revision + 1, nil // overrun: nothing can be resumed
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer sub.Close()
+	atOnce, cancel := context.WithCancel(ctx)
+	cancel()
+	for {
+		changes, _, err := sub.Next(atOnce)
+		for i := range changes {
+			floor = max(floor, forgotten(&changes[i]))
+		}
+		switch {
+		case err == nil:
+			continue
+		case errors.Is(err, router.ErrResync):
+			return revision + 1, nil
+		case !errors.Is(err, context.Canceled):
+			return 0, err
+		case ctx.Err() != nil:
+			return 0, ctx.Err()
+		case sub.Reached() >= revision:
+			return floor, nil
+		}
+		// The state shows a commit whose changes are being published.
+		pause := time.NewTimer(time.Millisecond)
+		select {
+		case <-ctx.Done():
+		case <-pause.C:
+		}
+		pause.Stop()
+	}
+}
+
+// forgotten returns the revision of the revocation that a change of an
+// assignment made the state forget, 0 when it did not.
+func forgotten(c *router.Change) uint64 {
+	prev, _ := c.Prev.(*commandpb.Assignment)
+	next, _ := c.Next.(*commandpb.Assignment)
+	if next == nil && prev.GetRevoked() {
+		return prev.GetModRevision()
+	}
+	return 0
 }

@@ -316,8 +316,10 @@ func (a *sidecarAPI) WatchPipelineAssignments(req *sidecarpb.WatchAssignmentsReq
 	}
 	w := assignmentWatch{sidecar: id, send: stream.Send, sent: make(map[string]uint64)}
 	if from := req.GetFromRevision(); from > 0 {
-		floor := a.feed.resumeFloor()
+		floor, ferr := a.feed.resumeFloor(ctx, v.Revision())
 		switch {
+		case ferr != nil:
+			err = ferr
 		case from > v.Revision():
 			err = w.resync(fmt.Sprintf("revision %d does not exist in this cluster, the newest is %d", from, v.Revision()))
 		case from < floor:

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -601,6 +602,45 @@ func TestWatchAssignmentsResync(t *testing.T) {
 				t.Fatalf("from %d, event %d: %v", from, i, ev)
 			}
 		}
+	}
+}
+
+// Goal: a watch is not resumed past a revocation that the state has forgotten
+// already, even when the feed has not come to that yet. Method: a feed that never
+// gets any further than where it began.
+func TestResumeFloorBehindTheState(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/pod", "transform")
+	a.create(chain("p", "x", "y"))
+	a.assign("ns/pod", "p")
+	behind := newFeed(a.node.fsm, a.cfg.Logger)
+	_, err := behind.load()
+	noError(t, err)
+	held := a.node.fsm.Revision() // what a client goes away with
+	if floor, err := behind.resumeFloor(a.ctx(), held); err != nil || floor > held {
+		t.Fatalf("floor %d, %v, although nothing has happened since %d", floor, err, held)
+	}
+	a.revoke("ns/pod", "p")
+	revoked := a.node.fsm.Revision()
+	if floor, err := behind.resumeFloor(a.ctx(), revoked); err != nil || floor > held {
+		t.Fatalf("floor %d, %v, although the revocation is still there", floor, err)
+	}
+	for i := 0; ; i++ { // until the oldest revocation of the sidecar has to go
+		known := false
+		noError(t, a.node.fsm.Latest().Assignments("ns/pod", func(as *commandpb.Assignment) bool {
+			known = known || as.PipelineId == "p"
+			return true
+		}))
+		if !known {
+			break
+		}
+		id := fmt.Sprintf("p%d", i)
+		a.create(chain(id, "x", "y"))
+		a.assign("ns/pod", id)
+		a.revoke("ns/pod", id)
+	}
+	if floor, err := behind.resumeFloor(a.ctx(), a.node.fsm.Revision()); err != nil || floor < revoked {
+		t.Fatalf("floor %d, %v: the revocation at %d is forgotten, a watch resumed before would never hear of it", floor, err, revoked)
 	}
 }
 
