@@ -258,8 +258,14 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 		}
 		for i := range changes {
 			c := &changes[i]
+			// Next hands out whole revisions; resuming from the middle of one
+			// must not lose its rest.
+			resume := c.Revision
+			if i+1 < len(changes) && changes[i+1].Revision == c.Revision {
+				resume--
+			}
 			err := stream.Send(&clusterpb.ChangeEvent{
-				Revision: c.Revision,
+				Revision: resume,
 				Table:    c.Table.String(),
 				Key:      strings.ReplaceAll(c.Key, "\x00", " "),
 				Deleted:  c.Next == nil,
