@@ -8,6 +8,10 @@
 // what its caller learned of it (done, refused, unknown) and is checked
 // against the sequential [PipelineModel] and [OffsetModel] with porcupine.
 //
+// Crash points: TestCrashPoints runs a binary built with the tag "crashpoints",
+// which kills itself at a chosen durable step. CONVEYOR_E2E_BIN and
+// CONVEYOR_E2E_CRASH_BIN name binaries to use instead of building them.
+//
 // Every random choice comes from a seed that the test logs; -seed replays it.
 // BUGS.md lists the bugs these tests have found and how to see each again.
 package e2e
