@@ -25,6 +25,9 @@ type Config struct {
 	AdvertiseAddr     string
 	AdvertiseRaftAddr string
 
+	// DebugAddr serves profiles, only on loopback; empty for none.
+	DebugAddr string
+
 	LogLevel  slog.Level
 	LogFormat string // "text" or "json"
 

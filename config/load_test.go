@@ -256,6 +256,7 @@ func TestFaults(t *testing.T) {
 		{"peers in a file", one, nil, "data_dir: /x\npeers:\n  - 2:h:1\n  - 3:h\n", []string{`router.yaml:4: peers: "3:h" is not`}},
 		{"peers no list", one, nil, "peers: {a: b}\n", []string{"router.yaml:1: peers: must be a list"}},
 		{"listen without port", append(one, "-l", "localhost"), nil, "", []string{`flag --listen-addr: listen_addr: "localhost" is not HOST:PORT`}},
+		{"profiles for everybody", append(one, "--debug-addr", "0.0.0.0:6060"), nil, "", []string{`flag --debug-addr: debug_addr: "0.0.0.0:6060" is not an address of this machine alone`}},
 		{"same address", append(one, "-l", "a:1", "--raft-addr", "a:1"), nil, "", []string{"raft_addr: is the same address as listen_addr"}},
 		{"advertise nothing", append(one, "--advertise-addr", ":1"), nil, "", []string{"flag --advertise-addr: advertise_addr:"}},
 		{"level", append(one, "--log-level", "loud"), nil, "", []string{`flag --log-level: log.level: "loud" is not one of`}},

@@ -73,6 +73,9 @@ func settings() []*setting {
 		{key: "log.format", flag: "log-format", def: "text", usage: "text or json",
 			bind: func(c *Config) value { return choice{&c.LogFormat, []string{"text", "json"}} }},
 
+		{key: "debug_addr", flag: "debug-addr", usage: "host:port on loopback that serves profiles (/debug/pprof); default: none",
+			bind: func(c *Config) value { return loopback{&c.DebugAddr} }},
+
 		{key: "cluster.election_timeout_min_ms", flag: "election-timeout-ms", def: "150", original: true,
 			usage: "milliseconds without a leader before an election; each node draws from one to two times this",
 			bind: func(c *Config) value {
@@ -107,9 +110,9 @@ func settings() []*setting {
 		{key: "raft.segment_bytes", flag: "raft-segment-bytes", def: "64MiB", usage: "size of one file of the log",
 			bind: func(c *Config) value { return bytesI{&c.Raft.SegmentBytes, 1 << 20, 1 << 30} }},
 
-		{key: "store.memtable_bytes", flag: "store-memtable-bytes", def: "16MiB", usage: "memory that gathers changes before they become a file",
+		{key: "store.memtable_bytes", flag: "store-memtable-bytes", def: "32MiB", usage: "memory that gathers changes before they become a file",
 			bind: func(c *Config) value { return bytesI{&c.Store.MemTableBytes, 1 << 20, 1 << 30} }},
-		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "16MiB", usage: "memory that caches the state on disk",
+		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "64MiB", usage: "memory that caches the state on disk",
 			bind: func(c *Config) value { return bytesI{&c.Store.CacheBytes, 1 << 20, 1 << 36} }},
 		{key: "store.hot_bytes", flag: "store-hot-bytes", def: "16MiB", usage: "memory for offsets and watermarks that are written again and again",
 			bind: func(c *Config) value { return bytesI{&c.Store.HotBytes, 64 << 10, 1 << 34} }},

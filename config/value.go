@@ -223,6 +223,25 @@ func (v dial) parse(text string) error {
 }
 func (v dial) show() string { return *v.p }
 
+// loopback is an address to listen on that only this machine reaches; empty
+// means none. Profiles show what is in memory, so no other address is taken.
+type loopback struct{ p *string }
+
+func (v loopback) parse(text string) error {
+	if text != "" {
+		host, _, err := splitAddr(text)
+		if err != nil {
+			return err
+		}
+		if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+			return fmt.Errorf("%q is not an address of this machine alone: take 127.0.0.1, [::1] or localhost", text)
+		}
+	}
+	*v.p = text
+	return nil
+}
+func (v loopback) show() string { return *v.p }
+
 func splitAddr(text string) (host string, port uint16, err error) {
 	host, p, err := net.SplitHostPort(text)
 	if err != nil {

@@ -158,6 +158,10 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 	// Most reads ask whether a key exists, and for a new one the answer is no.
 	for i := range po.Levels {
 		po.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
+		po.Levels[i].BlockSize = 8 << 10
+		// One index block a table: with Pebble's default every flushed table
+		// gets a second index level, which a point read pays for each time.
+		po.Levels[i].IndexBlockSize = 1 << 20
 	}
 	return po
 }

@@ -38,8 +38,8 @@ func (o Options) EnsureDefaults() Options {
 			*p = v
 		}
 	}
-	def(&o.MemTableBytes, 16<<20)
-	def(&o.CacheBytes, 16<<20)
+	def(&o.MemTableBytes, 32<<20)
+	def(&o.CacheBytes, 64<<20)
 	def(&o.HotBytes, 16<<20)
 	def(&o.HistoryBytes, 32<<20)
 	def(&o.BatchBytes, 4<<20)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"sync"
 	"time"
 
@@ -35,6 +36,8 @@ type Server struct {
 	handler   *rpc.PeerServer
 	api       *rpc.Server
 	control   *controlLoops
+
+	debug *http.Server
 
 	clientLis net.Listener
 	peerLis   net.Listener
@@ -107,7 +110,10 @@ func (s *Server) start(ctx context.Context) error {
 	}
 	s.disk.points.Pass("raft:before")
 	s.runNode()
-	return s.startClients(self)
+	if err := s.startClients(self); err != nil {
+		return err
+	}
+	return s.startDebug()
 }
 
 // startNode puts raft together. A node whose state is older than its log gets

@@ -81,6 +81,9 @@ func (s *Server) closeAll() error {
 	if s.transport != nil {
 		errs = append(errs, s.transport.Close())
 	}
+	if s.debug != nil {
+		errs = append(errs, s.debug.Close())
+	}
 	s.serving.Wait()
 	// Those of servers that never ran; the others are closed already.
 	if s.peerLis != nil {
