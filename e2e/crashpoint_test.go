@@ -149,8 +149,11 @@ func (c *crashTest) died(point string, bound time.Duration) bool {
 	if !c.victim.exitsWithin(ctx) {
 		return false
 	}
-	if !strings.HasSuffix(strings.TrimSpace(c.victim.Log()), "crash point "+point) {
-		c.t.Fatalf("the node ended elsewhere than at %s\n%s", point, c.victim.Log())
+	// Other goroutines may have logged between the last words and the death.
+	log := c.victim.Log()
+	last, _, _ := strings.Cut(log[max(0, strings.LastIndex(log, "crash point ")):], "\n")
+	if last != "crash point "+point || c.victim.exitErr == nil || c.victim.exitErr.Error() != "signal: killed" {
+		c.t.Fatalf("the node ended elsewhere than at %s: %v\n%s", point, c.victim.exitErr, log)
 	}
 	return true
 }
