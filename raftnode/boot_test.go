@@ -64,14 +64,15 @@ func (g *group) leader() *harness {
 
 // A follower too far behind is brought up by an image, and goes on from the log.
 func TestLaggingFollowerGetsImage(t *testing.T) {
-	g, h := lagging(t)
+	g, _ := lagging(t)
 	installed := 0
 	g.nodes[3].Node.cfg.Events.ImageInstalled = func(_ time.Duration, _ uint64) { installed++ }
 	g.catchUp(3)
 	if installed != 1 {
 		t.Fatalf("%d images installed", installed)
 	}
-	if h = g.leader(); h == nil {
+	h := g.leader()
+	if h == nil {
 		t.Fatal("no leader")
 	}
 	a := h.propose("after")
@@ -274,7 +275,7 @@ func TestStateBehindLog(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 
-	g, h = lagging(t)
+	g, _ = lagging(t)
 	g.catchUp(3) // leaves an image at the leader
 	h = g.leader()
 	want := len(h.sm.commands())

@@ -292,12 +292,6 @@ func (b *inbox) nextIDLocked() uint64 {
 	return b.base + b.nextSeq
 }
 
-func (b *inbox) nextID() uint64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.nextIDLocked()
-}
-
 func (b *inbox) hasProposals() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()

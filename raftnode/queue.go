@@ -87,9 +87,3 @@ func (q *queue[T]) len() int {
 	defer q.mu.Unlock()
 	return len(q.items)
 }
-
-func (q *queue[T]) idle() bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return len(q.items) == 0 && q.busySince.IsZero()
-}

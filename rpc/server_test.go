@@ -102,6 +102,7 @@ func TestReflection(t *testing.T) {
 			}
 		}
 	}
+	//lint:ignore SA1019 tools in the field still speak v1alpha, so it is served and tested
 	old, err := v1alpha.NewServerReflectionClient(a.conn).ServerReflectionInfo(ctx)
 	noError(t, err)
 	noError(t, old.Send(&v1alpha.ServerReflectionRequest{MessageRequest: &v1alpha.ServerReflectionRequest_FileContainingSymbol{
