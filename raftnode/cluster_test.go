@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
@@ -320,5 +322,40 @@ func TestThreeNodesRun(t *testing.T) {
 				t.Fatalf("node %d lacks the acknowledged command %s", p.id, c)
 			}
 		}
+	}
+}
+
+// A transfer asked for just when raft has forgotten who is alive, as it does once
+// per election timeout, is not refused for that.
+func TestTransferAfterQuorumCheck(t *testing.T) {
+	_, ps := startCluster(t, nil, 1, 2, 3)
+	leader := waitLeader(t, ps...)
+	n := leader.n
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if _, err := n.Propose(ctx, []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	// Both in one turn: the messages of the others come after.
+	begun, release := make(chan struct{}), make(chan struct{})
+	n.inbox.pushControl(nil, func(*loop) { close(begun); <-release })
+	<-begun
+	n.inbox.pushControl(nil, func(l *loop) {
+		err := l.rn.Step(&raftpb.Message{Type: raftpb.MsgCheckQuorum.Enum(), From: new(uint64(raft.LocalAppendThread))})
+		if err != nil || !l.leading() || l.bestTransferee() != 0 {
+			t.Errorf("the check did not make raft forget: %v", err)
+		}
+	})
+	done := make(chan error, 1)
+	go func() { done <- n.TransferLeader(ctx, 0) }()
+	for waiting := 0; waiting < 2; {
+		n.inbox.mu.Lock()
+		waiting = len(n.inbox.in.ctl)
+		n.inbox.mu.Unlock()
+		runtime.Gosched()
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Fatal(err)
 	}
 }

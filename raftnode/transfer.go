@@ -2,6 +2,7 @@ package raftnode
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -27,15 +28,24 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.TransferTimeout)
 	defer cancel()
-	cl := n.calls.get()
-	if !n.inbox.pushControl(cl, func(l *loop) { l.transfer(to, cl) }) {
-		return ErrStopping
+	target, err := n.requestTransfer(ctx, to)
+	if errors.Is(err, errNobodyAlive) {
+		// Once per election timeout raft forgets who is alive and learns it from
+		// the answers to the next heartbeat. A leader asked in between would
+		// give up, and leave its group to an election.
+		answered, stopAnswered := n.cfg.Clock.Ticker(time.Duration(n.cfg.HeartbeatTicks+2) * n.cfg.TickInterval)
+		defer stopAnswered()
+		select {
+		case <-answered:
+			target, err = n.requestTransfer(ctx, to)
+		case <-n.stopped:
+			return ErrStopping
+		case <-ctx.Done():
+		}
 	}
-	res, err := n.calls.await(ctx, cl, ErrTransferFailed)
 	if err != nil {
 		return err
 	}
-	target := res.Index
 	// Raft gives an attempt up after one election timeout, which a slow disk of
 	// the target may need to catch up alone.
 	retry, stopRetry := n.cfg.Clock.Ticker(time.Duration(n.cfg.ElectionTicks+2) * n.cfg.TickInterval)
@@ -65,6 +75,19 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 	}
 }
 
+// errNobodyAlive: no other voter has answered since raft looked last.
+var errNobodyAlive = fmt.Errorf("%w: no other voter is alive", ErrTransferFailed)
+
+// requestTransfer begins a transfer and returns its target.
+func (n *Node) requestTransfer(ctx context.Context, to uint64) (uint64, error) {
+	cl := n.calls.get()
+	if !n.inbox.pushControl(cl, func(l *loop) { l.transfer(to, cl) }) {
+		return 0, ErrStopping
+	}
+	res, err := n.calls.await(ctx, cl, ErrTransferFailed)
+	return res.Index, err
+}
+
 // transfer runs on the loop; it answers with the target's id as the index.
 func (l *loop) transfer(to uint64, cl *call) {
 	switch {
@@ -73,7 +96,7 @@ func (l *loop) transfer(to uint64, cl *call) {
 		return
 	case to == 0:
 		if to = l.bestTransferee(); to == 0 {
-			cl.ch <- outcome{err: fmt.Errorf("%w: no other voter is alive", ErrTransferFailed)}
+			cl.ch <- outcome{err: errNobodyAlive}
 			return
 		}
 	case !slices.Contains(l.confState.GetVoters(), to):
