@@ -84,7 +84,10 @@ func (s *PeerServer) Forward(stream peerpb.Peer_ForwardServer) error {
 // or ctx is done. It is for a node that has handed leadership over and is about
 // to stop: what it still owes an answer is decided a moment after the new leader
 // has taken over, and without the answer the others could only call it unknown.
-// It refuses nothing; while this node leads there may be no such moment.
+//
+// It refuses nothing. Once another node leads the others end their streams, so it
+// waits for that as well: until they have heard of the new leader they send on.
+// While this node leads there may be no moment without an open command.
 func (s *PeerServer) Drain(ctx context.Context) error {
 	for {
 		if !s.owes() {
@@ -98,10 +101,15 @@ func (s *PeerServer) Drain(ctx context.Context) error {
 	}
 }
 
-// owes reports whether any forwarded command waits for its answer to be sent.
+// owes reports whether any forwarded command waits for its answer to be sent, or
+// one may still come although this node does not lead any more.
 func (s *PeerServer) owes() bool {
+	leading := s.c.Node.Leadership().Leading
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !leading {
+		return len(s.outboxes) > 0
+	}
 	for out := range s.outboxes {
 		if out.owes() {
 			return true
