@@ -65,11 +65,7 @@ type readOptions struct {
 
 func parseReadOptions(ctx context.Context) (readOptions, error) {
 	var o readOptions
-	md, ok := metadata.FromIncomingContext(ctx)
-	if !ok {
-		return o, nil
-	}
-	value, err := oneValue(md, MetadataConsistency)
+	value, err := oneValue(ctx, MetadataConsistency)
 	if err != nil {
 		return o, err
 	}
@@ -81,7 +77,7 @@ func parseReadOptions(ctx context.Context) (readOptions, error) {
 		return o, fmt.Errorf("%w: %s is %.40q, must be \"linearizable\" or \"stale\"; nothing was read",
 			ErrInvalidMetadata, MetadataConsistency, value)
 	}
-	if value, err = oneValue(md, MetadataMinRevision); err != nil || value == "" {
+	if value, err = oneValue(ctx, MetadataMinRevision); err != nil || value == "" {
 		return o, err
 	}
 	if o.minRevision, err = strconv.ParseUint(value, 10, 64); err != nil {
@@ -92,9 +88,10 @@ func parseReadOptions(ctx context.Context) (readOptions, error) {
 }
 
 // oneValue returns the value of key, "" when absent. Several values would
-// leave open which of them the caller relies on.
-func oneValue(md metadata.MD, key string) (string, error) {
-	values := md.Get(key)
+// leave open which of them the caller relies on. It looks the key up by itself:
+// metadata.FromIncomingContext copies everything a request came with.
+func oneValue(ctx context.Context, key string) (string, error) {
+	values := metadata.ValueFromIncomingContext(ctx, key)
 	switch len(values) {
 	case 0:
 		return "", nil
