@@ -28,8 +28,9 @@ type replica struct {
 	lead    raftnode.Leadership
 	changed chan struct{}
 	plans   int
-	refuse  error  // next submissions fail with it
-	before  func() // runs once before the next submission
+	refuse  error         // next submissions fail with it
+	before  func()        // runs once before the next submission
+	closed  chan struct{} // made outside of the bubble
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -42,7 +43,7 @@ func newReplica(t *testing.T, o router.Options) *replica {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &replica{t: t, fsm: fsm}
+	return &replica{t: t, fsm: fsm, closed: make(chan struct{})}
 }
 
 func (r *replica) enter() { r.changed = make(chan struct{}) }
@@ -179,8 +180,13 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		var loops sync.WaitGroup
 		loops.Go(func() { l.Run(ctx) })
 		loops.Go(func() { p.Run(ctx) })
-		// Channels made in a bubble must not be used outside of it.
+		// Channels made in a bubble, Pebble's among them, must not be used
+		// outside of it. But Close waits for Pebble's goroutines, which are
+		// outside, and a bubble in which all wait for one another is taken for a
+		// deadlock; one that waits for a channel from outside is not.
 		defer func() {
+			go func() { <-r.closed }()
+			defer close(r.closed)
 			if err := r.fsm.Close(); err != nil {
 				t.Error(err)
 			}
