@@ -298,14 +298,3 @@ func must(t *testing.T, f func() error) {
 		t.Fatal(err)
 	}
 }
-
-// ok folds the two ways an answer says no into one error.
-func ok(err error, success bool, text string) error {
-	if err != nil {
-		return err
-	}
-	if !success {
-		return fmt.Errorf("refused: %s", text)
-	}
-	return nil
-}

@@ -270,3 +270,14 @@ func testPipeline(id, tag string) *adminpb.PipelineConfig {
 		Edges: []*adminpb.Edge{{FromStage: "in", ToStage: "out"}},
 	}
 }
+
+// ok folds the two ways an answer says no into one error.
+func ok(err error, success bool, text string) error {
+	if err != nil {
+		return err
+	}
+	if !success {
+		return fmt.Errorf("refused: %s", text)
+	}
+	return nil
+}

@@ -12,7 +12,6 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	v1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
-	v1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -102,15 +101,7 @@ func TestReflection(t *testing.T) {
 			}
 		}
 	}
-	//lint:ignore SA1019 tools in the field still speak v1alpha, so it is served and tested
-	old, err := v1alpha.NewServerReflectionClient(a.conn).ServerReflectionInfo(ctx)
-	noError(t, err)
-	noError(t, old.Send(&v1alpha.ServerReflectionRequest{MessageRequest: &v1alpha.ServerReflectionRequest_FileContainingSymbol{
-		FileContainingSymbol: "conveyor.sidecar.PipelineAssignment",
-	}}))
-	resp, err := old.Recv()
-	noError(t, err)
-	if len(resp.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
+	if !knownByV1Alpha(ctx, t, a.conn, "conveyor.sidecar.PipelineAssignment") {
 		t.Fatal("v1alpha does not know the alias package")
 	}
 	// End both calls before the server has to cut them.
