@@ -14,6 +14,7 @@ type load struct {
 	txn            int // etcd: puts in one transaction
 	// Streams exist on the router alone.
 	streams, inFlight, batch int
+	offsets                  bool // commit offsets instead of checkpoints
 }
 
 func (l *load) targets(c *cluster, leader int) []string {
@@ -62,11 +63,17 @@ func allRows() []row {
 		{name: "spread64", title: "unary commit, 64 on 8, spread over all nodes", load: &load{clients: 64, conns: 8, spread: true},
 			goals: []goal{atLeast("rate", 2, 2.5), atMost("p99", 0.5, 0)}},
 		{name: "txn16", title: "etcd only: transactions of 16 puts, 64 clients on 8", load: &load{clients: 64, conns: 8, txn: 16}},
-		{name: "stream1", title: "8 streams, 64 commits in flight each, 1 a message", load: &load{streams: 8, conns: 8, inFlight: 64, batch: 1},
+		{name: "offsets1", title: "8 streams, 64 offsets in flight each, 1 a message", load: &load{streams: 8, conns: 8, inFlight: 64, batch: 1, offsets: true},
 			goals: []goal{atLeast("rate", 60_000, 0).own()}},
-		{name: "stream16", title: "8 streams, 64 commits in flight each, 16 a message", load: &load{streams: 8, conns: 8, inFlight: 64, batch: 16},
+		{name: "stream1", title: "8 streams, 64 checkpoints of 256 bytes in flight each, 1 a message", load: &load{streams: 8, conns: 8, inFlight: 64, batch: 1},
+			goals: []goal{atLeast("rate", 60_000, 0).own()}},
+		{name: "offsets16", title: "8 streams, 64 offsets in flight each, 16 a message", load: &load{streams: 8, conns: 8, inFlight: 64, batch: 16, offsets: true},
 			goals: []goal{atLeast("rate", 80_000, 100_000).own()}},
-		{name: "stream64", title: "8 streams, 256 commits in flight each, 64 a message", load: &load{streams: 8, conns: 8, inFlight: 256, batch: 64},
+		{name: "stream16", title: "8 streams, 64 checkpoints of 256 bytes in flight each, 16 a message", load: &load{streams: 8, conns: 8, inFlight: 64, batch: 16},
+			goals: []goal{atLeast("rate", 80_000, 100_000).own()}},
+		{name: "offsets64", title: "8 streams, 256 offsets in flight each, 64 a message", load: &load{streams: 8, conns: 8, inFlight: 256, batch: 64, offsets: true},
+			goals: []goal{atLeast("rate", 80_000, 100_000).own()}},
+		{name: "stream64", title: "8 streams, 256 checkpoints of 256 bytes in flight each, 64 a message", load: &load{streams: 8, conns: 8, inFlight: 256, batch: 64},
 			goals: []goal{atLeast("rate", 80_000, 100_000).own()}},
 		{name: "read", title: "linearizable read, 64 clients on 8, leader", load: &load{clients: 64, conns: 8, read: true},
 			goals: []goal{atLeast("rate", 1.5, 2)}},

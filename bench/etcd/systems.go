@@ -267,6 +267,8 @@ func (s *routerSystem) drive(ctx context.Context, c *cluster, leader int, l *loa
 		op = bench.OpStale
 	case l.read:
 		op = bench.OpRead
+	case l.offsets:
+		op = bench.OpOffset
 	}
 	cfg.Mix = []bench.Share{{Op: op, Weight: 1}}
 	if l.streams > 0 {
