@@ -247,10 +247,12 @@ func (p *picture) hints(s *scene) [][2]string {
 			out = append(out, [2]string{fmt.Sprintf("kill -9 %d", pid), "kill the leader; another one takes over at once"})
 		}
 	}
-	server := "-s " + strings.Join(p.o.endpoints(), ",")
-	out = append(out, [2]string{fmt.Sprintf("kill -USR1 %d", os.Getpid()), "cut off a sidecar (again: reconnect it) and watch its stages move"})
+	out = append(out, [2]string{fmt.Sprintf("kill -USR1 %d", os.Getpid()), "cut off a sidecar, or reconnect it"})
+	// The addresses stand in a line of their own: with them the commands would
+	// be cut at the edge of an ordinary terminal and could not be copied.
+	out = append(out, [2]string{"export CONVEYOR_ROUTER_SERVER=" + strings.Join(p.o.endpoints(), ","), ""})
 	if len(s.pipelines) > 0 {
-		out = append(out, [2]string{fmt.Sprintf("%s pipeline get %s %s", p.o.Command, s.pipelines[0].GetId(), server), ""})
+		out = append(out, [2]string{p.o.Command + " pipeline get " + s.pipelines[0].GetId(), ""})
 	}
-	return append(out, [2]string{fmt.Sprintf("%s cluster status %s", p.o.Command, server), ""})
+	return append(out, [2]string{p.o.Command + " cluster status", ""})
 }

@@ -67,10 +67,19 @@ func printStatus(a *app, st *adminpb.GetClusterStatusResponse) error {
 	fmt.Fprintln(a.stdout)
 	g := &output.Grid{Header: []string{"NODE", "ROLE", "HEALTHY", "MATCH", "APPLIED", "PEER ADDRESS", "CLIENT ADDRESS", "VERSION"}}
 	for _, n := range st.GetNodes() {
-		g.Add(n.GetNodeId(), short(n.GetRole().String(), "NODE_ROLE_"), yesNo(n.GetHealthy()), n.GetMatchIndex(),
-			n.GetAppliedIndex(), n.GetAddress(), n.GetClientAddress(), n.GetVersion())
+		g.Add(n.GetNodeId(), short(n.GetRole().String(), "NODE_ROLE_"), yesNo(n.GetHealthy()), known(n.GetMatchIndex()),
+			known(n.GetAppliedIndex()), n.GetAddress(), n.GetClientAddress(), n.GetVersion())
 	}
 	return g.Write(a.stdout)
+}
+
+// known shows an index; 0, which no node is ever at, means that the node that
+// answered was not told.
+func known(index uint64) string {
+	if index == 0 {
+		return "-"
+	}
+	return strconv.FormatUint(index, 10)
 }
 
 func newTransferLeaderCommand(a *app) *cobra.Command {

@@ -119,11 +119,11 @@ to set one back, which makes records be read again, --force is needed.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			partition, err := strconv.ParseUint(args[1], 10, 32)
 			if err != nil {
-				return usageError{cmd, fmt.Errorf("the partition %q is not a whole number", args[1])}
+				return usageError{cmd, fmt.Errorf("the partition %q is not a whole number from 0 to 4294967295", args[1])}
 			}
 			offset, err := strconv.ParseUint(args[2], 10, 64)
 			if err != nil {
-				return usageError{cmd, fmt.Errorf("the offset %q is not a whole number", args[2])}
+				return usageError{cmd, fmt.Errorf("the offset %q is not a whole number of 0 or more", args[2])}
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var done bool
