@@ -40,6 +40,8 @@ type Value struct {
 	Source string
 	// Note says why a value that was given has no effect.
 	Note string
+	// Fault says why the value cannot be used; Value is then what was given.
+	Fault string
 }
 
 // Loaded is the outcome of Load.
@@ -78,6 +80,28 @@ func AddFlags(fs *pflag.FlagSet) {
 // Load collects the settings of one node and checks them. Its error is of type
 // Faults and lists everything that is wrong; the result is then nil.
 func Load(in Input) (*Loaded, error) {
+	l, faults := collect(in)
+	if len(faults) > 0 {
+		return nil, faults
+	}
+	return l, nil
+}
+
+// Explain returns every setting with its origin, also when Load would refuse
+// them: whoever looks for a fault needs to see what was found where.
+func Explain(in Input) ([]Value, Faults) {
+	l, faults := collect(in)
+	for _, f := range faults {
+		for i := range l.values {
+			if v := &l.values[i]; v.Key == f.Key && v.Fault == "" {
+				v.Fault = f.Text
+			}
+		}
+	}
+	return l.values, faults
+}
+
+func collect(in Input) (*Loaded, Faults) {
 	var faults Faults
 	list := settings()
 	table := make(map[string]*setting, len(list))
@@ -109,8 +133,11 @@ func Load(in Input) (*Loaded, error) {
 			}
 		}
 		v := s.bind(&l.Config)
+		shown := ""
 		for i, text := range e.texts {
 			if err := v.parse(text); err != nil {
+				// Not what is bound: that may still be a default.
+				shown = strings.Join(e.texts, ",")
 				where := e.where
 				if i < len(e.at) {
 					where = e.at[i]
@@ -120,14 +147,11 @@ func Load(in Input) (*Loaded, error) {
 		}
 		// A default without effect is not worth a line.
 		if given || s.unused == "" {
-			l.values = append(l.values, Value{Key: s.key, Value: v.show(), Source: e.where, Note: s.unused})
+			l.values = append(l.values, Value{Key: s.key, Value: cmp.Or(shown, v.show()), Source: e.where, Note: s.unused})
 		}
 	}
 	l.complete(in, &faults)
-	if len(faults) > 0 {
-		return nil, faults
-	}
-	return l, nil
+	return l, faults
 }
 
 // lookup finds the strongest source that gives s a value, defaults aside.

@@ -78,13 +78,20 @@ first that failed.`,
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var errs []error
+				done := []applied{}
 				for _, p := range set.Pipelines {
-					line, err := apply(ctx, c, p.Config, expected, dryRun)
+					r, err := apply(ctx, c, p.Config, expected, dryRun)
 					if err != nil {
 						errs = append(errs, err)
 						continue
 					}
-					fmt.Fprintln(a.stdout, line)
+					done = append(done, r)
+					if a.format == output.Table {
+						fmt.Fprintln(a.stdout, r)
+					}
+				}
+				if a.format != output.Table {
+					errs = append(errs, output.Document(a.stdout, a.format, done))
 				}
 				return errors.Join(errs...)
 			})
@@ -96,36 +103,55 @@ first that failed.`,
 	return cmd
 }
 
-// apply makes one pipeline what p says and returns the line to print.
-func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (string, error) {
+// applied is what became of one pipeline.
+type applied struct {
+	Pipeline string `json:"pipeline"`
+	// Result is valid, created, unchanged or changed.
+	Result  string `json:"result"`
+	Version uint64 `json:"version,omitempty"`
+}
+
+// String returns r as a line for people.
+func (r applied) String() string {
+	switch r.Result {
+	case "valid":
+		return "pipeline " + r.Pipeline + " is valid (dry run)"
+	case "changed":
+		return fmt.Sprintf("pipeline %s changed, version %d", r.Pipeline, r.Version)
+	}
+	return "pipeline " + r.Pipeline + " " + r.Result
+}
+
+// apply makes one pipeline what p says.
+func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (applied, error) {
 	id := p.GetId()
 	before, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
 	if err != nil {
-		return "", about("pipeline "+id, err)
+		return applied{}, about("pipeline "+id, err)
 	}
 	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
 		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
 	})
 	if err != nil {
-		return "", about("pipeline "+id, err)
+		return applied{}, about("pipeline "+id, err)
 	}
 	if !reply.GetSuccess() {
 		text := reply.GetError()
 		if len(reply.GetViolations()) > 0 {
-			return "", fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))
+			return applied{}, fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))
 		}
-		return "", refused("pipeline "+id+" was not applied", text, expected != nil)
+		return applied{}, refused("pipeline "+id+" was not applied", text, expected != nil)
 	}
+	r := applied{Pipeline: id, Result: "changed", Version: reply.GetVersion()}
 	switch {
 	case dryRun:
-		return fmt.Sprintf("pipeline %s is valid (dry run)", id), nil
+		r.Result = "valid"
 	case !before.GetFound():
-		return fmt.Sprintf("pipeline %s created", id), nil
+		r.Result = "created"
 	case before.GetStatus().GetVersion() == reply.GetVersion():
-		return fmt.Sprintf("pipeline %s unchanged", id), nil
-	default:
-		return fmt.Sprintf("pipeline %s changed, version %d", id, reply.GetVersion()), nil
+		r.Result = "unchanged"
 	}
+	return r, nil
 }
 
 func newPipelineValidateCommand(a *app) *cobra.Command {
@@ -147,6 +173,9 @@ With -o yaml or -o json the pipelines are printed as the cluster would store the
 					return err
 				}
 				return checkFailed(err)
+			}
+			if len(set.Pipelines) == 0 && set.Resources() == 0 {
+				return checkFailed(errors.New("the files declare nothing"))
 			}
 			var faults manifest.Faults
 			configs := make([]*adminpb.PipelineConfig, len(set.Pipelines))

@@ -13,13 +13,17 @@ import (
 
 // loadConfig reads the settings of a node from all their sources.
 func loadConfig(cmd *cobra.Command, a *app) (*config.Loaded, error) {
+	return config.Load(configInput(cmd, a))
+}
+
+func configInput(cmd *cobra.Command, a *app) config.Input {
 	hostname, err := os.Hostname()
 	if err != nil {
 		hostname = "" // only improves a derived address
 	}
-	return config.Load(config.Input{
+	return config.Input{
 		Flags: cmd.Flags(), Environ: a.environ, Search: config.SearchPath(), Hostname: hostname,
-	})
+	}
 }
 
 func newConfigCommand(a *app) *cobra.Command {
@@ -33,34 +37,40 @@ func newConfigExplainCommand(a *app) *cobra.Command {
 		Use:   "explain",
 		Short: "Show every setting serve would use and where its value comes from",
 		Long: `Show every setting 'router serve' would use with the same flags, environment and
-file, and where its value comes from.`,
+file, and where its value comes from. Settings that serve would refuse are shown
+with what is wrong, and the exit code is 8.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			loaded, err := loadConfig(cmd, a)
-			if err != nil {
-				return checkFailed(err)
-			}
+			values, faults := config.Explain(configInput(cmd, a))
 			type row struct {
 				Key    string `json:"key"`
 				Value  string `json:"value"`
 				Source string `json:"source"`
 				Note   string `json:"note,omitempty"`
+				Fault  string `json:"fault,omitempty"`
 			}
 			var rows []row
-			for _, v := range loaded.Values() {
-				rows = append(rows, row{v.Key, v.Value, v.Source, v.Note})
+			for _, v := range values {
+				rows = append(rows, row{v.Key, v.Value, v.Source, v.Note, v.Fault})
 			}
-			return output.Print(a.stdout, a.format, rows, func() *output.Grid {
+			err := output.Print(a.stdout, a.format, rows, func() *output.Grid {
 				g := &output.Grid{Header: []string{"KEY", "VALUE", "SOURCE", "NOTE"}}
 				for _, r := range rows {
 					note := ""
-					if r.Note != "" {
+					switch {
+					case r.Fault != "":
+						note = "WRONG: " + r.Fault
+					case r.Note != "":
 						note = "no effect: " + r.Note
 					}
 					g.Add(r.Key, r.Value, r.Source, note)
 				}
 				return g
 			})
+			if err == nil && len(faults) > 0 {
+				return checkFailed(faults)
+			}
+			return err
 		},
 	}
 	config.AddFlags(cmd.Flags())

@@ -56,7 +56,17 @@ func newOffsetGetCommand(a *app) *cobra.Command {
 				if len(rows) == 0 && only != nil {
 					return notFound("nothing was committed for partition %d", partition)
 				}
+				if len(rows) == 0 {
+					return notFound("nothing was committed for %s", offsetOwner(group, source))
+				}
 				return output.Print(a.stdout, a.format, rows, func() *output.Grid {
+					if group != "" { // the reply says no times for groups
+						g := &output.Grid{Header: []string{"SOURCE", "PARTITION", "OFFSET"}}
+						for _, r := range rows {
+							g.Add(r.Source, r.Partition, r.Offset)
+						}
+						return g
+					}
 					g := &output.Grid{Header: []string{"SOURCE", "PARTITION", "OFFSET", "TIME"}}
 					for _, r := range rows {
 						g.Add(r.Source, r.Partition, r.Offset, r.Time)
@@ -69,6 +79,17 @@ func newOffsetGetCommand(a *app) *cobra.Command {
 	cmd.Flags().StringVar(&group, "group", "", "offsets of this consumer group")
 	cmd.Flags().Uint32VarP(&partition, "partition", "p", 0, "only this partition")
 	return cmd
+}
+
+// offsetOwner names a source, a group, or a group's share of a source.
+func offsetOwner(group, source string) string {
+	switch {
+	case group == "":
+		return output.Clean(source)
+	case source == "":
+		return "group " + output.Clean(group)
+	}
+	return "group " + output.Clean(group) + " on " + output.Clean(source)
 }
 
 func readOffsets(ctx context.Context, c *clients, group, source string, only *uint32) ([]offsetRow, error) {
@@ -158,7 +179,7 @@ to set one back, which makes records be read again, --force is needed.`,
 				if a.format != output.Table {
 					return output.Document(a.stdout, a.format, row)
 				}
-				fmt.Fprintf(a.stdout, "offset of %s partition %d is %d\n", output.Clean(args[0]), partition, current)
+				fmt.Fprintf(a.stdout, "offset of %s partition %d is %d\n", offsetOwner(group, args[0]), partition, current)
 				return nil
 			})
 		},

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -36,7 +35,11 @@ func newWALDumpCommand(a *app) *cobra.Command {
 			if raw {
 				o.EntryFormatter = nil
 			}
-			return wal.Dump(a.stdout, logDir(args[0]), o)
+			dir, err := logDir(args[0])
+			if err != nil {
+				return err
+			}
+			return wal.Dump(a.stdout, dir, o)
 		},
 	}
 	cmd.Flags().Uint64Var(&from, "from", 0, "first index to print")
@@ -51,7 +54,11 @@ func newWALVerifyCommand(a *app) *cobra.Command {
 		Short: "Check every checksum of the log; exit code 8 when a node would refuse to start from it",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			report, err := wal.Verify(logDir(args[0]))
+			dir, err := logDir(args[0])
+			if err != nil {
+				return err
+			}
+			report, err := wal.Verify(dir)
 			if err != nil && !errors.Is(err, wal.ErrCorrupt) && !errors.Is(err, wal.ErrNewerFormat) {
 				return err
 			}
@@ -76,11 +83,15 @@ func newWALVerifyCommand(a *app) *cobra.Command {
 	}
 }
 
-// logDir accepts a data directory as well as the log inside it.
-func logDir(dir string) string {
-	inner := filepath.Join(dir, "wal")
-	if info, err := os.Stat(inner); err == nil && info.IsDir() {
-		return inner
+// logDir accepts a data directory as well as the log inside it. Anything else is
+// a mistake of the caller: taken for a log without segments it would be called
+// damaged, and its owner advised to give the node's data up.
+func logDir(dir string) (string, error) {
+	for _, d := range []string{filepath.Join(dir, "wal"), dir} {
+		segments, err := filepath.Glob(filepath.Join(d, "*.wal"))
+		if err == nil && len(segments) > 0 {
+			return d, nil
+		}
 	}
-	return dir
+	return "", notFound("%s holds no log; give the directory that the node's --data-dir names, or the wal directory in it", dir)
 }
