@@ -68,6 +68,8 @@ type Store struct {
 	CacheBytes    int64
 	// HotBytes bounds records kept decoded because they change all the time.
 	HotBytes int64
+	// RecordBytes bounds records kept in memory because they are read.
+	RecordBytes int64
 	// HistoryBytes bounds the changes kept for watches that resume.
 	HistoryBytes int64
 }

@@ -134,9 +134,11 @@ func (s *FSM) commit(t *tx) error {
 		return errors.Join(err, b.Close())
 	}
 	s.hub.announce(t.clock.Revision)
+	s.records.block(t.dirty)
 	if err := b.Commit(pebble.NoSync); err != nil {
 		return fmt.Errorf("router: write entries up to %d: %w", t.pos.Index, err)
 	}
+	s.records.unblock()
 	if err := b.Close(); err != nil {
 		return err
 	}

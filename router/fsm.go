@@ -42,6 +42,9 @@ type FSM struct {
 	overlay  map[string]*cell
 	broken   error // set by a failed Apply: memory and disk may differ
 
+	// records serves the reads of Latest.
+	records *recordCache
+
 	// mu guards cur, pos and closed. It is never held during IO.
 	mu     sync.RWMutex
 	cur    *database
@@ -75,7 +78,10 @@ func Open(f vfs.FS, dir string, o Options) (*FSM, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &FSM{fs: f, root: dir, o: o, handlers: commandTable(), overlay: map[string]*cell{}}
+	s := &FSM{
+		fs: f, root: dir, o: o, handlers: commandTable(), overlay: map[string]*cell{},
+		records: newRecordCache(o.RecordBytes),
+	}
 	if err := s.adopt(d); err != nil {
 		return nil, errors.Join(err, d.release())
 	}
@@ -208,6 +214,8 @@ func (s *FSM) adopt(d *database) error {
 	s.marks = newMarkIndex()
 	clear(s.overlay) // what a failed run left is of the old state
 	s.ckptMemo.Store(nil)
+	s.records.blockAll()
+	defer s.records.unblock()
 	s.revision.Store(clock.Revision)
 	s.mu.Lock()
 	s.cur, s.pos = d, pos

@@ -21,6 +21,8 @@ type Options struct {
 	// HotBytes bounds the records kept decoded between batches: offsets,
 	// watermarks and groups that are written again and again.
 	HotBytes int64
+	// RecordBytes bounds the records kept in memory because they are read.
+	RecordBytes int64
 	// HistoryBytes bounds the changes kept for subscribers.
 	HistoryBytes int64
 	// BatchBytes is where a long run of entries is cut into several Pebble
@@ -39,8 +41,9 @@ func (o Options) EnsureDefaults() Options {
 		}
 	}
 	def(&o.MemTableBytes, 32<<20)
-	def(&o.CacheBytes, 64<<20)
+	def(&o.CacheBytes, 32<<20)
 	def(&o.HotBytes, 16<<20)
+	def(&o.RecordBytes, 32<<20)
 	def(&o.HistoryBytes, 32<<20)
 	def(&o.BatchBytes, 4<<20)
 	return o
@@ -60,6 +63,7 @@ func (o Options) Validate() error {
 	check("MemTableBytes", o.MemTableBytes, 256<<10, 1<<30)
 	check("CacheBytes", o.CacheBytes, 1<<20, 1<<36)
 	check("HotBytes", o.HotBytes, 64<<10, 1<<34)
+	check("RecordBytes", o.RecordBytes, 64<<10, 1<<36)
 	check("HistoryBytes", o.HistoryBytes, 1<<10, 1<<34)
 	check("BatchBytes", o.BatchBytes, 4<<10, 1<<30)
 	return errors.Join(errs...)

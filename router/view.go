@@ -138,6 +138,9 @@ func decodeRecord[T any, P pointer[T]](k, v []byte) (P, error) {
 
 // getRecord reads one record; nil when it is absent.
 func getRecord[T any, P pointer[T]](v *View, k []byte) (P, error) {
+	if v.latest && v.err == nil {
+		return getLatest[T, P](v.s, k)
+	}
 	var out P
 	err := v.read(func(r pebble.Reader) error {
 		b, err := getCopy(r, k)
@@ -148,6 +151,26 @@ func getRecord[T any, P pointer[T]](v *View, k []byte) (P, error) {
 		return err
 	})
 	return out, err
+}
+
+// getLatest reads the newest value of one record, from memory when it was read
+// before and has not changed since.
+func getLatest[T any, P pointer[T]](s *FSM, k []byte) (P, error) {
+	b, ticket := s.records.get(k)
+	// In this order: a database taken before might be replaced by Install
+	// between the two, and its value be filled in for the new one's.
+	d, err := s.acquire()
+	if err != nil {
+		return nil, err
+	}
+	defer d.release()
+	if b == nil {
+		if b, err = getCopy(d.db, k); b == nil || err != nil {
+			return nil, err
+		}
+		s.records.put(k, b, ticket)
+	}
+	return decodeRecord[T, P](k, b)
 }
 
 // listRecords lists a table of single-id keys after an id, up to limit (0 =

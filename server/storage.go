@@ -107,6 +107,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 		MemTableBytes: c.Store.MemTableBytes,
 		CacheBytes:    c.Store.CacheBytes,
 		HotBytes:      c.Store.HotBytes,
+		RecordBytes:   c.Store.RecordBytes,
 		HistoryBytes:  c.Store.HistoryBytes,
 	})
 	if err != nil {
