@@ -145,7 +145,7 @@ func runLoads(ctx context.Context, o *options, s system, loads []row, pair int, 
 		}
 	}
 	for _, r := range loads {
-		if r.load.streams > 0 && !s.streams() {
+		if r.load.streams > 0 && !s.streams() || r.load.txn > 0 && s.streams() {
 			continue
 		}
 		for attempt := 0; ; attempt++ {

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/resolver/manual"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
@@ -49,10 +50,23 @@ func (a *app) call(cmd *cobra.Command, talk func(ctx context.Context, c *clients
 	if a.stale {
 		ctx = metadata.AppendToOutgoingContext(ctx, "conveyor-consistency", "stale")
 	}
-	return talk(ctx, &clients{
+	err = talk(ctx, &clients{
 		Admin:      adminpb.NewRouterAdminClient(conn),
 		Registry:   registrypb.NewServiceRegistryClient(conn),
 		Checkpoint: checkpointpb.NewCheckpointServiceClient(conn),
 		Cluster:    clusterpb.NewClusterClient(conn),
 	})
+	if _, ok := status.FromError(err); ok && err != nil && readOnly(cmd) {
+		return readError{err}
+	}
+	return err
+}
+
+// readOnly tells the commands that change nothing by their verbs.
+func readOnly(cmd *cobra.Command) bool {
+	switch cmd.Name() {
+	case "get", "list", "status", "assignments":
+		return true
+	}
+	return false
 }

@@ -62,6 +62,18 @@ func about(subject string, err error) error {
 	return fmt.Errorf("%s: %w", subject, err)
 }
 
+// readError is the failure of a command that changes nothing.
+type readError struct{ err error }
+
+func (e readError) Error() string { return e.err.Error() }
+func (e readError) Unwrap() error { return e.err }
+
+// GRPCStatus lets exitCode and explain see the code of the call.
+func (e readError) GRPCStatus() *status.Status {
+	st, _ := status.FromError(e.err)
+	return st
+}
+
 // silentError ends the process with its code after the command itself has
 // printed everything there is to say.
 type silentError struct{ code int }
@@ -125,6 +137,10 @@ func explain(err error) string {
 	case codes.Unavailable:
 		return st.Message() + "\nNothing was done. Check that the nodes given by --server run and that a majority of the cluster is up, then try again."
 	case codes.DeadlineExceeded:
+		if errors.As(err, new(readError)) {
+			return st.Message() + "\nThe time allowed by --timeout passed, nothing was read. The cluster may have no leader: " +
+				"'router cluster status --stale' shows what a node knows, and --stale reads without one."
+		}
 		return st.Message() + "\nThe time allowed by --timeout passed. A change may or may not have been made: look before you repeat it."
 	case codes.Unknown:
 		return st.Message() + "\nIt is not known whether the change was made: look before you repeat it."
