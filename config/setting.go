@@ -116,7 +116,7 @@ func settings() []*setting {
 			bind: func(c *Config) value { return bytesI{&c.Store.CacheBytes, 1 << 20, 1 << 36} }},
 		{key: "store.hot_bytes", flag: "store-hot-bytes", def: "16MiB", usage: "memory for offsets and watermarks that are written again and again",
 			bind: func(c *Config) value { return bytesI{&c.Store.HotBytes, 64 << 10, 1 << 34} }},
-		{key: "store.record_bytes", flag: "store-record-bytes", def: "32MiB", usage: "memory for records that are read again and again",
+		{key: "store.record_bytes", flag: "store-record-bytes", def: "64MiB", usage: "memory for records that are read again and again",
 			bind: func(c *Config) value { return bytesI{&c.Store.RecordBytes, 64 << 10, 1 << 36} }},
 		{key: "store.history_bytes", flag: "store-history-bytes", def: "32MiB", usage: "recent changes kept for watches that resume",
 			bind: func(c *Config) value { return bytesI{&c.Store.HistoryBytes, 64 << 10, 1 << 34} }},

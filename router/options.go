@@ -43,7 +43,7 @@ func (o Options) EnsureDefaults() Options {
 	def(&o.MemTableBytes, 32<<20)
 	def(&o.CacheBytes, 32<<20)
 	def(&o.HotBytes, 16<<20)
-	def(&o.RecordBytes, 32<<20)
+	def(&o.RecordBytes, 64<<20)
 	def(&o.HistoryBytes, 32<<20)
 	def(&o.BatchBytes, 4<<20)
 	return o
