@@ -79,7 +79,7 @@ func (l *leases) put(now time.Time, id string, is condition, generation uint64, 
 		l.all[id] = &lease{id: id, is: is, generation: generation, last: now, patience: max(patience, l.expireAfter)}
 		return
 	}
-	if e.generation != generation || (is == alive && e.is != alive) {
+	if is == alive && (e.generation != generation || e.is != alive) {
 		e.last = now
 	}
 	if e.is != is {

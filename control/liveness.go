@@ -239,7 +239,7 @@ func (l *Liveness) changedLocked(now time.Time, c router.Change) {
 		}
 	case router.TableServices:
 		if s, ok := c.Next.(*commandpb.Service); ok && s != nil {
-			l.services.put(now, s.ServiceId, serviceCondition(s), s.CreateRevision, servicePatience(s))
+			l.services.put(now, s.ServiceId, serviceCondition(s), s.ModRevision, servicePatience(s))
 		} else {
 			l.services.drop(c.Key)
 		}
@@ -272,7 +272,7 @@ func (l *Liveness) load(v *router.View) error {
 	known = make(map[string]bool, len(services))
 	for _, s := range services {
 		known[s.ServiceId] = true
-		l.services.put(now, s.ServiceId, serviceCondition(s), s.CreateRevision, servicePatience(s))
+		l.services.put(now, s.ServiceId, serviceCondition(s), s.ModRevision, servicePatience(s))
 	}
 	for id := range l.services.all {
 		if !known[id] {
@@ -389,7 +389,11 @@ func transitionCommand(now time.Time, kind string, t transition) *commandpb.Comm
 		if t.to == expired {
 			state = commandpb.ServiceState_SERVICE_STATE_EXPIRED
 		}
-		cmd.Op = &commandpb.Command_UpdateServiceHealth{UpdateServiceHealth: &commandpb.UpdateServiceHealth{ServiceId: t.id, State: state}}
+		cmd.Op = &commandpb.Command_UpdateServiceHealth{UpdateServiceHealth: &commandpb.UpdateServiceHealth{
+			// Without it, a service that registered again meanwhile would be put
+			// out of its groups right after it has come back.
+			ServiceId: t.id, State: state, ExpectedRevision: t.generation,
+		}}
 		return cmd
 	}
 	state := map[condition]commandpb.SidecarState{

@@ -337,6 +337,39 @@ func TestServiceExpires(t *testing.T) {
 	})
 }
 
+// TestServiceBackBeforeItsExpiry: a service that registers again while its expiry
+// is on its way to the log stays, and stays in its groups.
+func TestServiceBackBeforeItsExpiry(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	register := func(registration string) {
+		r.do(&commandpb.Command{Op: &commandpb.Command_RegisterService{RegisterService: &commandpb.RegisterService{Service: &commandpb.Service{
+			ServiceId: "one", Name: "one", Type: commandpb.ServiceType_SERVICE_TYPE_SINK, RegistrationId: registration,
+			Endpoint: &commandpb.Endpoint{Host: "h", Port: 1},
+		}}}})
+	}
+	register("first")
+	r.do(&commandpb.Command{Op: &commandpb.Command_JoinGroup{JoinGroup: &commandpb.JoinGroup{ServiceId: "one", GroupId: "g", PartitionCount: 4}}})
+	r.before = func() { register("second") }
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		r.setLeading(true)
+		pass(50 * time.Second)
+		synctest.Wait()
+		v := r.fsm.View()
+		defer v.Close()
+		one, err1 := v.Service("one")
+		g, err2 := v.Group("g")
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		if one.RegistrationId != "second" {
+			t.Fatal("no expiry was on its way")
+		}
+		if serviceCondition(one) != alive || len(g.GetMembers()) != 1 {
+			t.Fatalf("it is %v and the group has %d members", one.State, len(g.GetMembers()))
+		}
+	})
+}
+
 // TestPlacerGathers: a rollout of many sidecars within a moment is one plan or
 // a few, not one each.
 func TestPlacerGathers(t *testing.T) {

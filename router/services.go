@@ -202,7 +202,8 @@ func (t *tx) renewLease(c *commandpb.RenewLease) *commandpb.Rejection {
 // expires leaves its groups in the same step: its partitions must not wait for
 // an owner that is gone.
 //
-// Rejections: INVALID (id, texts, state), LIMIT, NOT_FOUND.
+// Rejections: INVALID (id, texts, state), LIMIT, NOT_FOUND, CONFLICT (expected
+// revision).
 func (t *tx) updateServiceHealth(c *commandpb.UpdateServiceHealth) *commandpb.Rejection {
 	if r := first(checkID("service id", c.ServiceId), checkHealth(c.Health)); r != nil {
 		return r
@@ -215,6 +216,10 @@ func (t *tx) updateServiceHealth(c *commandpb.UpdateServiceHealth) *commandpb.Re
 		return notFound("service", c.ServiceId)
 	}
 	t.res.Existed = true
+	if c.ExpectedRevision != 0 && c.ExpectedRevision != prev.ModRevision {
+		return conflict("service "+c.ServiceId, prev.ModRevision,
+			"it was registered again or changed since revision %d, it is at %d; nothing was changed", c.ExpectedRevision, prev.ModRevision)
+	}
 	next := proto.Clone(prev).(*commandpb.Service)
 	if c.Health != nil {
 		next.Health = c.Health

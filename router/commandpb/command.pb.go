@@ -624,12 +624,13 @@ func (x *RenewLease) GetServiceId() string {
 }
 
 type UpdateServiceHealth struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ServiceId     string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
-	Health        *Health                `protobuf:"bytes,2,opt,name=health,proto3" json:"health,omitempty"`
-	State         ServiceState           `protobuf:"varint,3,opt,name=state,proto3,enum=conveyor.command.ServiceState" json:"state,omitempty"` // unspecified = unchanged
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	ServiceId        string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
+	Health           *Health                `protobuf:"bytes,2,opt,name=health,proto3" json:"health,omitempty"`
+	State            ServiceState           `protobuf:"varint,3,opt,name=state,proto3,enum=conveyor.command.ServiceState" json:"state,omitempty"`            // unspecified = unchanged
+	ExpectedRevision uint64                 `protobuf:"varint,4,opt,name=expected_revision,json=expectedRevision,proto3" json:"expected_revision,omitempty"` // mod_revision of the service the decision was made about; 0 = any
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *UpdateServiceHealth) Reset() {
@@ -681,6 +682,13 @@ func (x *UpdateServiceHealth) GetState() ServiceState {
 		return x.State
 	}
 	return ServiceState_SERVICE_STATE_UNSPECIFIED
+}
+
+func (x *UpdateServiceHealth) GetExpectedRevision() uint64 {
+	if x != nil {
+		return x.ExpectedRevision
+	}
+	return 0
 }
 
 type PutPipeline struct {
@@ -2226,12 +2234,13 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\n" +
 	"RenewLease\x12\x1d\n" +
 	"\n" +
-	"service_id\x18\x01 \x01(\tR\tserviceId\"\x9c\x01\n" +
+	"service_id\x18\x01 \x01(\tR\tserviceId\"\xc9\x01\n" +
 	"\x13UpdateServiceHealth\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x120\n" +
 	"\x06health\x18\x02 \x01(\v2\x18.conveyor.command.HealthR\x06health\x124\n" +
-	"\x05state\x18\x03 \x01(\x0e2\x1e.conveyor.command.ServiceStateR\x05state\"\x86\x01\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x1e.conveyor.command.ServiceStateR\x05state\x12+\n" +
+	"\x11expected_revision\x18\x04 \x01(\x04R\x10expectedRevision\"\x86\x01\n" +
 	"\vPutPipeline\x122\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1e.conveyor.command.PipelineSpecR\x04spec\x12.\n" +
 	"\x10expected_version\x18\x02 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
