@@ -23,7 +23,7 @@ func (c condition) String() string { return [...]string{"alive", "suspect", "exp
 type lease struct {
 	id         string
 	is         condition // as replicated
-	generation uint64    // of the registration the condition belongs to
+	generation uint64    // what the condition belongs to: a sidecar's registration, a service's mod revision
 	last       time.Time // last heard of, or the start of its grace
 	heard      bool      // a heartbeat came since the condition last changed
 	patience   time.Duration
