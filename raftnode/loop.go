@@ -48,6 +48,8 @@ type loop struct {
 	// heldReads are requests of other nodes that came before this leader has
 	// committed in its term.
 	heldReads []*raftpb.Message
+	// commits holds news of commits that the next entries will carry.
+	commits heldCommits
 
 	transferee    uint64
 	transferTicks int
@@ -209,6 +211,9 @@ func (l *loop) tick() error {
 	for _, id := range l.in.takeUnreachable() {
 		l.rn.ReportUnreachable(id)
 	}
+	if held := l.commits.take(); len(held) > 0 {
+		l.tr.Send(held)
+	}
 	l.rn.Tick()
 	if l.transferTicks > 0 {
 		if l.transferTicks--; l.transferTicks == 0 {
@@ -288,6 +293,10 @@ func (l *loop) drain() {
 					l.snaps.send(m)
 				case raftpb.MsgVote:
 					votes = append(votes, m)
+				case raftpb.MsgApp:
+					if !l.commits.hold(m, len(m.GetEntries()) == 0 && l.in.hasProposals()) {
+						out = append(out, m)
+					}
 				default:
 					out = append(out, m)
 				}
@@ -331,6 +340,7 @@ func (l *loop) setSoftState(ss *raft.SoftState) {
 		l.transferTicks, l.transferee = 0, 0
 		if was {
 			l.heldReads = nil // they are asked again
+			l.commits.drop()
 		}
 	}
 }
