@@ -26,6 +26,17 @@ const maxPeerMessage = 64 << 20
 // send them more often than every ten seconds.
 const deadPeer = time.Second
 
+// Flow-control windows of a connection between nodes, for each direction. They
+// are fixed: with gRPC's default, every burst of data is answered by a window
+// update and a ping that measures the connection, and that ping by another. Per
+// log entry this was more packets than the entry and its answer themselves; without them
+// a commit costs an eighth less CPU. A window bounds what waits unread, and with
+// the round trip the rate: 8 MiB are a gigabyte a second over 8 ms.
+const (
+	peerStreamWindow = 8 << 20
+	peerConnWindow   = 16 << 20
+)
+
 // peerDialer opens gRPC connections to peers.
 type peerDialer struct {
 	dial    Dialer
@@ -69,6 +80,8 @@ func (d peerDialer) conn(addr string) (*grpc.ClientConn, error) {
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
 		grpc.WithIdleTimeout(0),
+		grpc.WithStaticStreamWindowSize(peerStreamWindow),
+		grpc.WithStaticConnWindowSize(peerConnWindow),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1, MaxDelay: time.Second},
 			MinConnectTimeout: d.timeout,
@@ -97,5 +110,7 @@ func PeerServerOptions() []grpc.ServerOption {
 		}),
 		grpc.ConnectionTimeout(5 * time.Second),
 		grpc.WaitForHandlers(true),
+		grpc.StaticStreamWindowSize(peerStreamWindow),
+		grpc.StaticConnWindowSize(peerConnWindow),
 	}
 }

@@ -54,6 +54,7 @@ type Forwarder struct {
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	buffers sync.Pool // *[]byte
+	timers  timerPool
 	wake    chan struct{}
 
 	mu     sync.Mutex
@@ -136,21 +137,27 @@ func (f *Forwarder) Submit(ctx context.Context, cmd *commandpb.Command) (*comman
 		return nil, fmt.Errorf("%w: %w", ErrNotProposed, err)
 	}
 	f.dispatch(op)
+	limit := f.timers.limit(ctx)
+	defer limit.end()
+	var over error
 	select {
 	case a := <-answer:
 		return a.result, a.err
-	case <-ctx.Done():
+	case <-limit.done:
+		over = ctx.Err()
+	case <-limit.up:
+		over = context.DeadlineExceeded
 	}
 	if op.giveUp() {
 		// Nobody will send it any more.
-		return nil, op.truthful(fmt.Errorf("%w: %w", ErrNotProposed, ctx.Err()))
+		return nil, op.truthful(fmt.Errorf("%w: %w", ErrNotProposed, over))
 	}
 	op.left.Store(true)
 	select {
 	case a := <-answer: // it came at the same moment
 		return a.result, a.err
 	default:
-		return nil, fmt.Errorf("rpc: the command was proposed, its result is not known yet: %w", ctx.Err())
+		return nil, fmt.Errorf("rpc: the command was proposed, its result is not known yet: %w", over)
 	}
 }
 

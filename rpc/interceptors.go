@@ -19,9 +19,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 		}
 	}()
 	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, s.cfg.CallTimeout)
-		defer cancel()
+		c := newCallContext(ctx, s.cfg.CallTimeout)
+		defer c.end()
+		ctx = c
 	}
 	resp, err = handler(ctx, req)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -46,6 +47,15 @@ type Reader struct {
 	node      ReadNode
 	clusterID string
 	maxWait   time.Duration
+	// header is that of the newest revision answered: many replies in a row
+	// have the same.
+	header atomic.Pointer[replyHeader]
+}
+
+// replyHeader is what replies of one revision carry. It is never changed.
+type replyHeader struct {
+	revision uint64
+	md       metadata.MD
 }
 
 // NewReader returns a Reader over node. clusterID goes into reply headers;
@@ -115,7 +125,7 @@ func (r *Reader) Wait(ctx context.Context) error {
 	if o.stale && o.minRevision == 0 {
 		return nil
 	}
-	wait, cancel := context.WithTimeout(ctx, r.maxWait)
+	wait, cancel := context.WithTimeout(untimed(ctx), r.maxWait)
 	defer cancel()
 	if !o.stale {
 		index, err := r.readIndex(ctx, wait)
@@ -181,7 +191,12 @@ func (r *Reader) readIndex(ctx, wait context.Context) (uint64, error) {
 // into the headers of the reply. A failure (no gRPC call in ctx, or headers
 // already sent) leaves a reply without them, which is no reason to fail it.
 func (r *Reader) SetHeader(ctx context.Context, revision uint64) {
-	_ = grpc.SetHeader(ctx, metadata.Pairs(
-		MetadataRevision, strconv.FormatUint(revision, 10),
-		MetadataClusterID, r.clusterID))
+	h := r.header.Load()
+	if h == nil || h.revision != revision {
+		h = &replyHeader{revision, metadata.Pairs(
+			MetadataRevision, strconv.FormatUint(revision, 10),
+			MetadataClusterID, r.clusterID)}
+		r.header.Store(h)
+	}
+	_ = grpc.SetHeader(ctx, h.md) // which copies it
 }

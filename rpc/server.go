@@ -181,6 +181,15 @@ func (c *ServerConfig) Validate() error {
 	return errors.New("rpc: server configuration: " + strings.Join(faults, "; "))
 }
 
+// Flow-control windows for what a client sends. Fixed for the reason given at
+// peerStreamWindow, and so that a client that sends more than is read cannot
+// make a node keep more than this for a connection (gRPC's own measuring grows
+// windows up to 16 MiB).
+const (
+	clientStreamWindow = 1 << 20
+	clientConnWindow   = 2 << 20
+)
+
 // Server serves the public API of one node. Its methods are safe for concurrent
 // use.
 type Server struct {
@@ -227,6 +236,8 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		grpc.MaxConcurrentStreams(cfg.MaxStreamsPerConn),
 		grpc.MaxRecvMsgSize(MaxRequestBytes),
 		grpc.WaitForHandlers(true),
+		grpc.StaticStreamWindowSize(clientStreamWindow),
+		grpc.StaticConnWindowSize(clientConnWindow),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		// Finds watchers whose machine vanished without closing the connection.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
