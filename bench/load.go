@@ -217,7 +217,12 @@ func Dial(endpoints []string, n int) ([]*grpc.ClientConn, func(), error) {
 		}
 	}
 	for i := range n {
-		c, err := grpc.NewClient("passthrough:///"+endpoints[i%len(endpoints)], grpc.WithTransportCredentials(insecure.NewCredentials()))
+		c, err := grpc.NewClient("passthrough:///"+endpoints[i%len(endpoints)],
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			// Fixed windows: with the default, the client sends a ping after
+			// every reply to measure the connection, and a server's figures
+			// would contain answering it.
+			grpc.WithStaticStreamWindowSize(1<<20), grpc.WithStaticConnWindowSize(4<<20))
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("bench: %w", err)

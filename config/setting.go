@@ -112,7 +112,7 @@ func settings() []*setting {
 
 		{key: "store.memtable_bytes", flag: "store-memtable-bytes", def: "32MiB", usage: "memory that gathers changes before they become a file",
 			bind: func(c *Config) value { return bytesI{&c.Store.MemTableBytes, 1 << 20, 1 << 30} }},
-		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "32MiB", usage: "memory that caches the state on disk",
+		{key: "store.cache_bytes", flag: "store-cache-bytes", def: "64MiB", usage: "memory that caches the state on disk",
 			bind: func(c *Config) value { return bytesI{&c.Store.CacheBytes, 1 << 20, 1 << 36} }},
 		{key: "store.hot_bytes", flag: "store-hot-bytes", def: "16MiB", usage: "memory for offsets and watermarks that are written again and again",
 			bind: func(c *Config) value { return bytesI{&c.Store.HotBytes, 64 << 10, 1 << 34} }},

@@ -41,7 +41,7 @@ func (o Options) EnsureDefaults() Options {
 		}
 	}
 	def(&o.MemTableBytes, 32<<20)
-	def(&o.CacheBytes, 32<<20)
+	def(&o.CacheBytes, 64<<20)
 	def(&o.HotBytes, 16<<20)
 	def(&o.RecordBytes, 64<<20)
 	def(&o.HistoryBytes, 32<<20)

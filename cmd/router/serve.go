@@ -52,6 +52,7 @@ func newLogger(w io.Writer, c *config.Config) *slog.Logger {
 
 // serve runs a node until ctx is done or the node fails.
 func serve(ctx context.Context, c *config.Config, log *slog.Logger) error {
+	server.KeepHeapFloor()
 	s := server.New(*c, server.Options{Logger: log})
 	if err := s.Start(ctx); err != nil {
 		return fmt.Errorf("the node did not start: %w", err)
