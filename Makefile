@@ -90,6 +90,10 @@ bench: build ## compare with etcd 3.7.3 on this machine; ROWS=unary64,outage pic
 	$(BIN)/bench-etcd -router $(BIN)/router -etcd $(BIN)/etcd \
 		-rows '$(ROWS)' -pairs $(PAIRS) -duration $(DURATION)
 
+.PHONY: profile
+profile: build ## renew cmd/router/default.pgo, by which the compiler optimises
+	bench/profile.sh
+
 .PHONY: ci
 ci: ## what a change has to pass
 	.ci/run
