@@ -325,9 +325,10 @@ func TestThreeNodesRun(t *testing.T) {
 	}
 }
 
-// A transfer asked for just when raft has forgotten who is alive, as it does once
-// per election timeout, is not refused for that.
-func TestTransferAfterQuorumCheck(t *testing.T) {
+// A transfer asked for when nobody has answered yet, as of a leader that has only
+// just taken over, is not refused for that. That raft forgets who is alive once
+// per election timeout makes no difference.
+func TestTransferBeforeAnswers(t *testing.T) {
 	_, ps := startCluster(t, nil, 1, 2, 3)
 	leader := waitLeader(t, ps...)
 	n := leader.n
@@ -342,8 +343,12 @@ func TestTransferAfterQuorumCheck(t *testing.T) {
 	<-begun
 	n.inbox.pushControl(nil, func(l *loop) {
 		err := l.rn.Step(&raftpb.Message{Type: raftpb.MsgCheckQuorum.Enum(), From: new(uint64(raft.LocalAppendThread))})
-		if err != nil || !l.leading() || l.bestTransferee() != 0 {
-			t.Errorf("the check did not make raft forget: %v", err)
+		if err != nil || !l.leading() || l.bestTransferee() == 0 {
+			t.Errorf("a check of the quorum made the leader forget who is alive: %v", err)
+		}
+		l.contacts.begin()
+		if l.bestTransferee() != 0 {
+			t.Error("a new leader knows who is alive before anybody has answered")
 		}
 	})
 	done := make(chan error, 1)

@@ -57,6 +57,7 @@ type loop struct {
 	lastTick      time.Time
 	tickLag       time.Duration
 	stalled       bool
+	contacts      contacts
 
 	published     atomic.Pointer[loopStatus]
 	commitPtr     atomic.Uint64
@@ -177,6 +178,10 @@ func (l *loop) stepPeer(it *peerItem) {
 	}
 	if err := l.rn.Step(m); err != nil {
 		l.cfg.Logger.Debug("raft refuses a message", "type", m.GetType().String(), "from", m.GetFrom(), "err", err)
+		return
+	}
+	if l.leading() {
+		l.contacts.note(m, l.term)
 	}
 }
 
@@ -208,6 +213,7 @@ func (l *loop) tick() error {
 		l.tickLag = max(0, l.now.Sub(l.lastTick)-l.cfg.TickInterval)
 	}
 	l.lastTick = l.now
+	l.contacts.tick++
 	for _, id := range l.in.takeUnreachable() {
 		l.rn.ReportUnreachable(id)
 	}
@@ -337,6 +343,7 @@ func (l *loop) setSoftState(ss *raft.SoftState) {
 	l.leader, l.state = ss.Lead, ss.RaftState
 	if l.leading() != was {
 		l.termStart = 0
+		l.contacts.begin()
 		l.transferTicks, l.transferee = 0, 0
 		if was {
 			l.heldReads = nil // they are asked again

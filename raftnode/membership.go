@@ -225,7 +225,7 @@ func (l *loop) lag(id uint64) (uint64, bool) {
 	known := false
 	l.rn.WithProgress(func(i uint64, _ raft.ProgressType, pr tracker.Progress) {
 		if i == id {
-			match, known = pr.Match, pr.RecentActive && pr.State == tracker.StateReplicate
+			match, known = pr.Match, l.answers(id) && pr.State == tracker.StateReplicate
 		}
 	})
 	if match >= l.commit {
@@ -254,11 +254,11 @@ func (l *loop) checkQuorum(c Change, refuse func(string, ...any) error) error {
 		return refuse("it is the last voter")
 	}
 	active := 0
-	l.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
-		if voters[id] && (pr.RecentActive || id == l.cfg.ID) {
+	for id := range voters {
+		if l.answers(id) {
 			active++
 		}
-	})
+	}
 	if active < len(voters)/2+1 {
 		return refuse("only %d of then %d voters (now %d) are alive, too few to go on", active, len(voters), before)
 	}

@@ -52,8 +52,15 @@ type PeerStatus struct {
 	Match, Next uint64
 	// State is raft's view: probe, replicate or snapshot.
 	State string
-	// RecentActive: the peer has answered within the last election timeout.
-	RecentActive bool
+	// Silence is how long ago the peer's newest answer came, or this leadership
+	// began if none has come since; Answered tells which. It is counted in the
+	// leader's own ticks, so that a leader that was held up does not take that
+	// for the silence of the others. A peer that is alive answers every
+	// heartbeat.
+	Silence  time.Duration
+	Answered bool
+	// Silent: the peer owes so many answers that it must be down or cut off.
+	Silent bool
 	// PendingSnapshot is the index of an image on its way, else zero.
 	PendingSnapshot uint64
 }
@@ -109,11 +116,13 @@ func (l *loop) publish() {
 	if l.leading() {
 		st.transferee = l.transferee
 		l.rn.WithProgress(func(id uint64, typ raft.ProgressType, pr tracker.Progress) {
-			st.peers = append(st.peers, PeerStatus{
+			p := PeerStatus{
 				ID: id, Learner: typ == raft.ProgressTypeLearner, Match: pr.Match, Next: pr.Next,
-				State: peerState(pr.State), RecentActive: pr.RecentActive, PendingSnapshot: pr.PendingSnapshot,
-			})
-			if id != l.cfg.ID && pr.RecentActive && pr.State != tracker.StateSnapshot {
+				State: peerState(pr.State), PendingSnapshot: pr.PendingSnapshot,
+			}
+			l.describeContact(&p)
+			st.peers = append(st.peers, p)
+			if id != l.cfg.ID && l.answers(id) && pr.State != tracker.StateSnapshot {
 				floor = min(floor, pr.Match)
 			}
 		})

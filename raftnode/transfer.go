@@ -30,9 +30,9 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 	defer cancel()
 	target, err := n.requestTransfer(ctx, to)
 	if errors.Is(err, errNobodyAlive) {
-		// Once per election timeout raft forgets who is alive and learns it from
-		// the answers to the next heartbeat. A leader asked in between would
-		// give up, and leave its group to an election.
+		// A leader that has only just taken over has no answers yet; those to its
+		// next heartbeat tell it who is alive. Were it to give up, it would leave
+		// its group to an election.
 		answered, stopAnswered := n.cfg.Clock.Ticker(time.Duration(n.cfg.HeartbeatTicks+2) * n.cfg.TickInterval)
 		defer stopAnswered()
 		select {
@@ -75,7 +75,7 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 	}
 }
 
-// errNobodyAlive: no other voter has answered since raft looked last.
+// errNobodyAlive: no other voter has answered within the last election timeout.
 var errNobodyAlive = fmt.Errorf("%w: no other voter is alive", ErrTransferFailed)
 
 // requestTransfer begins a transfer and returns its target.
@@ -119,7 +119,7 @@ func (l *loop) bestTransferee() uint64 {
 	var best, match uint64
 	voters := l.confState.GetVoters()
 	l.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
-		if id == l.cfg.ID || !pr.RecentActive || pr.State == tracker.StateSnapshot || !slices.Contains(voters, id) {
+		if id == l.cfg.ID || !l.answers(id) || pr.State == tracker.StateSnapshot || !slices.Contains(voters, id) {
 			return
 		}
 		if best == 0 || pr.Match > match {

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -397,7 +398,7 @@ func TestClusterStatus(t *testing.T) {
 	a.node.mu.Lock()
 	a.node.members = append(a.node.members, raftnode.Member{ID: 2, Addr: "n2:50052"}, raftnode.Member{ID: 3, Addr: "n3:50052"})
 	a.node.peers = []raftnode.PeerStatus{
-		{ID: 1, Match: 9, RecentActive: true}, {ID: 2, Match: 8, RecentActive: true}, {ID: 3, Match: 4, RecentActive: true},
+		{ID: 1, Match: 9, Answered: true}, {ID: 2, Match: 8, Answered: true, Silence: 50 * time.Millisecond}, {ID: 3, Match: 4},
 	}
 	a.node.mu.Unlock()
 	get := func() *adminpb.GetClusterStatusResponse {
@@ -414,16 +415,27 @@ func TestClusterStatus(t *testing.T) {
 	if n := st.Nodes[0]; n.Role != adminpb.NodeRole_NODE_ROLE_LEADER || n.ClientAddress != "n1:50051" || n.Address != "n1:50052" {
 		t.Fatal(n)
 	}
-	if n := st.Nodes[1]; n.Role != adminpb.NodeRole_NODE_ROLE_FOLLOWER || n.MatchIndex != 8 || !n.Healthy || n.LastContact == nil {
+	if n := st.Nodes[1]; n.Role != adminpb.NodeRole_NODE_ROLE_FOLLOWER || n.MatchIndex != 8 || !n.Healthy ||
+		!n.LastContact.AsTime().Equal(a.clock.Now().Add(-50*time.Millisecond)) {
 		t.Fatal(n)
 	}
-	a.node.mu.Lock()
-	a.node.peers[2].RecentActive = false
-	a.node.mu.Unlock()
-	st = get()
-	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED || st.Nodes[2].Healthy || len(st.Alarms) != 1 || !strings.Contains(st.Alarms[0], "node 3") {
-		t.Fatal(st)
+	// A leader that has only just taken over.
+	if n := st.Nodes[2]; !n.Healthy || n.LastContact != nil {
+		t.Fatal(n)
 	}
+	silent := func(p raftnode.PeerStatus, alarm string) {
+		t.Helper()
+		a.node.mu.Lock()
+		p.ID, p.Silent = 3, true
+		a.node.peers[2] = p
+		a.node.mu.Unlock()
+		st = get()
+		if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED || st.Nodes[2].Healthy || len(st.Alarms) != 1 || !strings.Contains(st.Alarms[0], alarm) {
+			t.Fatal(st)
+		}
+	}
+	silent(raftnode.PeerStatus{Answered: true, Silence: 3 * time.Second}, "node 3 (n3:50052) does not answer the leader for 3s")
+	silent(raftnode.PeerStatus{Silence: 3 * time.Second}, "node 3 (n3:50052) does not answer the leader since this node leads")
 	a.node.setLeader(0, raftnode.ErrNoLeader)
 	st = get()
 	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY || st.LeaderId != 0 {

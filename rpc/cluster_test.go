@@ -240,7 +240,7 @@ func TestFollowerAsksLeader(t *testing.T) {
 	members := []raftnode.Member{{ID: 1, Addr: "n1:50052"}, {ID: 2, Addr: "n2:50052"}, {ID: 3, Addr: "n3:50052"}}
 	leader.node.mu.Lock()
 	leader.node.members = members
-	leader.node.peers = []raftnode.PeerStatus{{ID: 1, Match: 9, RecentActive: true}, {ID: 2, Match: 8, RecentActive: true}, {ID: 3, Match: 3}}
+	leader.node.peers = []raftnode.PeerStatus{{ID: 1, Match: 9, Answered: true}, {ID: 2, Match: 8, Answered: true}, {ID: 3, Match: 3, Silent: true}}
 	leader.node.mu.Unlock()
 
 	node := newOneNode(t)

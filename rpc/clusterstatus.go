@@ -6,7 +6,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"google.golang.org/grpc/metadata"
@@ -16,55 +15,9 @@ import (
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 )
 
-const (
-	// relayTimeout bounds how long a follower waits for the leader's picture of
-	// the cluster before it answers with its own.
-	relayTimeout = time.Second
-	// contactEvery is how often a leader notes which nodes answer it.
-	contactEvery = time.Second
-)
-
-// contacts remembers when the leader last heard of each node; raft itself only
-// knows whether it did within the last election timeout.
-type contacts struct {
-	mu   sync.Mutex
-	seen map[uint64]time.Time
-}
-
-func (c *contacts) note(st raftnode.Status, now time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.seen == nil {
-		c.seen = make(map[uint64]time.Time)
-	}
-	for _, p := range st.Peers {
-		if p.RecentActive || p.ID == st.ID {
-			c.seen[p.ID] = now
-		}
-	}
-}
-
-func (c *contacts) of(id uint64) time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.seen[id]
-}
-
-// follow notes contacts until ctx is done.
-func (c *contacts) follow(ctx context.Context, node ServerNode, now func() time.Time) {
-	tick := time.NewTicker(contactEvery)
-	defer tick.Stop()
-	for {
-		if node.Leadership().Leading {
-			c.note(node.Status(), now())
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
-}
+// relayTimeout bounds how long a follower waits for the leader's picture of the
+// cluster before it answers with its own.
+const relayTimeout = time.Second
 
 // GetClusterStatus describes the cluster as the leader sees it; a node that
 // cannot reach the leader in time answers with what it knows itself. It works
@@ -115,9 +68,6 @@ func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterSt
 // clusterStatus is what this node knows.
 func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusResponse {
 	now := a.cfg.Now()
-	if st.Leader == st.ID {
-		a.contacts.note(st, now)
-	}
 	resp := &adminpb.GetClusterStatusResponse{
 		NodeId:       st.ID,
 		LeaderId:     st.Leader,
@@ -183,9 +133,9 @@ func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now t
 		if p.ID != n.NodeId {
 			continue
 		}
-		n.Healthy, n.MatchIndex = p.RecentActive, p.Match
-		if at := a.contacts.of(p.ID); !at.IsZero() {
-			n.LastContact = timestamppb.New(at)
+		n.Healthy, n.MatchIndex = !p.Silent, p.Match
+		if p.Answered {
+			n.LastContact = timestamppb.New(now.Add(-p.Silence))
 		}
 		return
 	}

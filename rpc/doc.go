@@ -33,8 +33,7 @@
 //     RESYNC (or OUT_OF_RANGE) and the whole state follows.
 //  5. Heartbeats, and calls that would change nothing, never reach the log.
 //
-// Goroutines: a Server has one that follows the change feed for all watchers,
-// one for health and one that notes contacts; a Commit stream has two beside its
-// handler's; a transport has a few per peer. Shutdown and Close end them and
-// wait.
+// Goroutines: a Server has one that follows the change feed for all watchers and
+// one for health; a Commit stream has two beside its handler's; a transport has a
+// few per peer. Shutdown and Close end them and wait.
 package rpc

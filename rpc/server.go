@@ -202,7 +202,6 @@ type Server struct {
 	told   *toldSidecars
 	relay  *leaderRelay
 
-	contacts contacts
 	calls    sync.Pool // of *commitCall
 	watches  atomic.Int64
 	commits  atomic.Uint64 // operations committed over Commit streams
@@ -257,8 +256,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		s.stop()
 		return nil, fmt.Errorf("rpc: read the state: %w", err)
 	}
-	s.loops.Add(3)
-	go func() { defer s.loops.Done(); s.contacts.follow(s.run, cfg.Node, cfg.Now) }()
+	s.loops.Add(2)
 	go func() { defer s.loops.Done(); s.feed.follow(s.run, revision) }()
 	go func() { defer s.loops.Done(); s.health.follow(s.run) }()
 	return s, nil
