@@ -15,6 +15,10 @@ var (
 	// ErrUnreachable: the node that should have taken the command could not be
 	// reached. The command was not sent.
 	ErrUnreachable = errors.New("rpc: the leader cannot be reached from this node; the command was not sent")
+	// ErrInvalidCommand: this node, or the leader it was sent to, cannot decode
+	// the command or does not know its operation, as when the other one runs a
+	// newer release. It was not proposed.
+	ErrInvalidCommand = errors.New("rpc: the command is not one this release understands; nothing was changed")
 	// ErrNotProposed: the caller's deadline passed, or the caller left, while
 	// the command waited for a leader. It was not and will not be proposed.
 	ErrNotProposed = errors.New("rpc: the call ended before the command was proposed; nothing was changed")

@@ -33,14 +33,17 @@ func failureOf(id uint64, err error) forwardedResult {
 		r.failure = peerpb.Failure_FAILURE_STOPPING
 	case errors.Is(err, ErrNoSpace):
 		r.failure = peerpb.Failure_FAILURE_NO_SPACE
+	case errors.Is(err, ErrInvalidCommand):
+		r.failure, r.message = peerpb.Failure_FAILURE_INVALID_COMMAND, failureText(err)
 	default:
-		r.failure = peerpb.Failure_FAILURE_AMBIGUOUS
-		r.message = err.Error()
-		if len(r.message) > maxFailureText {
-			r.message = r.message[:maxFailureText]
-		}
+		r.failure, r.message = peerpb.Failure_FAILURE_AMBIGUOUS, failureText(err)
 	}
 	return r
+}
+
+func failureText(err error) string {
+	text := err.Error()
+	return text[:min(len(text), maxFailureText)]
 }
 
 // errorOf is the inverse of failureOf, on the node that forwarded the command
@@ -63,6 +66,8 @@ func errorOf(r *forwardedResult, leader uint64) error {
 		return fmt.Errorf("%w: node %d is stopping", raftnode.ErrNoLeader, leader)
 	case peerpb.Failure_FAILURE_NO_SPACE:
 		return ErrNoSpace
+	case peerpb.Failure_FAILURE_INVALID_COMMAND:
+		return fmt.Errorf("%w: node %d says: %s", ErrInvalidCommand, leader, r.message)
 	}
 	if r.message != "" {
 		return fmt.Errorf("%w: node %d says: %s", raftnode.ErrAmbiguous, leader, r.message)

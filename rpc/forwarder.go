@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/peerpb"
 )
@@ -110,7 +111,7 @@ func (f *Forwarder) Close() error {
 
 // SubmitFunc implements Submitter.
 func (f *Forwarder) SubmitFunc(cmd *commandpb.Command, done func(*commandpb.Result, uint64, error)) {
-	f.dispatch(&operation{
+	f.start(&operation{
 		cmd:      cmd,
 		size:     cmd.SizeVT(),
 		done:     done,
@@ -136,7 +137,7 @@ func (f *Forwarder) Submit(ctx context.Context, cmd *commandpb.Command) (*comman
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotProposed, err)
 	}
-	f.dispatch(op)
+	f.start(op)
 	limit := f.timers.limit(ctx)
 	defer limit.end()
 	var over error
@@ -159,6 +160,16 @@ func (f *Forwarder) Submit(ctx context.Context, cmd *commandpb.Command) (*comman
 	default:
 		return nil, fmt.Errorf("rpc: the command was proposed, its result is not known yet: %w", over)
 	}
+}
+
+// start makes the first attempt of op. A command that could not be applied is not
+// even sent: see router.CheckCommand.
+func (f *Forwarder) start(op *operation) {
+	if err := router.CheckCommand(op.cmd); err != nil {
+		f.finish(op, nil, 0, fmt.Errorf("%w: %w", ErrInvalidCommand, err))
+		return
+	}
+	f.dispatch(op)
 }
 
 // dispatch sends op where the leader is. It must be called without locks: done

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/peerpb"
 )
@@ -130,6 +131,13 @@ func (s *PeerServer) propose(out *outbox, c forwardedCommand) {
 	size := int64(len(c.command))
 	if !out.admit(size, s.c.MaxInFlight, s.c.MaxInFlightBytes) {
 		out.add(failureOf(c.id, raftnode.ErrBusy), -1)
+		return
+	}
+	// Once in the log, what cannot be decoded would stop every replica that
+	// comes to it. The other node's word is not enough: it may be of another
+	// release, or have a fault.
+	if err := router.CheckEncoded(c.command); err != nil {
+		out.add(failureOf(c.id, fmt.Errorf("%w: %w", ErrInvalidCommand, err)), size)
 		return
 	}
 	if err := s.c.Guard.AdmitBytes(c.command); err != nil {

@@ -65,6 +65,7 @@ func statusTable() []statusRow {
 		{raftnode.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, soon},
 		{ErrNoSpace, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
 		{raftnode.ErrTooLarge, codes.InvalidArgument, "TOO_LARGE", NotDone, 0},
+		{ErrInvalidCommand, codes.InvalidArgument, "INVALID_COMMAND", NotDone, 0},
 		{raftnode.ErrMembershipPending, codes.FailedPrecondition, "MEMBERSHIP_PENDING", NotDone, later},
 		{raftnode.ErrMembershipRefused, codes.FailedPrecondition, "MEMBERSHIP_REFUSED", NotDone, 0},
 		{raftnode.ErrTransferFailed, codes.Aborted, "TRANSFER_FAILED", Unknown, later},

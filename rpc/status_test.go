@@ -50,6 +50,7 @@ func statusCases() map[string]struct {
 		"rpc.ErrNoSpace":         {ErrNoSpace, codes.ResourceExhausted, NotDone},
 		"rpc.ErrUnreachable":     {ErrUnreachable, codes.Unavailable, NotDone},
 		"rpc.ErrNotProposed":     {fmt.Errorf("%w: %w", ErrNotProposed, context.DeadlineExceeded), codes.Unavailable, NotDone},
+		"rpc.ErrInvalidCommand":  {ErrInvalidCommand, codes.InvalidArgument, NotDone},
 		"rpc.ErrInvalidMetadata": {ErrInvalidMetadata, codes.InvalidArgument, NotDone},
 		"rpc.ErrBehind":          {ErrBehind, codes.Unavailable, NotDone},
 		"rpc.ErrFutureRevision":  {&FutureRevisionError{Asked: 7, Current: 5}, codes.OutOfRange, NotDone},

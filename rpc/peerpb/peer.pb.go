@@ -29,14 +29,15 @@ const (
 type Failure int32
 
 const (
-	Failure_FAILURE_NONE       Failure = 0
-	Failure_FAILURE_NOT_LEADER Failure = 1
-	Failure_FAILURE_NO_LEADER  Failure = 2
-	Failure_FAILURE_BUSY       Failure = 3
-	Failure_FAILURE_TOO_LARGE  Failure = 4
-	Failure_FAILURE_STOPPING   Failure = 5
-	Failure_FAILURE_AMBIGUOUS  Failure = 6
-	Failure_FAILURE_NO_SPACE   Failure = 7
+	Failure_FAILURE_NONE            Failure = 0
+	Failure_FAILURE_NOT_LEADER      Failure = 1
+	Failure_FAILURE_NO_LEADER       Failure = 2
+	Failure_FAILURE_BUSY            Failure = 3
+	Failure_FAILURE_TOO_LARGE       Failure = 4
+	Failure_FAILURE_STOPPING        Failure = 5
+	Failure_FAILURE_AMBIGUOUS       Failure = 6
+	Failure_FAILURE_NO_SPACE        Failure = 7
+	Failure_FAILURE_INVALID_COMMAND Failure = 8 // the leader cannot decode it, or does not know its operation
 )
 
 // Enum value maps for Failure.
@@ -50,16 +51,18 @@ var (
 		5: "FAILURE_STOPPING",
 		6: "FAILURE_AMBIGUOUS",
 		7: "FAILURE_NO_SPACE",
+		8: "FAILURE_INVALID_COMMAND",
 	}
 	Failure_value = map[string]int32{
-		"FAILURE_NONE":       0,
-		"FAILURE_NOT_LEADER": 1,
-		"FAILURE_NO_LEADER":  2,
-		"FAILURE_BUSY":       3,
-		"FAILURE_TOO_LARGE":  4,
-		"FAILURE_STOPPING":   5,
-		"FAILURE_AMBIGUOUS":  6,
-		"FAILURE_NO_SPACE":   7,
+		"FAILURE_NONE":            0,
+		"FAILURE_NOT_LEADER":      1,
+		"FAILURE_NO_LEADER":       2,
+		"FAILURE_BUSY":            3,
+		"FAILURE_TOO_LARGE":       4,
+		"FAILURE_STOPPING":        5,
+		"FAILURE_AMBIGUOUS":       6,
+		"FAILURE_NO_SPACE":        7,
+		"FAILURE_INVALID_COMMAND": 8,
 	}
 )
 
@@ -836,7 +839,7 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\afailure\x18\x03 \x01(\x0e2\x16.conveyor.peer.FailureR\afailure\x12\x18\n" +
 	"\amessage\x18\x04 \x01(\tR\amessage\x12\x16\n" +
 	"\x06leader\x18\x05 \x01(\x04R\x06leader\x12\x14\n" +
-	"\x05index\x18\x06 \x01(\x04R\x05index*\xb6\x01\n" +
+	"\x05index\x18\x06 \x01(\x04R\x05index*\xd3\x01\n" +
 	"\aFailure\x12\x10\n" +
 	"\fFAILURE_NONE\x10\x00\x12\x16\n" +
 	"\x12FAILURE_NOT_LEADER\x10\x01\x12\x15\n" +
@@ -845,7 +848,8 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\x11FAILURE_TOO_LARGE\x10\x04\x12\x14\n" +
 	"\x10FAILURE_STOPPING\x10\x05\x12\x15\n" +
 	"\x11FAILURE_AMBIGUOUS\x10\x06\x12\x14\n" +
-	"\x10FAILURE_NO_SPACE\x10\a2\xae\x02\n" +
+	"\x10FAILURE_NO_SPACE\x10\a\x12\x1b\n" +
+	"\x17FAILURE_INVALID_COMMAND\x10\b2\xae\x02\n" +
 	"\x04Peer\x12A\n" +
 	"\bMessages\x12\x1b.conveyor.peer.MessageFrame\x1a\x14.conveyor.peer.Hello(\x010\x01\x12H\n" +
 	"\tSendImage\x12\x19.conveyor.peer.ImageFrame\x1a\x1c.conveyor.peer.ImageProgress(\x010\x01\x12K\n" +
