@@ -74,6 +74,26 @@ func TestCallContext(t *testing.T) {
 	}
 }
 
+// The server gives up before the client stops listening, by a tenth of the time
+// and at most by the margin.
+func TestCallContextEndsBeforeTheClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for given, want := range map[time.Duration]time.Duration{
+			100 * time.Millisecond: 90 * time.Millisecond,
+			2 * time.Second:        2*time.Second - answerMargin,
+			time.Hour:              time.Hour - answerMargin,
+		} {
+			client, cancel := context.WithTimeout(t.Context(), given)
+			c := newCallContext(client, time.Second)
+			if d, _ := c.Deadline(); time.Until(d) != want {
+				t.Errorf("a client that waits %v is answered within %v, want %v", given, time.Until(d), want)
+			}
+			c.end()
+			cancel()
+		}
+	})
+}
+
 // A wait limit must end a wait at the same moments as the context itself.
 func TestWaitLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -153,6 +153,15 @@ func (f *Forwarder) Submit(ctx context.Context, cmd *commandpb.Command) (*comman
 		// Nobody will send it any more.
 		return nil, op.truthful(fmt.Errorf("%w: %w", ErrNotProposed, over))
 	}
+	if client := untimed(ctx); over == context.DeadlineExceeded && hasDeadline(client) {
+		// It is on its way, so the answer may still come before the client
+		// stops listening.
+		select {
+		case a := <-answer:
+			return a.result, a.err
+		case <-client.Done():
+		}
+	}
 	op.left.Store(true)
 	select {
 	case a := <-answer: // it came at the same moment

@@ -18,11 +18,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 			resp, err = nil, s.panicked(info.FullMethod, p)
 		}
 	}()
-	if _, ok := ctx.Deadline(); !ok {
-		c := newCallContext(ctx, s.cfg.CallTimeout)
-		defer c.end()
-		ctx = c
-	}
+	c := newCallContext(ctx, s.cfg.CallTimeout)
+	defer c.end()
+	ctx = c
 	resp, err = handler(ctx, req)
 	if err != nil {
 		return nil, s.statusOf(info.FullMethod, err)

@@ -125,10 +125,15 @@ func (r *Reader) Wait(ctx context.Context) error {
 	if o.stale && o.minRevision == 0 {
 		return nil
 	}
-	wait, cancel := context.WithTimeout(untimed(ctx), r.maxWait)
+	limit := r.maxWait
+	if deadline, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(deadline))
+	}
+	ctx = untimed(ctx)
+	wait, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if !o.stale {
-		index, err := r.readIndex(ctx, wait)
+		index, err := r.readIndex(ctx, wait, limit)
 		if err != nil {
 			return err
 		}
@@ -142,14 +147,15 @@ func (r *Reader) Wait(ctx context.Context) error {
 	err = r.node.WaitApplied(wait, o.minRevision)
 	if err != nil && wait.Err() != nil && ctx.Err() == nil {
 		return fmt.Errorf("%w: revision %d was not applied here within %v; nothing was read: "+
-			"try again, or ask another node", ErrBehind, o.minRevision, r.maxWait)
+			"try again, or ask another node", ErrBehind, o.minRevision, limit)
 	}
 	return err
 }
 
 // readIndex asks for a read index until one is given. A read has no effect, so
-// every failure of the group, also an unknown outcome, may be repeated.
-func (r *Reader) readIndex(ctx, wait context.Context) (uint64, error) {
+// every failure of the group, also an unknown outcome, may be repeated. ctx tells
+// whether the caller is still there, wait ends after limit.
+func (r *Reader) readIndex(ctx, wait context.Context, limit time.Duration) (uint64, error) {
 	var last error
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		// Taken before the attempt, so that a change during it is not missed.
@@ -182,7 +188,7 @@ func (r *Reader) readIndex(ctx, wait context.Context) (uint64, error) {
 		}
 		if wait.Err() != nil {
 			return 0, fmt.Errorf("%w: no read index within %v (last: %v); nothing was read: try again, "+
-				"or accept metadata %s: stale", raftnode.ErrNoLeader, r.maxWait, last, MetadataConsistency)
+				"or accept metadata %s: stale", raftnode.ErrNoLeader, limit, last, MetadataConsistency)
 		}
 	}
 }
