@@ -1,6 +1,7 @@
 package raftnode
 
 import (
+	"slices"
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -28,12 +29,35 @@ type contacts struct {
 	// answers of others than members, so it has no more entries than there
 	// were members.
 	heard map[uint64]uint64
+	// joined holds the tick at which a member of this leadership was added.
+	joined map[uint64]uint64
 }
 
 // begin forgets everything: this node has just begun to lead, or ceased to.
 func (c *contacts) begin() {
 	c.since = c.tick
 	clear(c.heard)
+	clear(c.joined)
+}
+
+// members takes note of a change of members: a node that was just added has not
+// been silent since the leadership began.
+func (c *contacts) members(was, now *raftpb.ConfState) {
+	old := idsOf(was)
+	for _, id := range idsOf(now) {
+		if slices.Contains(old, id) {
+			continue
+		}
+		if c.joined == nil {
+			c.joined = make(map[uint64]uint64)
+		}
+		c.joined[id] = c.tick
+	}
+}
+
+// idsOf lists all nodes a configuration names, some of them twice.
+func idsOf(cs *raftpb.ConfState) []uint64 {
+	return slices.Concat(cs.GetVoters(), cs.GetVotersOutgoing(), cs.GetLearners(), cs.GetLearnersNext())
 }
 
 // note takes down m, which raft has accepted. Only answers count: a peer that
@@ -58,7 +82,7 @@ func (c *contacts) note(m *raftpb.Message, term uint64) {
 func (c *contacts) silence(id uint64) (ticks uint64, answered bool) {
 	at, answered := c.heard[id]
 	if !answered {
-		at = c.since
+		at = max(c.since, c.joined[id])
 	}
 	return c.tick - at, answered
 }

@@ -14,18 +14,31 @@ import (
 // With nothing waiting they leave at once, so that followers learn of a lone
 // commit without delay.
 //
-// Holding is safe: a message between nodes may be lost anyway. Nothing waits for
-// it either. What is held leaves with the next tick at the latest, and whoever
-// reads on a follower asks the leader for an index first, whose answer follows a
-// heartbeat with the commit index.
+// Holding is safe: a message between nodes may be lost anyway. What is held
+// leaves with the next tick at the latest, so nobody on a follower who waits for
+// an index to be applied there waits longer than that.
 //
 // It belongs to the loop.
 type heldCommits struct{ msgs map[uint64]*raftpb.Message }
 
-// hold reports whether m, a MsgApp, need not be sent now. superfluous says that
-// it has no entries and that commands wait to be proposed. Any other MsgApp to
-// the same peer takes the place of a held one: it was made later and tells of no
-// less.
+// superfluous reports whether m, a MsgApp of raft's, says nothing that the next
+// one will not.
+func (l *loop) superfluous(m *raftpb.Message) bool {
+	switch {
+	case len(m.GetEntries()) > 0, !l.leading(), l.transferTicks > 0:
+		return false
+	case l.lastChange > l.acked.Load():
+		// The commit may be that of a change of members. A node that it removes
+		// is sent nothing any more once it is applied here, so this is the last
+		// it can hear of it.
+		return false
+	}
+	return l.in.hasProposals()
+}
+
+// hold reports whether m, a MsgApp, is kept back, as it is when superfluous. Any
+// other MsgApp to the same peer takes the place of a held one: it was made later
+// and tells of no less.
 func (h *heldCommits) hold(m *raftpb.Message, superfluous bool) bool {
 	if !superfluous {
 		delete(h.msgs, m.GetTo())

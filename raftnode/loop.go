@@ -50,6 +50,8 @@ type loop struct {
 	heldReads []*raftpb.Message
 	// commits holds news of commits that the next entries will carry.
 	commits heldCommits
+	// lastChange is the newest membership change handed out to the log.
+	lastChange uint64
 
 	transferee    uint64
 	transferTicks int
@@ -300,7 +302,7 @@ func (l *loop) drain() {
 				case raftpb.MsgVote:
 					votes = append(votes, m)
 				case raftpb.MsgApp:
-					if !l.commits.hold(m, len(m.GetEntries()) == 0 && l.in.hasProposals()) {
+					if !l.commits.hold(m, l.superfluous(m)) {
 						out = append(out, m)
 					}
 				default:
@@ -345,9 +347,9 @@ func (l *loop) setSoftState(ss *raft.SoftState) {
 		l.termStart = 0
 		l.contacts.begin()
 		l.transferTicks, l.transferee = 0, 0
+		l.commits.drop()
 		if was {
 			l.heldReads = nil // they are asked again
-			l.commits.drop()
 		}
 	}
 }
@@ -364,6 +366,11 @@ func (l *loop) routeAppend(m *raftpb.Message) {
 		l.confState = cloneConfState(meta.GetConfState())
 	}
 	if ents := m.GetEntries(); len(ents) > 0 {
+		for _, e := range ents {
+			if e.GetType() != raftpb.EntryNormal {
+				l.lastChange = e.GetIndex()
+			}
+		}
 		if len(l.unplaced) > 0 {
 			l.place(ents)
 		}

@@ -272,6 +272,8 @@ func (l *loop) applyConfChange(index uint64, cc *raftpb.ConfChangeV2) *raftpb.Co
 	if index <= l.restored {
 		return nil
 	}
+	was := l.confState
 	l.confState = cloneConfState(l.rn.ApplyConfChange(cc))
+	l.contacts.members(was, l.confState)
 	return cloneConfState(l.confState)
 }

@@ -434,8 +434,8 @@ func TestClusterStatus(t *testing.T) {
 			t.Fatal(st)
 		}
 	}
-	silent(raftnode.PeerStatus{Answered: true, Silence: 3 * time.Second}, "node 3 (n3:50052) does not answer the leader for 3s")
-	silent(raftnode.PeerStatus{Silence: 3 * time.Second}, "node 3 (n3:50052) does not answer the leader since this node leads")
+	silent(raftnode.PeerStatus{Answered: true, Silence: 3 * time.Second}, "node 3 (n3:50052) has not answered the leader for 3s")
+	silent(raftnode.PeerStatus{Silence: 3 * time.Second}, "node 3 (n3:50052) has not answered the leader since it began to lead")
 	a.node.setLeader(0, raftnode.ErrNoLeader)
 	st = get()
 	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY || st.LeaderId != 0 {

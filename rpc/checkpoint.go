@@ -110,7 +110,10 @@ func (a *checkpointAPI) ReportWatermark(ctx context.Context, req *checkpointpb.W
 		}
 		resp.Error = rej.Reason
 		if resp.CurrentGlobalWatermark == nil {
-			if resp.CurrentGlobalWatermark, err = a.globalWatermark(ctx, w.SourceId, res.Revision); err != nil {
+			// The refusal is certain; it does not become unknown because there is
+			// no time left to read what goes with it.
+			resp.CurrentGlobalWatermark, err = a.globalWatermark(ctx, w.SourceId, res.Revision)
+			if err != nil && ctx.Err() == nil {
 				return nil, err
 			}
 		}

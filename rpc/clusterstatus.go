@@ -144,11 +144,11 @@ func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now t
 }
 
 func silence(n *adminpb.NodeStatus, now time.Time) string {
-	since := "since this node leads"
+	since := "since it began to lead"
 	if n.LastContact != nil {
 		since = "for " + now.Sub(n.LastContact.AsTime()).Round(time.Second).String()
 	}
-	return fmt.Sprintf("node %d (%s) does not answer the leader %s: start it again or see to the network between them", n.NodeId, n.Address, since)
+	return fmt.Sprintf("node %d (%s) has not answered the leader %s: start it again or see to the network between them", n.NodeId, n.Address, since)
 }
 
 // metricPrefix is that of the original's metrics.

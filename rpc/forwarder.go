@@ -145,24 +145,30 @@ func (f *Forwarder) Submit(ctx context.Context, cmd *commandpb.Command) (*comman
 	case a := <-answer:
 		return a.result, a.err
 	case <-limit.done:
-		over = ctx.Err()
+		over = untimed(ctx).Err()
 	case <-limit.up:
 		over = context.DeadlineExceeded
 	}
-	if op.giveUp() {
-		// Nobody will send it any more.
-		return nil, op.truthful(fmt.Errorf("%w: %w", ErrNotProposed, over))
+	// From here on a failed attempt is the answer and not a reason to wait for
+	// another: without that, a command might be proposed after we gave up.
+	op.left.Store(true)
+	givenUp := func() error { // nobody will send it any more
+		return op.truthful(fmt.Errorf("%w: %w", ErrNotProposed, over))
 	}
-	if client := untimed(ctx); over == context.DeadlineExceeded && hasDeadline(client) {
-		// It is on its way, so the answer may still come before the client
-		// stops listening.
+	if op.giveUp() {
+		return nil, givenUp()
+	}
+	if client := untimed(ctx); client.Err() == nil && hasDeadline(client) {
+		// It is on its way, and the client still listens for a moment.
 		select {
 		case a := <-answer:
 			return a.result, a.err
 		case <-client.Done():
 		}
+		if op.giveUp() { // it was parked just before left was set
+			return nil, givenUp()
+		}
 	}
-	op.left.Store(true)
 	select {
 	case a := <-answer: // it came at the same moment
 		return a.result, a.err

@@ -248,6 +248,39 @@ func TestForwarderCallerLeavesDuringAttempt(t *testing.T) {
 	}
 }
 
+// Between our deadline and the client's, what was sent may still be answered. A
+// failure that comes then is the answer: the command is not tried again, and not
+// called unknown.
+func TestForwarderFailureAfterOurDeadline(t *testing.T) {
+	checkLeaks(t)
+	x := newForwarding(t, nil)
+	x.lead(x.station, 1)
+	attempts := make(chan func(raftnode.Result, error), 2)
+	x.node.propose = func(_ []byte, done func(raftnode.Result, error)) { attempts <- done }
+	client, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	call := &callContext{Context: client, deadline: time.Now().Add(10 * time.Millisecond)}
+	defer call.end()
+	answered := make(chan error, 1)
+	go func() {
+		_, err := x.f.Submit(call, onceCommand("p"))
+		answered <- err
+	}()
+	fail := <-attempts
+	// Well after our deadline. Were it before, the outcome would have to be the
+	// same.
+	<-time.After(60 * time.Millisecond)
+	x.node.follow(0, 2)
+	fail(raftnode.Result{}, raftnode.ErrOverwritten)
+	if err := <-answered; OutcomeOf(Status(err)) != NotDone {
+		t.Errorf("%v does not say that nothing was done", err)
+	}
+	x.lead(x.station, 3)
+	if x.f.waiting() || len(attempts) > 0 {
+		t.Error("the command goes on after its caller has been told")
+	}
+}
+
 // Drain returns when the forwarded commands are answered and not before, also
 // when the node that forwarded them is gone.
 func TestDrain(t *testing.T) {

@@ -126,8 +126,8 @@ func (r *Reader) Wait(ctx context.Context) error {
 		return nil
 	}
 	limit := r.maxWait
-	if deadline, ok := ctx.Deadline(); ok {
-		limit = min(limit, time.Until(deadline))
+	if c, ok := ctx.(*callContext); ok {
+		limit = max(0, min(limit, time.Until(c.deadline)).Round(time.Millisecond))
 	}
 	ctx = untimed(ctx)
 	wait, cancel := context.WithTimeout(ctx, limit)
@@ -187,8 +187,8 @@ func (r *Reader) readIndex(ctx, wait context.Context, limit time.Duration) (uint
 			return 0, ctx.Err()
 		}
 		if wait.Err() != nil {
-			return 0, fmt.Errorf("%w: no read index within %v (last: %v); nothing was read: try again, "+
-				"or accept metadata %s: stale", raftnode.ErrNoLeader, limit, last, MetadataConsistency)
+			return 0, fmt.Errorf("%w that answered within %v (last: %v); nothing was read or changed: try again, "+
+				"or read with metadata %s: stale", raftnode.ErrNoLeader, limit, last, MetadataConsistency)
 		}
 	}
 }

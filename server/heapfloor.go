@@ -50,12 +50,18 @@ func (f *floorKeeper) follow() {
 }
 
 func (f *floorKeeper) adjust() {
-	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
-	metrics.Read(live)
-	if live[0].Value.Kind() != metrics.KindUint64 {
-		return
+	read := []metrics.Sample{
+		{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/stack:bytes"}, {Name: "/gc/scan/globals:bytes"},
 	}
-	percent := floorPercent(live[0].Value.Uint64())
+	metrics.Read(read)
+	var sizes [3]uint64
+	for i := range read {
+		if read[i].Value.Kind() != metrics.KindUint64 {
+			return // a runtime that does not tell keeps its own rule
+		}
+		sizes[i] = read[i].Value.Uint64()
+	}
+	percent := floorPercent(sizes[0], sizes[1]+sizes[2])
 	// Setting it stops the world for a moment; small steps are not worth it.
 	if d := percent - f.percent; d > f.percent/8 || -d > f.percent/8 {
 		debug.SetGCPercent(percent)
@@ -63,13 +69,17 @@ func (f *floorKeeper) adjust() {
 	}
 }
 
+// maxFloorPercent bounds what a heap that grows by leaps may reach before the
+// percentage is next set: it follows collections, and can miss one.
+const maxFloorPercent = 800
+
 // floorPercent returns the percentage at which a heap with live bytes alive is
-// collected at heapFloor, and never less than Go's default.
-func floorPercent(live uint64) int {
-	// Before the first collection nothing is known to be alive.
-	live = max(live, 4<<20)
+// collected at heapFloor, and never less than Go's default. The runtime applies
+// the percentage to stacks and globals as well.
+func floorPercent(live, scanned uint64) int {
 	if live >= heapFloor/2 {
 		return goDefaultPercent
 	}
-	return int((heapFloor - live) * 100 / live)
+	percent := (heapFloor - live) * 100 / max(live+scanned, 1)
+	return int(min(max(percent, goDefaultPercent), maxFloorPercent))
 }

@@ -7,19 +7,24 @@ import (
 )
 
 func TestFloorPercent(t *testing.T) {
-	for _, live := range []uint64{4 << 20, 10 << 20, 25 << 20, 63 << 20} {
-		goal := live + live*uint64(floorPercent(live))/100
-		if goal > heapFloor || goal < heapFloor-live/50 {
-			t.Errorf("with %d bytes alive the heap is collected at %d, want %d", live, goal, heapFloor)
+	const mb = 1 << 20
+	for _, c := range []struct{ live, scanned uint64 }{{20 * mb, 0}, {25 * mb, mb}, {20 * mb, 15 * mb}, {63 * mb, 0}} {
+		percent := uint64(floorPercent(c.live, c.scanned))
+		// What the runtime makes of it: mgcpacer.go, commit.
+		goal := c.live + (c.live+c.scanned)*percent/100
+		if goal > heapFloor || goal < heapFloor-(c.live+c.scanned)/50 {
+			t.Errorf("with %d bytes alive and %d scanned the heap is collected at %d, want %d", c.live, c.scanned, goal, heapFloor)
 		}
 	}
-	for _, live := range []uint64{heapFloor / 2, heapFloor, 1 << 40} {
-		if p := floorPercent(live); p != 100 {
-			t.Errorf("with %d bytes alive the percentage is %d, want Go's default", live, p)
+	for _, c := range []struct{ live, scanned uint64 }{{heapFloor / 2, 0}, {heapFloor, mb}, {1 << 40, 0}, {20 * mb, 1 << 30}} {
+		if p := floorPercent(c.live, c.scanned); p != goDefaultPercent {
+			t.Errorf("with %d bytes alive and %d scanned the percentage is %d, want Go's default", c.live, c.scanned, p)
 		}
 	}
-	if p := floorPercent(0); p > 100*heapFloor/(4<<20) {
-		t.Errorf("an unknown live heap gives %d percent", p)
+	for _, live := range []uint64{0, 1, mb} {
+		if p := floorPercent(live, 0); p != maxFloorPercent {
+			t.Errorf("with %d bytes alive the percentage is %d, want at most %d", live, p, maxFloorPercent)
+		}
 	}
 }
 
