@@ -114,7 +114,10 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 	d := &database{fs: fs, dir: dir, name: name, log: o.Logger, trouble: make(chan struct{})}
 	d.refs.Store(1)
 	d.stale.Store(true)
-	cache := pebble.NewCache(o.CacheBytes)
+	// Pebble takes its memtables out of the cache: without room for the one that
+	// is written and the one that is flushed, every read would find the indexes
+	// and filters of the tables thrown out, and read them from disk again.
+	cache := pebble.NewCache(o.CacheBytes + 2*o.MemTableBytes)
 	defer cache.Unref()
 	po := pebbleOptions(fs, o, cache)
 	po.ErrorIfNotExists = !create

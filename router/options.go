@@ -16,7 +16,7 @@ type Options struct {
 	// MemTableBytes is the size of one Pebble memtable. Everything in it is
 	// lost by a crash and replayed from the log.
 	MemTableBytes int64
-	// CacheBytes bounds Pebble's block cache.
+	// CacheBytes bounds Pebble's block cache, beside the memtables.
 	CacheBytes int64
 	// HotBytes bounds the records kept decoded between batches: offsets,
 	// watermarks and groups that are written again and again.
