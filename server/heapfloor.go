@@ -14,8 +14,9 @@ import (
 // By default Go collects whenever the heap has doubled. A node that keeps 25 MB
 // alive and takes ten thousand commands a second then collects five times a
 // second, and after each time the stacks of the goroutines that wait for calls
-// have been shrunk and grow again: together a sixth of the leader's CPU, spent to save memory nobody was short
-// of. With more than half of this alive, Go's own rule holds.
+// have been shrunk and grow again: a twelfth of all servers' CPU, spent to save
+// memory nobody was short of (docs/performance.md). With more than half of this
+// alive, Go's own rule holds.
 const heapFloor = 128 << 20
 
 // heapFloorOnce: the collector is one per process, whatever number of nodes is
