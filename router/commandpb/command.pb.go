@@ -38,6 +38,7 @@ const (
 	Code_CODE_REGRESSION   Code = 6 // would move an offset or watermark backwards
 	Code_CODE_FENCED       Code = 7 // the member or its generation no longer owns the partition
 	Code_CODE_LIMIT        Code = 8 // a limit of the state would be exceeded
+	Code_CODE_EPOCH        Code = 9 // the state was restored from a backup since: read everything again
 )
 
 // Enum value maps for Code.
@@ -52,6 +53,7 @@ var (
 		6: "CODE_REGRESSION",
 		7: "CODE_FENCED",
 		8: "CODE_LIMIT",
+		9: "CODE_EPOCH",
 	}
 	Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":  0,
@@ -63,6 +65,7 @@ var (
 		"CODE_REGRESSION":   6,
 		"CODE_FENCED":       7,
 		"CODE_LIMIT":        8,
+		"CODE_EPOCH":        9,
 	}
 )
 
@@ -121,7 +124,18 @@ type Command struct {
 	//	*Command_DeregisterSidecar
 	//	*Command_TransitionSidecar
 	//	*Command_ApplyAssignments
-	Op            isCommand_Op `protobuf_oneof:"op"`
+	//	*Command_PutOperation
+	//	*Command_CancelOperation
+	//	*Command_BeginRestore
+	//	*Command_StageRestore
+	//	*Command_SealRestore
+	//	*Command_ReportRestore
+	//	*Command_SwapRestore
+	//	*Command_AbandonRestore
+	Op isCommand_Op `protobuf_oneof:"op"`
+	// The restore epoch the caller believes to be in force; another one refuses
+	// the command. Absent = any.
+	ExpectedEpoch *uint64 `protobuf:"varint,3,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -357,6 +371,85 @@ func (x *Command) GetApplyAssignments() *ApplyAssignments {
 	return nil
 }
 
+func (x *Command) GetPutOperation() *PutOperation {
+	if x != nil {
+		if x, ok := x.Op.(*Command_PutOperation); ok {
+			return x.PutOperation
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetCancelOperation() *CancelOperation {
+	if x != nil {
+		if x, ok := x.Op.(*Command_CancelOperation); ok {
+			return x.CancelOperation
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetBeginRestore() *BeginRestore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_BeginRestore); ok {
+			return x.BeginRestore
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetStageRestore() *StageRestore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_StageRestore); ok {
+			return x.StageRestore
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSealRestore() *SealRestore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_SealRestore); ok {
+			return x.SealRestore
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetReportRestore() *ReportRestore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_ReportRestore); ok {
+			return x.ReportRestore
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSwapRestore() *SwapRestore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_SwapRestore); ok {
+			return x.SwapRestore
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetAbandonRestore() *AbandonRestore {
+	if x != nil {
+		if x, ok := x.Op.(*Command_AbandonRestore); ok {
+			return x.AbandonRestore
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
 type isCommand_Op interface {
 	isCommand_Op()
 }
@@ -441,6 +534,38 @@ type Command_ApplyAssignments struct {
 	ApplyAssignments *ApplyAssignments `protobuf:"bytes,53,opt,name=apply_assignments,json=applyAssignments,proto3,oneof"`
 }
 
+type Command_PutOperation struct {
+	PutOperation *PutOperation `protobuf:"bytes,60,opt,name=put_operation,json=putOperation,proto3,oneof"`
+}
+
+type Command_CancelOperation struct {
+	CancelOperation *CancelOperation `protobuf:"bytes,61,opt,name=cancel_operation,json=cancelOperation,proto3,oneof"`
+}
+
+type Command_BeginRestore struct {
+	BeginRestore *BeginRestore `protobuf:"bytes,70,opt,name=begin_restore,json=beginRestore,proto3,oneof"`
+}
+
+type Command_StageRestore struct {
+	StageRestore *StageRestore `protobuf:"bytes,71,opt,name=stage_restore,json=stageRestore,proto3,oneof"`
+}
+
+type Command_SealRestore struct {
+	SealRestore *SealRestore `protobuf:"bytes,72,opt,name=seal_restore,json=sealRestore,proto3,oneof"`
+}
+
+type Command_ReportRestore struct {
+	ReportRestore *ReportRestore `protobuf:"bytes,73,opt,name=report_restore,json=reportRestore,proto3,oneof"`
+}
+
+type Command_SwapRestore struct {
+	SwapRestore *SwapRestore `protobuf:"bytes,74,opt,name=swap_restore,json=swapRestore,proto3,oneof"`
+}
+
+type Command_AbandonRestore struct {
+	AbandonRestore *AbandonRestore `protobuf:"bytes,75,opt,name=abandon_restore,json=abandonRestore,proto3,oneof"`
+}
+
 func (*Command_RegisterService) isCommand_Op() {}
 
 func (*Command_DeregisterService) isCommand_Op() {}
@@ -480,6 +605,22 @@ func (*Command_DeregisterSidecar) isCommand_Op() {}
 func (*Command_TransitionSidecar) isCommand_Op() {}
 
 func (*Command_ApplyAssignments) isCommand_Op() {}
+
+func (*Command_PutOperation) isCommand_Op() {}
+
+func (*Command_CancelOperation) isCommand_Op() {}
+
+func (*Command_BeginRestore) isCommand_Op() {}
+
+func (*Command_StageRestore) isCommand_Op() {}
+
+func (*Command_SealRestore) isCommand_Op() {}
+
+func (*Command_ReportRestore) isCommand_Op() {}
+
+func (*Command_SwapRestore) isCommand_Op() {}
+
+func (*Command_AbandonRestore) isCommand_Op() {}
 
 type RegisterService struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1888,6 +2029,463 @@ func (x *AssignmentChange) GetLocalComplete() bool {
 	return false
 }
 
+// PutOperation creates an operation, or moves it on.
+type PutOperation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"` // times, revision and cancel_requested are set by the state machine
+	Create        bool                   `protobuf:"varint,2,opt,name=create,proto3" json:"create,omitempty"`      // must not exist; otherwise it must, and must be running
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutOperation) Reset() {
+	*x = PutOperation{}
+	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutOperation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutOperation) ProtoMessage() {}
+
+func (x *PutOperation) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutOperation.ProtoReflect.Descriptor instead.
+func (*PutOperation) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *PutOperation) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *PutOperation) GetCreate() bool {
+	if x != nil {
+		return x.Create
+	}
+	return false
+}
+
+// CancelOperation asks for the end of a running operation.
+type CancelOperation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelOperation) Reset() {
+	*x = CancelOperation{}
+	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelOperation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelOperation) ProtoMessage() {}
+
+func (x *CancelOperation) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelOperation.ProtoReflect.Descriptor instead.
+func (*CancelOperation) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *CancelOperation) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+// BeginRestore opens the staging area of a restore; there is one at a time.
+type BeginRestore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	Owner         uint64                 `protobuf:"varint,3,opt,name=owner,proto3" json:"owner,omitempty"` // node that stages
+	Source        *RestoreSource         `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginRestore) Reset() {
+	*x = BeginRestore{}
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginRestore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginRestore) ProtoMessage() {}
+
+func (x *BeginRestore) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginRestore.ProtoReflect.Descriptor instead.
+func (*BeginRestore) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *BeginRestore) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *BeginRestore) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *BeginRestore) GetOwner() uint64 {
+	if x != nil {
+		return x.Owner
+	}
+	return 0
+}
+
+func (x *BeginRestore) GetSource() *RestoreSource {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+// StageRestore adds a chunk of records. Chunks come in order; a repeat of one
+// that is staged changes nothing.
+type StageRestore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"` // from zero
+	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`          // zstd of records, ascending by key: see router/stage.go
+	Records       uint64                 `protobuf:"varint,4,opt,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StageRestore) Reset() {
+	*x = StageRestore{}
+	mi := &file_conveyor_command_command_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StageRestore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StageRestore) ProtoMessage() {}
+
+func (x *StageRestore) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StageRestore.ProtoReflect.Descriptor instead.
+func (*StageRestore) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *StageRestore) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *StageRestore) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *StageRestore) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *StageRestore) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+// SealRestore ends staging; every replica then prepares the new state.
+type SealRestore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Chunks        uint64                 `protobuf:"varint,2,opt,name=chunks,proto3" json:"chunks,omitempty"`
+	Records       uint64                 `protobuf:"varint,3,opt,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealRestore) Reset() {
+	*x = SealRestore{}
+	mi := &file_conveyor_command_command_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealRestore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealRestore) ProtoMessage() {}
+
+func (x *SealRestore) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealRestore.ProtoReflect.Descriptor instead.
+func (*SealRestore) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *SealRestore) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *SealRestore) GetChunks() uint64 {
+	if x != nil {
+		return x.Chunks
+	}
+	return 0
+}
+
+func (x *SealRestore) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+// ReportRestore says that a node has prepared the new state, or cannot.
+type ReportRestore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	NodeId        uint64                 `protobuf:"varint,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRestore) Reset() {
+	*x = ReportRestore{}
+	mi := &file_conveyor_command_command_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRestore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRestore) ProtoMessage() {}
+
+func (x *ReportRestore) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRestore.ProtoReflect.Descriptor instead.
+func (*ReportRestore) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ReportRestore) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *ReportRestore) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *ReportRestore) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// SwapRestore puts the staged state in the place of the live one.
+type SwapRestore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SwapRestore) Reset() {
+	*x = SwapRestore{}
+	mi := &file_conveyor_command_command_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SwapRestore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SwapRestore) ProtoMessage() {}
+
+func (x *SwapRestore) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SwapRestore.ProtoReflect.Descriptor instead.
+func (*SwapRestore) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *SwapRestore) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+// AbandonRestore removes what was staged.
+type AbandonRestore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbandonRestore) Reset() {
+	*x = AbandonRestore{}
+	mi := &file_conveyor_command_command_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbandonRestore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbandonRestore) ProtoMessage() {}
+
+func (x *AbandonRestore) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbandonRestore.ProtoReflect.Descriptor instead.
+func (*AbandonRestore) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *AbandonRestore) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *AbandonRestore) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Result is what every replica computes for a command.
 type Result struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
@@ -1905,13 +2503,14 @@ type Result struct {
 	Stale           uint32                 `protobuf:"varint,12,opt,name=stale,proto3" json:"stale,omitempty"`                                            // skipped assignment changes
 	Watermark       *Watermark             `protobuf:"bytes,13,opt,name=watermark,proto3" json:"watermark,omitempty"`                                     // the source's global watermark after the command
 	RepeatedRequest bool                   `protobuf:"varint,14,opt,name=repeated_request,json=repeatedRequest,proto3" json:"repeated_request,omitempty"` // answered from the record of an earlier command with this request id
+	Epoch           uint64                 `protobuf:"varint,15,opt,name=epoch,proto3" json:"epoch,omitempty"`                                            // restore epoch after the command
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	mi := &file_conveyor_command_command_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2522,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	mi := &file_conveyor_command_command_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2535,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Result) GetRevision() uint64 {
@@ -2037,6 +2636,13 @@ func (x *Result) GetRepeatedRequest() bool {
 	return false
 }
 
+func (x *Result) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 // Rejection is a deterministic refusal; it is state, not an error.
 type Rejection struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2051,7 +2657,7 @@ type Rejection struct {
 
 func (x *Rejection) Reset() {
 	*x = Rejection{}
-	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	mi := &file_conveyor_command_command_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2063,7 +2669,7 @@ func (x *Rejection) String() string {
 func (*Rejection) ProtoMessage() {}
 
 func (x *Rejection) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	mi := &file_conveyor_command_command_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2076,7 +2682,7 @@ func (x *Rejection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rejection.ProtoReflect.Descriptor instead.
 func (*Rejection) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Rejection) GetCode() Code {
@@ -2128,7 +2734,7 @@ type RequestRecord struct {
 
 func (x *RequestRecord) Reset() {
 	*x = RequestRecord{}
-	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	mi := &file_conveyor_command_command_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2746,7 @@ func (x *RequestRecord) String() string {
 func (*RequestRecord) ProtoMessage() {}
 
 func (x *RequestRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	mi := &file_conveyor_command_command_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2759,7 @@ func (x *RequestRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestRecord.ProtoReflect.Descriptor instead.
 func (*RequestRecord) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RequestRecord) GetSequence() uint64 {
@@ -2195,7 +2801,7 @@ var File_conveyor_command_command_proto protoreflect.FileDescriptor
 
 const file_conveyor_command_command_proto_rawDesc = "" +
 	"\n" +
-	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\xff\f\n" +
+	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\x82\x12\n" +
 	"\aCommand\x12\x17\n" +
 	"\atime_ms\x18\x01 \x01(\x04R\x06timeMs\x12\x1d\n" +
 	"\n" +
@@ -2223,8 +2829,18 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x10register_sidecar\x182 \x01(\v2!.conveyor.command.RegisterSidecarH\x00R\x0fregisterSidecar\x12T\n" +
 	"\x12deregister_sidecar\x183 \x01(\v2#.conveyor.command.DeregisterSidecarH\x00R\x11deregisterSidecar\x12T\n" +
 	"\x12transition_sidecar\x184 \x01(\v2#.conveyor.command.TransitionSidecarH\x00R\x11transitionSidecar\x12Q\n" +
-	"\x11apply_assignments\x185 \x01(\v2\".conveyor.command.ApplyAssignmentsH\x00R\x10applyAssignmentsB\x04\n" +
-	"\x02op\"F\n" +
+	"\x11apply_assignments\x185 \x01(\v2\".conveyor.command.ApplyAssignmentsH\x00R\x10applyAssignments\x12E\n" +
+	"\rput_operation\x18< \x01(\v2\x1e.conveyor.command.PutOperationH\x00R\fputOperation\x12N\n" +
+	"\x10cancel_operation\x18= \x01(\v2!.conveyor.command.CancelOperationH\x00R\x0fcancelOperation\x12E\n" +
+	"\rbegin_restore\x18F \x01(\v2\x1e.conveyor.command.BeginRestoreH\x00R\fbeginRestore\x12E\n" +
+	"\rstage_restore\x18G \x01(\v2\x1e.conveyor.command.StageRestoreH\x00R\fstageRestore\x12B\n" +
+	"\fseal_restore\x18H \x01(\v2\x1d.conveyor.command.SealRestoreH\x00R\vsealRestore\x12H\n" +
+	"\x0ereport_restore\x18I \x01(\v2\x1f.conveyor.command.ReportRestoreH\x00R\rreportRestore\x12B\n" +
+	"\fswap_restore\x18J \x01(\v2\x1d.conveyor.command.SwapRestoreH\x00R\vswapRestore\x12K\n" +
+	"\x0fabandon_restore\x18K \x01(\v2 .conveyor.command.AbandonRestoreH\x00R\x0eabandonRestore\x12*\n" +
+	"\x0eexpected_epoch\x18\x03 \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x04\n" +
+	"\x02opB\x11\n" +
+	"\x0f_expected_epoch\"F\n" +
 	"\x0fRegisterService\x123\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.conveyor.command.ServiceR\aservice\"[\n" +
 	"\x11DeregisterService\x12\x1d\n" +
@@ -2341,7 +2957,36 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x10pipeline_version\x18\x04 \x01(\x04R\x0fpipelineVersion\x12\x16\n" +
 	"\x06revoke\x18\x05 \x01(\bR\x06revoke\x129\n" +
 	"\x06stages\x18\x06 \x03(\v2!.conveyor.command.StageAssignmentR\x06stages\x12%\n" +
-	"\x0elocal_complete\x18\a \x01(\bR\rlocalComplete\"\xe0\x03\n" +
+	"\x0elocal_complete\x18\a \x01(\bR\rlocalComplete\"a\n" +
+	"\fPutOperation\x129\n" +
+	"\toperation\x18\x01 \x01(\v2\x1b.conveyor.command.OperationR\toperation\x12\x16\n" +
+	"\x06create\x18\x02 \x01(\bR\x06create\"4\n" +
+	"\x0fCancelOperation\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\"\xa1\x01\n" +
+	"\fBeginRestore\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\x04R\x05owner\x127\n" +
+	"\x06source\x18\x04 \x01(\v2\x1f.conveyor.command.RestoreSourceR\x06source\"{\n" +
+	"\fStageRestore\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x18\n" +
+	"\arecords\x18\x04 \x01(\x04R\arecords\"b\n" +
+	"\vSealRestore\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x16\n" +
+	"\x06chunks\x18\x02 \x01(\x04R\x06chunks\x12\x18\n" +
+	"\arecords\x18\x03 \x01(\x04R\arecords\"a\n" +
+	"\rReportRestore\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\x04R\x06nodeId\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"0\n" +
+	"\vSwapRestore\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\"K\n" +
+	"\x0eAbandonRestore\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xf6\x03\n" +
 	"\x06Result\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x129\n" +
 	"\trejection\x18\x02 \x01(\v2\x1b.conveyor.command.RejectionR\trejection\x12\x18\n" +
@@ -2361,7 +3006,8 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\tfailed_op\x18\v \x01(\rR\bfailedOp\x12\x14\n" +
 	"\x05stale\x18\f \x01(\rR\x05stale\x129\n" +
 	"\twatermark\x18\r \x01(\v2\x1b.conveyor.command.WatermarkR\twatermark\x12)\n" +
-	"\x10repeated_request\x18\x0e \x01(\bR\x0frepeatedRequest\"\xa3\x01\n" +
+	"\x10repeated_request\x18\x0e \x01(\bR\x0frepeatedRequest\x12\x14\n" +
+	"\x05epoch\x18\x0f \x01(\x04R\x05epoch\"\xa3\x01\n" +
 	"\tRejection\x12*\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x16.conveyor.command.CodeR\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
@@ -2375,7 +3021,7 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\x12\x0e\n" +
 	"\x02op\x18\x03 \x01(\rR\x02op\x120\n" +
 	"\x06result\x18\x04 \x01(\v2\x18.conveyor.command.ResultR\x06result\x12\x16\n" +
-	"\x06digest\x18\x05 \x01(\x06R\x06digest*\xb3\x01\n" +
+	"\x06digest\x18\x05 \x01(\x06R\x06digest*\xc3\x01\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fCODE_INVALID\x10\x01\x12\x12\n" +
@@ -2386,7 +3032,9 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x0fCODE_REGRESSION\x10\x06\x12\x0f\n" +
 	"\vCODE_FENCED\x10\a\x12\x0e\n" +
 	"\n" +
-	"CODE_LIMIT\x10\bB&Z$conveyor.etl/router/router/commandpbb\x06proto3"
+	"CODE_LIMIT\x10\b\x12\x0e\n" +
+	"\n" +
+	"CODE_EPOCH\x10\tB&Z$conveyor.etl/router/router/commandpbb\x06proto3"
 
 var (
 	file_conveyor_command_command_proto_rawDescOnce sync.Once
@@ -2401,7 +3049,7 @@ func file_conveyor_command_command_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_command_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_conveyor_command_command_proto_goTypes = []any{
 	(Code)(0),                   // 0: conveyor.command.Code
 	(*Command)(nil),             // 1: conveyor.command.Command
@@ -2427,19 +3075,29 @@ var file_conveyor_command_command_proto_goTypes = []any{
 	(*TransitionSidecar)(nil),   // 21: conveyor.command.TransitionSidecar
 	(*ApplyAssignments)(nil),    // 22: conveyor.command.ApplyAssignments
 	(*AssignmentChange)(nil),    // 23: conveyor.command.AssignmentChange
-	(*Result)(nil),              // 24: conveyor.command.Result
-	(*Rejection)(nil),           // 25: conveyor.command.Rejection
-	(*RequestRecord)(nil),       // 26: conveyor.command.RequestRecord
-	(*Service)(nil),             // 27: conveyor.command.Service
-	(*Health)(nil),              // 28: conveyor.command.Health
-	(ServiceState)(0),           // 29: conveyor.command.ServiceState
-	(*PipelineSpec)(nil),        // 30: conveyor.command.PipelineSpec
-	(*SourceOffset)(nil),        // 31: conveyor.command.SourceOffset
-	(*GroupMember)(nil),         // 32: conveyor.command.GroupMember
-	(*Sidecar)(nil),             // 33: conveyor.command.Sidecar
-	(SidecarState)(0),           // 34: conveyor.command.SidecarState
-	(*StageAssignment)(nil),     // 35: conveyor.command.StageAssignment
-	(*Watermark)(nil),           // 36: conveyor.command.Watermark
+	(*PutOperation)(nil),        // 24: conveyor.command.PutOperation
+	(*CancelOperation)(nil),     // 25: conveyor.command.CancelOperation
+	(*BeginRestore)(nil),        // 26: conveyor.command.BeginRestore
+	(*StageRestore)(nil),        // 27: conveyor.command.StageRestore
+	(*SealRestore)(nil),         // 28: conveyor.command.SealRestore
+	(*ReportRestore)(nil),       // 29: conveyor.command.ReportRestore
+	(*SwapRestore)(nil),         // 30: conveyor.command.SwapRestore
+	(*AbandonRestore)(nil),      // 31: conveyor.command.AbandonRestore
+	(*Result)(nil),              // 32: conveyor.command.Result
+	(*Rejection)(nil),           // 33: conveyor.command.Rejection
+	(*RequestRecord)(nil),       // 34: conveyor.command.RequestRecord
+	(*Service)(nil),             // 35: conveyor.command.Service
+	(*Health)(nil),              // 36: conveyor.command.Health
+	(ServiceState)(0),           // 37: conveyor.command.ServiceState
+	(*PipelineSpec)(nil),        // 38: conveyor.command.PipelineSpec
+	(*SourceOffset)(nil),        // 39: conveyor.command.SourceOffset
+	(*GroupMember)(nil),         // 40: conveyor.command.GroupMember
+	(*Sidecar)(nil),             // 41: conveyor.command.Sidecar
+	(SidecarState)(0),           // 42: conveyor.command.SidecarState
+	(*StageAssignment)(nil),     // 43: conveyor.command.StageAssignment
+	(*Operation)(nil),           // 44: conveyor.command.Operation
+	(*RestoreSource)(nil),       // 45: conveyor.command.RestoreSource
+	(*Watermark)(nil),           // 46: conveyor.command.Watermark
 }
 var file_conveyor_command_command_proto_depIdxs = []int32{
 	2,  // 0: conveyor.command.Command.register_service:type_name -> conveyor.command.RegisterService
@@ -2462,30 +3120,40 @@ var file_conveyor_command_command_proto_depIdxs = []int32{
 	20, // 17: conveyor.command.Command.deregister_sidecar:type_name -> conveyor.command.DeregisterSidecar
 	21, // 18: conveyor.command.Command.transition_sidecar:type_name -> conveyor.command.TransitionSidecar
 	22, // 19: conveyor.command.Command.apply_assignments:type_name -> conveyor.command.ApplyAssignments
-	27, // 20: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
-	28, // 21: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
-	29, // 22: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
-	30, // 23: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
-	31, // 24: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	15, // 25: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
-	9,  // 26: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
-	10, // 27: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
-	13, // 28: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
-	11, // 29: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
-	32, // 30: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
-	33, // 31: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
-	34, // 32: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
-	23, // 33: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
-	35, // 34: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
-	25, // 35: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
-	36, // 36: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
-	0,  // 37: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
-	24, // 38: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
-	39, // [39:39] is the sub-list for method output_type
-	39, // [39:39] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	24, // 20: conveyor.command.Command.put_operation:type_name -> conveyor.command.PutOperation
+	25, // 21: conveyor.command.Command.cancel_operation:type_name -> conveyor.command.CancelOperation
+	26, // 22: conveyor.command.Command.begin_restore:type_name -> conveyor.command.BeginRestore
+	27, // 23: conveyor.command.Command.stage_restore:type_name -> conveyor.command.StageRestore
+	28, // 24: conveyor.command.Command.seal_restore:type_name -> conveyor.command.SealRestore
+	29, // 25: conveyor.command.Command.report_restore:type_name -> conveyor.command.ReportRestore
+	30, // 26: conveyor.command.Command.swap_restore:type_name -> conveyor.command.SwapRestore
+	31, // 27: conveyor.command.Command.abandon_restore:type_name -> conveyor.command.AbandonRestore
+	35, // 28: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
+	36, // 29: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
+	37, // 30: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
+	38, // 31: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
+	39, // 32: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	15, // 33: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
+	9,  // 34: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
+	10, // 35: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
+	13, // 36: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
+	11, // 37: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
+	40, // 38: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
+	41, // 39: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
+	42, // 40: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
+	23, // 41: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
+	43, // 42: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
+	44, // 43: conveyor.command.PutOperation.operation:type_name -> conveyor.command.Operation
+	45, // 44: conveyor.command.BeginRestore.source:type_name -> conveyor.command.RestoreSource
+	33, // 45: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
+	46, // 46: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
+	0,  // 47: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
+	32, // 48: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
+	49, // [49:49] is the sub-list for method output_type
+	49, // [49:49] is the sub-list for method input_type
+	49, // [49:49] is the sub-list for extension type_name
+	49, // [49:49] is the sub-list for extension extendee
+	0,  // [0:49] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_command_proto_init() }
@@ -2515,6 +3183,14 @@ func file_conveyor_command_command_proto_init() {
 		(*Command_DeregisterSidecar)(nil),
 		(*Command_TransitionSidecar)(nil),
 		(*Command_ApplyAssignments)(nil),
+		(*Command_PutOperation)(nil),
+		(*Command_CancelOperation)(nil),
+		(*Command_BeginRestore)(nil),
+		(*Command_StageRestore)(nil),
+		(*Command_SealRestore)(nil),
+		(*Command_ReportRestore)(nil),
+		(*Command_SwapRestore)(nil),
+		(*Command_AbandonRestore)(nil),
 	}
 	file_conveyor_command_command_proto_msgTypes[5].OneofWrappers = []any{}
 	file_conveyor_command_command_proto_msgTypes[6].OneofWrappers = []any{}
@@ -2532,7 +3208,7 @@ func file_conveyor_command_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_command_proto_rawDesc), len(file_conveyor_command_command_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   26,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -336,6 +336,110 @@ func (SidecarState) EnumDescriptor() ([]byte, []int) {
 	return file_conveyor_command_state_proto_rawDescGZIP(), []int{5}
 }
 
+type OperationState int32
+
+const (
+	OperationState_OPERATION_STATE_UNSPECIFIED OperationState = 0
+	OperationState_OPERATION_STATE_RUNNING     OperationState = 1
+	OperationState_OPERATION_STATE_DONE        OperationState = 2
+	OperationState_OPERATION_STATE_FAILED      OperationState = 3
+	OperationState_OPERATION_STATE_CANCELLED   OperationState = 4
+)
+
+// Enum value maps for OperationState.
+var (
+	OperationState_name = map[int32]string{
+		0: "OPERATION_STATE_UNSPECIFIED",
+		1: "OPERATION_STATE_RUNNING",
+		2: "OPERATION_STATE_DONE",
+		3: "OPERATION_STATE_FAILED",
+		4: "OPERATION_STATE_CANCELLED",
+	}
+	OperationState_value = map[string]int32{
+		"OPERATION_STATE_UNSPECIFIED": 0,
+		"OPERATION_STATE_RUNNING":     1,
+		"OPERATION_STATE_DONE":        2,
+		"OPERATION_STATE_FAILED":      3,
+		"OPERATION_STATE_CANCELLED":   4,
+	}
+)
+
+func (x OperationState) Enum() *OperationState {
+	p := new(OperationState)
+	*p = x
+	return p
+}
+
+func (x OperationState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (OperationState) Descriptor() protoreflect.EnumDescriptor {
+	return file_conveyor_command_state_proto_enumTypes[6].Descriptor()
+}
+
+func (OperationState) Type() protoreflect.EnumType {
+	return &file_conveyor_command_state_proto_enumTypes[6]
+}
+
+func (x OperationState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use OperationState.Descriptor instead.
+func (OperationState) EnumDescriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{6}
+}
+
+type StagePhase int32
+
+const (
+	StagePhase_STAGE_PHASE_UNSPECIFIED StagePhase = 0
+	StagePhase_STAGE_PHASE_STAGING     StagePhase = 1
+	StagePhase_STAGE_PHASE_SEALED      StagePhase = 2
+)
+
+// Enum value maps for StagePhase.
+var (
+	StagePhase_name = map[int32]string{
+		0: "STAGE_PHASE_UNSPECIFIED",
+		1: "STAGE_PHASE_STAGING",
+		2: "STAGE_PHASE_SEALED",
+	}
+	StagePhase_value = map[string]int32{
+		"STAGE_PHASE_UNSPECIFIED": 0,
+		"STAGE_PHASE_STAGING":     1,
+		"STAGE_PHASE_SEALED":      2,
+	}
+)
+
+func (x StagePhase) Enum() *StagePhase {
+	p := new(StagePhase)
+	*p = x
+	return p
+}
+
+func (x StagePhase) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (StagePhase) Descriptor() protoreflect.EnumDescriptor {
+	return file_conveyor_command_state_proto_enumTypes[7].Descriptor()
+}
+
+func (StagePhase) Type() protoreflect.EnumType {
+	return &file_conveyor_command_state_proto_enumTypes[7]
+}
+
+func (x StagePhase) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use StagePhase.Descriptor instead.
+func (StagePhase) EnumDescriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{7}
+}
+
 type Endpoint struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
@@ -2242,8 +2346,15 @@ type Clock struct {
 	RevokedHead        uint64                 `protobuf:"varint,6,opt,name=revoked_head,json=revokedHead,proto3" json:"revoked_head,omitempty"`                      // sequence of the oldest revocation
 	RevokedTail        uint64                 `protobuf:"varint,7,opt,name=revoked_tail,json=revokedTail,proto3" json:"revoked_tail,omitempty"`
 	Counts             []uint64               `protobuf:"varint,8,rep,packed,name=counts,proto3" json:"counts,omitempty"` // rows per counted table, by the table's number
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	Epoch              uint64                 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`          // how often the state was replaced by a backup
+	// What is added to a log index to get a revision: restoring a backup of a
+	// further log must not make revisions go back.
+	RevisionBase  uint64   `protobuf:"varint,10,opt,name=revision_base,json=revisionBase,proto3" json:"revision_base,omitempty"`
+	Sums          []uint64 `protobuf:"fixed64,11,rep,packed,name=sums,proto3" json:"sums,omitempty"`                                // hash per hashed table, by the table's number: see router/sums.go
+	OperationHead uint64   `protobuf:"varint,12,opt,name=operation_head,json=operationHead,proto3" json:"operation_head,omitempty"` // sequence of the oldest ended operation
+	OperationTail uint64   `protobuf:"varint,13,opt,name=operation_tail,json=operationTail,proto3" json:"operation_tail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Clock) Reset() {
@@ -2330,6 +2441,41 @@ func (x *Clock) GetCounts() []uint64 {
 		return x.Counts
 	}
 	return nil
+}
+
+func (x *Clock) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Clock) GetRevisionBase() uint64 {
+	if x != nil {
+		return x.RevisionBase
+	}
+	return 0
+}
+
+func (x *Clock) GetSums() []uint64 {
+	if x != nil {
+		return x.Sums
+	}
+	return nil
+}
+
+func (x *Clock) GetOperationHead() uint64 {
+	if x != nil {
+		return x.OperationHead
+	}
+	return 0
+}
+
+func (x *Clock) GetOperationTail() uint64 {
+	if x != nil {
+		return x.OperationTail
+	}
+	return 0
 }
 
 // RequestRef stands in the queue of remembered requests, oldest first.
@@ -2496,6 +2642,399 @@ func (*GroupPast) Descriptor() ([]byte, []int) {
 func (x *GroupPast) GetGeneration() uint64 {
 	if x != nil {
 		return x.Generation
+	}
+	return 0
+}
+
+// Operation is something that takes long, such as a restore. It outlives the
+// node that carries it out, and restores.
+type Operation struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	OperationId     string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Kind            string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	State           OperationState         `protobuf:"varint,3,opt,name=state,proto3,enum=conveyor.command.OperationState" json:"state,omitempty"`
+	Subject         string                 `protobuf:"bytes,4,opt,name=subject,proto3" json:"subject,omitempty"`
+	NodeId          uint64                 `protobuf:"varint,5,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // that carries it out
+	Phase           string                 `protobuf:"bytes,6,opt,name=phase,proto3" json:"phase,omitempty"`
+	Done            uint64                 `protobuf:"varint,7,opt,name=done,proto3" json:"done,omitempty"`
+	Total           uint64                 `protobuf:"varint,8,opt,name=total,proto3" json:"total,omitempty"`
+	Unit            string                 `protobuf:"bytes,9,opt,name=unit,proto3" json:"unit,omitempty"`
+	Message         string                 `protobuf:"bytes,10,opt,name=message,proto3" json:"message,omitempty"`
+	StartedAtMs     uint64                 `protobuf:"varint,11,opt,name=started_at_ms,json=startedAtMs,proto3" json:"started_at_ms,omitempty"`
+	UpdatedAtMs     uint64                 `protobuf:"varint,12,opt,name=updated_at_ms,json=updatedAtMs,proto3" json:"updated_at_ms,omitempty"`
+	EndedAtMs       uint64                 `protobuf:"varint,13,opt,name=ended_at_ms,json=endedAtMs,proto3" json:"ended_at_ms,omitempty"`
+	CancelRequested bool                   `protobuf:"varint,14,opt,name=cancel_requested,json=cancelRequested,proto3" json:"cancel_requested,omitempty"`
+	CreateRevision  uint64                 `protobuf:"varint,15,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
+	ModRevision     uint64                 `protobuf:"varint,16,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	Detail          []byte                 `protobuf:"bytes,17,opt,name=detail,proto3" json:"detail,omitempty"` // of its kind, opaque here
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Operation) Reset() {
+	*x = Operation{}
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Operation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Operation) ProtoMessage() {}
+
+func (x *Operation) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Operation.ProtoReflect.Descriptor instead.
+func (*Operation) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Operation) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *Operation) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Operation) GetState() OperationState {
+	if x != nil {
+		return x.State
+	}
+	return OperationState_OPERATION_STATE_UNSPECIFIED
+}
+
+func (x *Operation) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Operation) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *Operation) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *Operation) GetDone() uint64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *Operation) GetTotal() uint64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *Operation) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+func (x *Operation) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Operation) GetStartedAtMs() uint64 {
+	if x != nil {
+		return x.StartedAtMs
+	}
+	return 0
+}
+
+func (x *Operation) GetUpdatedAtMs() uint64 {
+	if x != nil {
+		return x.UpdatedAtMs
+	}
+	return 0
+}
+
+func (x *Operation) GetEndedAtMs() uint64 {
+	if x != nil {
+		return x.EndedAtMs
+	}
+	return 0
+}
+
+func (x *Operation) GetCancelRequested() bool {
+	if x != nil {
+		return x.CancelRequested
+	}
+	return false
+}
+
+func (x *Operation) GetCreateRevision() uint64 {
+	if x != nil {
+		return x.CreateRevision
+	}
+	return 0
+}
+
+func (x *Operation) GetModRevision() uint64 {
+	if x != nil {
+		return x.ModRevision
+	}
+	return 0
+}
+
+func (x *Operation) GetDetail() []byte {
+	if x != nil {
+		return x.Detail
+	}
+	return nil
+}
+
+// RestoreSource is what a staged state is a copy of.
+type RestoreSource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterName   string                 `protobuf:"bytes,2,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Index         uint64                 `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
+	Term          uint64                 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
+	Clock         *Clock                 `protobuf:"bytes,6,opt,name=clock,proto3" json:"clock,omitempty"`
+	ContentHash   []byte                 `protobuf:"bytes,7,opt,name=content_hash,json=contentHash,proto3" json:"content_hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreSource) Reset() {
+	*x = RestoreSource{}
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreSource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreSource) ProtoMessage() {}
+
+func (x *RestoreSource) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreSource.ProtoReflect.Descriptor instead.
+func (*RestoreSource) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *RestoreSource) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *RestoreSource) GetClusterName() string {
+	if x != nil {
+		return x.ClusterName
+	}
+	return ""
+}
+
+func (x *RestoreSource) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *RestoreSource) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *RestoreSource) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *RestoreSource) GetClock() *Clock {
+	if x != nil {
+		return x.Clock
+	}
+	return nil
+}
+
+func (x *RestoreSource) GetContentHash() []byte {
+	if x != nil {
+		return x.ContentHash
+	}
+	return nil
+}
+
+// RestoreStage is the one restore that is being staged. It is no part of a
+// backup.
+type RestoreStage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	SnapshotId    string                 `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	Owner         uint64                 `protobuf:"varint,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	Source        *RestoreSource         `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
+	Phase         StagePhase             `protobuf:"varint,5,opt,name=phase,proto3,enum=conveyor.command.StagePhase" json:"phase,omitempty"`
+	Chunks        uint64                 `protobuf:"varint,6,opt,name=chunks,proto3" json:"chunks,omitempty"`
+	Records       uint64                 `protobuf:"varint,7,opt,name=records,proto3" json:"records,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,8,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Ready         []uint64               `protobuf:"varint,9,rep,packed,name=ready,proto3" json:"ready,omitempty"` // nodes that have prepared it
+	BegunAtMs     uint64                 `protobuf:"varint,10,opt,name=begun_at_ms,json=begunAtMs,proto3" json:"begun_at_ms,omitempty"`
+	UpdatedAtMs   uint64                 `protobuf:"varint,11,opt,name=updated_at_ms,json=updatedAtMs,proto3" json:"updated_at_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreStage) Reset() {
+	*x = RestoreStage{}
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreStage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreStage) ProtoMessage() {}
+
+func (x *RestoreStage) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreStage.ProtoReflect.Descriptor instead.
+func (*RestoreStage) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *RestoreStage) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *RestoreStage) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+func (x *RestoreStage) GetOwner() uint64 {
+	if x != nil {
+		return x.Owner
+	}
+	return 0
+}
+
+func (x *RestoreStage) GetSource() *RestoreSource {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *RestoreStage) GetPhase() StagePhase {
+	if x != nil {
+		return x.Phase
+	}
+	return StagePhase_STAGE_PHASE_UNSPECIFIED
+}
+
+func (x *RestoreStage) GetChunks() uint64 {
+	if x != nil {
+		return x.Chunks
+	}
+	return 0
+}
+
+func (x *RestoreStage) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+func (x *RestoreStage) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *RestoreStage) GetReady() []uint64 {
+	if x != nil {
+		return x.Ready
+	}
+	return nil
+}
+
+func (x *RestoreStage) GetBegunAtMs() uint64 {
+	if x != nil {
+		return x.BegunAtMs
+	}
+	return 0
+}
+
+func (x *RestoreStage) GetUpdatedAtMs() uint64 {
+	if x != nil {
+		return x.UpdatedAtMs
 	}
 	return 0
 }
@@ -2691,7 +3230,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x04data\x18\x03 \x01(\fR\x04data\x12E\n" +
 	"\x0esource_offsets\x18\x04 \x03(\v2\x1e.conveyor.command.SourceOffsetR\rsourceOffsets\x12\"\n" +
 	"\rcreated_at_ms\x18\x05 \x01(\x04R\vcreatedAtMs\x12!\n" +
-	"\fmod_revision\x18\x06 \x01(\x04R\vmodRevision\"\x91\x02\n" +
+	"\fmod_revision\x18\x06 \x01(\x04R\vmodRevision\"\xae\x03\n" +
 	"\x05Clock\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x17\n" +
 	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\x12/\n" +
@@ -2700,7 +3239,13 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\frequest_tail\x18\x05 \x01(\x04R\vrequestTail\x12!\n" +
 	"\frevoked_head\x18\x06 \x01(\x04R\vrevokedHead\x12!\n" +
 	"\frevoked_tail\x18\a \x01(\x04R\vrevokedTail\x12\x16\n" +
-	"\x06counts\x18\b \x03(\x04R\x06counts\"D\n" +
+	"\x06counts\x18\b \x03(\x04R\x06counts\x12\x14\n" +
+	"\x05epoch\x18\t \x01(\x04R\x05epoch\x12#\n" +
+	"\rrevision_base\x18\n" +
+	" \x01(\x04R\frevisionBase\x12\x12\n" +
+	"\x04sums\x18\v \x03(\x06R\x04sums\x12%\n" +
+	"\x0eoperation_head\x18\f \x01(\x04R\roperationHead\x12%\n" +
+	"\x0eoperation_tail\x18\r \x01(\x04R\roperationTail\"D\n" +
 	"\n" +
 	"RequestRef\x12\x1d\n" +
 	"\n" +
@@ -2719,7 +3264,49 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\tGroupPast\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
-	"generation*\x90\x01\n" +
+	"generation\"\x92\x04\n" +
+	"\tOperation\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x126\n" +
+	"\x05state\x18\x03 \x01(\x0e2 .conveyor.command.OperationStateR\x05state\x12\x18\n" +
+	"\asubject\x18\x04 \x01(\tR\asubject\x12\x17\n" +
+	"\anode_id\x18\x05 \x01(\x04R\x06nodeId\x12\x14\n" +
+	"\x05phase\x18\x06 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04done\x18\a \x01(\x04R\x04done\x12\x14\n" +
+	"\x05total\x18\b \x01(\x04R\x05total\x12\x12\n" +
+	"\x04unit\x18\t \x01(\tR\x04unit\x12\x18\n" +
+	"\amessage\x18\n" +
+	" \x01(\tR\amessage\x12\"\n" +
+	"\rstarted_at_ms\x18\v \x01(\x04R\vstartedAtMs\x12\"\n" +
+	"\rupdated_at_ms\x18\f \x01(\x04R\vupdatedAtMs\x12\x1e\n" +
+	"\vended_at_ms\x18\r \x01(\x04R\tendedAtMs\x12)\n" +
+	"\x10cancel_requested\x18\x0e \x01(\bR\x0fcancelRequested\x12'\n" +
+	"\x0fcreate_revision\x18\x0f \x01(\x04R\x0ecreateRevision\x12!\n" +
+	"\fmod_revision\x18\x10 \x01(\x04R\vmodRevision\x12\x16\n" +
+	"\x06detail\x18\x11 \x01(\fR\x06detail\"\xe3\x01\n" +
+	"\rRestoreSource\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12!\n" +
+	"\fcluster_name\x18\x02 \x01(\tR\vclusterName\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12\x14\n" +
+	"\x05index\x18\x04 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04term\x18\x05 \x01(\x04R\x04term\x12-\n" +
+	"\x05clock\x18\x06 \x01(\v2\x17.conveyor.command.ClockR\x05clock\x12!\n" +
+	"\fcontent_hash\x18\a \x01(\fR\vcontentHash\"\xf7\x02\n" +
+	"\fRestoreStage\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\x04R\x05owner\x127\n" +
+	"\x06source\x18\x04 \x01(\v2\x1f.conveyor.command.RestoreSourceR\x06source\x122\n" +
+	"\x05phase\x18\x05 \x01(\x0e2\x1c.conveyor.command.StagePhaseR\x05phase\x12\x16\n" +
+	"\x06chunks\x18\x06 \x01(\x04R\x06chunks\x12\x18\n" +
+	"\arecords\x18\a \x01(\x04R\arecords\x12\x14\n" +
+	"\x05bytes\x18\b \x01(\x04R\x05bytes\x12\x14\n" +
+	"\x05ready\x18\t \x03(\x04R\x05ready\x12\x1e\n" +
+	"\vbegun_at_ms\x18\n" +
+	" \x01(\x04R\tbegunAtMs\x12\"\n" +
+	"\rupdated_at_ms\x18\v \x01(\x04R\vupdatedAtMs*\x90\x01\n" +
 	"\vServiceType\x12\x1c\n" +
 	"\x18SERVICE_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13SERVICE_TYPE_SOURCE\x10\x01\x12\x1a\n" +
@@ -2750,7 +3337,18 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x19SIDECAR_STATE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13SIDECAR_STATE_ALIVE\x10\x01\x12\x19\n" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
-	"\x15SIDECAR_STATE_EXPIRED\x10\x03B&Z$conveyor.etl/router/router/commandpbb\x06proto3"
+	"\x15SIDECAR_STATE_EXPIRED\x10\x03*\xa3\x01\n" +
+	"\x0eOperationState\x12\x1f\n" +
+	"\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17OPERATION_STATE_RUNNING\x10\x01\x12\x18\n" +
+	"\x14OPERATION_STATE_DONE\x10\x02\x12\x1a\n" +
+	"\x16OPERATION_STATE_FAILED\x10\x03\x12\x1d\n" +
+	"\x19OPERATION_STATE_CANCELLED\x10\x04*Z\n" +
+	"\n" +
+	"StagePhase\x12\x1b\n" +
+	"\x17STAGE_PHASE_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13STAGE_PHASE_STAGING\x10\x01\x12\x16\n" +
+	"\x12STAGE_PHASE_SEALED\x10\x02B&Z$conveyor.etl/router/router/commandpbb\x06proto3"
 
 var (
 	file_conveyor_command_state_proto_rawDescOnce sync.Once
@@ -2764,8 +3362,8 @@ func file_conveyor_command_state_proto_rawDescGZIP() []byte {
 	return file_conveyor_command_state_proto_rawDescData
 }
 
-var file_conveyor_command_state_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_conveyor_command_state_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
+var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_conveyor_command_state_proto_goTypes = []any{
 	(ServiceType)(0),        // 0: conveyor.command.ServiceType
 	(HealthStatus)(0),       // 1: conveyor.command.HealthStatus
@@ -2773,75 +3371,84 @@ var file_conveyor_command_state_proto_goTypes = []any{
 	(StageType)(0),          // 3: conveyor.command.StageType
 	(LoadBalance)(0),        // 4: conveyor.command.LoadBalance
 	(SidecarState)(0),       // 5: conveyor.command.SidecarState
-	(*Endpoint)(nil),        // 6: conveyor.command.Endpoint
-	(*ComponentHealth)(nil), // 7: conveyor.command.ComponentHealth
-	(*Health)(nil),          // 8: conveyor.command.Health
-	(*Service)(nil),         // 9: conveyor.command.Service
-	(*ServiceSelector)(nil), // 10: conveyor.command.ServiceSelector
-	(*MetadataMatch)(nil),   // 11: conveyor.command.MetadataMatch
-	(*ConditionList)(nil),   // 12: conveyor.command.ConditionList
-	(*Condition)(nil),       // 13: conveyor.command.Condition
-	(*RoutingRule)(nil),     // 14: conveyor.command.RoutingRule
-	(*Stage)(nil),           // 15: conveyor.command.Stage
-	(*Edge)(nil),            // 16: conveyor.command.Edge
-	(*PipelineSpec)(nil),    // 17: conveyor.command.PipelineSpec
-	(*Pipeline)(nil),        // 18: conveyor.command.Pipeline
-	(*LocalService)(nil),    // 19: conveyor.command.LocalService
-	(*Sidecar)(nil),         // 20: conveyor.command.Sidecar
-	(*StageAssignment)(nil), // 21: conveyor.command.StageAssignment
-	(*Assignment)(nil),      // 22: conveyor.command.Assignment
-	(*GroupMember)(nil),     // 23: conveyor.command.GroupMember
-	(*Group)(nil),           // 24: conveyor.command.Group
-	(*Offset)(nil),          // 25: conveyor.command.Offset
-	(*Watermark)(nil),       // 26: conveyor.command.Watermark
-	(*SourceOffset)(nil),    // 27: conveyor.command.SourceOffset
-	(*Checkpoint)(nil),      // 28: conveyor.command.Checkpoint
-	(*Clock)(nil),           // 29: conveyor.command.Clock
-	(*RequestRef)(nil),      // 30: conveyor.command.RequestRef
-	(*RevokedRef)(nil),      // 31: conveyor.command.RevokedRef
-	(*GroupPast)(nil),       // 32: conveyor.command.GroupPast
-	nil,                     // 33: conveyor.command.Health.ComponentsEntry
-	nil,                     // 34: conveyor.command.Service.LabelsEntry
-	nil,                     // 35: conveyor.command.ServiceSelector.LabelsEntry
-	nil,                     // 36: conveyor.command.PipelineSpec.MetadataEntry
+	(OperationState)(0),     // 6: conveyor.command.OperationState
+	(StagePhase)(0),         // 7: conveyor.command.StagePhase
+	(*Endpoint)(nil),        // 8: conveyor.command.Endpoint
+	(*ComponentHealth)(nil), // 9: conveyor.command.ComponentHealth
+	(*Health)(nil),          // 10: conveyor.command.Health
+	(*Service)(nil),         // 11: conveyor.command.Service
+	(*ServiceSelector)(nil), // 12: conveyor.command.ServiceSelector
+	(*MetadataMatch)(nil),   // 13: conveyor.command.MetadataMatch
+	(*ConditionList)(nil),   // 14: conveyor.command.ConditionList
+	(*Condition)(nil),       // 15: conveyor.command.Condition
+	(*RoutingRule)(nil),     // 16: conveyor.command.RoutingRule
+	(*Stage)(nil),           // 17: conveyor.command.Stage
+	(*Edge)(nil),            // 18: conveyor.command.Edge
+	(*PipelineSpec)(nil),    // 19: conveyor.command.PipelineSpec
+	(*Pipeline)(nil),        // 20: conveyor.command.Pipeline
+	(*LocalService)(nil),    // 21: conveyor.command.LocalService
+	(*Sidecar)(nil),         // 22: conveyor.command.Sidecar
+	(*StageAssignment)(nil), // 23: conveyor.command.StageAssignment
+	(*Assignment)(nil),      // 24: conveyor.command.Assignment
+	(*GroupMember)(nil),     // 25: conveyor.command.GroupMember
+	(*Group)(nil),           // 26: conveyor.command.Group
+	(*Offset)(nil),          // 27: conveyor.command.Offset
+	(*Watermark)(nil),       // 28: conveyor.command.Watermark
+	(*SourceOffset)(nil),    // 29: conveyor.command.SourceOffset
+	(*Checkpoint)(nil),      // 30: conveyor.command.Checkpoint
+	(*Clock)(nil),           // 31: conveyor.command.Clock
+	(*RequestRef)(nil),      // 32: conveyor.command.RequestRef
+	(*RevokedRef)(nil),      // 33: conveyor.command.RevokedRef
+	(*GroupPast)(nil),       // 34: conveyor.command.GroupPast
+	(*Operation)(nil),       // 35: conveyor.command.Operation
+	(*RestoreSource)(nil),   // 36: conveyor.command.RestoreSource
+	(*RestoreStage)(nil),    // 37: conveyor.command.RestoreStage
+	nil,                     // 38: conveyor.command.Health.ComponentsEntry
+	nil,                     // 39: conveyor.command.Service.LabelsEntry
+	nil,                     // 40: conveyor.command.ServiceSelector.LabelsEntry
+	nil,                     // 41: conveyor.command.PipelineSpec.MetadataEntry
 }
 var file_conveyor_command_state_proto_depIdxs = []int32{
 	1,  // 0: conveyor.command.ComponentHealth.status:type_name -> conveyor.command.HealthStatus
 	1,  // 1: conveyor.command.Health.status:type_name -> conveyor.command.HealthStatus
-	33, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
+	38, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
 	0,  // 3: conveyor.command.Service.type:type_name -> conveyor.command.ServiceType
-	6,  // 4: conveyor.command.Service.endpoint:type_name -> conveyor.command.Endpoint
-	34, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
-	8,  // 6: conveyor.command.Service.health:type_name -> conveyor.command.Health
+	8,  // 4: conveyor.command.Service.endpoint:type_name -> conveyor.command.Endpoint
+	39, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
+	10, // 6: conveyor.command.Service.health:type_name -> conveyor.command.Health
 	2,  // 7: conveyor.command.Service.state:type_name -> conveyor.command.ServiceState
-	35, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
+	40, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
 	4,  // 9: conveyor.command.ServiceSelector.load_balance:type_name -> conveyor.command.LoadBalance
-	13, // 10: conveyor.command.ConditionList.conditions:type_name -> conveyor.command.Condition
-	11, // 11: conveyor.command.Condition.metadata_match:type_name -> conveyor.command.MetadataMatch
-	12, // 12: conveyor.command.Condition.and:type_name -> conveyor.command.ConditionList
-	12, // 13: conveyor.command.Condition.or:type_name -> conveyor.command.ConditionList
-	13, // 14: conveyor.command.Condition.not:type_name -> conveyor.command.Condition
-	13, // 15: conveyor.command.RoutingRule.condition:type_name -> conveyor.command.Condition
+	15, // 10: conveyor.command.ConditionList.conditions:type_name -> conveyor.command.Condition
+	13, // 11: conveyor.command.Condition.metadata_match:type_name -> conveyor.command.MetadataMatch
+	14, // 12: conveyor.command.Condition.and:type_name -> conveyor.command.ConditionList
+	14, // 13: conveyor.command.Condition.or:type_name -> conveyor.command.ConditionList
+	15, // 14: conveyor.command.Condition.not:type_name -> conveyor.command.Condition
+	15, // 15: conveyor.command.RoutingRule.condition:type_name -> conveyor.command.Condition
 	3,  // 16: conveyor.command.Stage.type:type_name -> conveyor.command.StageType
-	10, // 17: conveyor.command.Stage.selector:type_name -> conveyor.command.ServiceSelector
-	14, // 18: conveyor.command.Stage.routing_rules:type_name -> conveyor.command.RoutingRule
-	13, // 19: conveyor.command.Edge.condition:type_name -> conveyor.command.Condition
-	15, // 20: conveyor.command.PipelineSpec.stages:type_name -> conveyor.command.Stage
-	16, // 21: conveyor.command.PipelineSpec.edges:type_name -> conveyor.command.Edge
-	36, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
-	17, // 23: conveyor.command.Pipeline.spec:type_name -> conveyor.command.PipelineSpec
+	12, // 17: conveyor.command.Stage.selector:type_name -> conveyor.command.ServiceSelector
+	16, // 18: conveyor.command.Stage.routing_rules:type_name -> conveyor.command.RoutingRule
+	15, // 19: conveyor.command.Edge.condition:type_name -> conveyor.command.Condition
+	17, // 20: conveyor.command.PipelineSpec.stages:type_name -> conveyor.command.Stage
+	18, // 21: conveyor.command.PipelineSpec.edges:type_name -> conveyor.command.Edge
+	41, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
+	19, // 23: conveyor.command.Pipeline.spec:type_name -> conveyor.command.PipelineSpec
 	0,  // 24: conveyor.command.LocalService.type:type_name -> conveyor.command.ServiceType
-	19, // 25: conveyor.command.Sidecar.services:type_name -> conveyor.command.LocalService
+	21, // 25: conveyor.command.Sidecar.services:type_name -> conveyor.command.LocalService
 	5,  // 26: conveyor.command.Sidecar.state:type_name -> conveyor.command.SidecarState
-	21, // 27: conveyor.command.Assignment.stages:type_name -> conveyor.command.StageAssignment
-	23, // 28: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
-	27, // 29: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	7,  // 30: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	23, // 27: conveyor.command.Assignment.stages:type_name -> conveyor.command.StageAssignment
+	25, // 28: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
+	29, // 29: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	6,  // 30: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
+	31, // 31: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
+	36, // 32: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
+	7,  // 33: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
+	9,  // 34: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_state_proto_init() }
@@ -2863,8 +3470,8 @@ func file_conveyor_command_state_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_state_proto_rawDesc), len(file_conveyor_command_state_proto_rawDesc)),
-			NumEnums:      6,
-			NumMessages:   31,
+			NumEnums:      8,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -107,7 +107,10 @@ type Hello struct {
 	PeerAddr string `protobuf:"bytes,7,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
 	// Of Messages streams: the streams of one connection share a number, a later
 	// connection has a greater one and takes the place of the earlier.
-	Session       uint64 `protobuf:"varint,8,opt,name=session,proto3" json:"session,omitempty"`
+	Session uint64 `protobuf:"varint,8,opt,name=session,proto3" json:"session,omitempty"`
+	// Random, drawn when the data directory was made. A member that comes with
+	// another one has lost its promises: see rpc/disks.go.
+	DiskId        uint64 `protobuf:"varint,9,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -198,6 +201,501 @@ func (x *Hello) GetSession() uint64 {
 	return 0
 }
 
+func (x *Hello) GetDiskId() uint64 {
+	if x != nil {
+		return x.DiskId
+	}
+	return 0
+}
+
+type StateHashesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Full          bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`   // read everything and hash it
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // with full: not before this index
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateHashesRequest) Reset() {
+	*x = StateHashesRequest{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateHashesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateHashesRequest) ProtoMessage() {}
+
+func (x *StateHashesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateHashesRequest.ProtoReflect.Descriptor instead.
+func (*StateHashesRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *StateHashesRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *StateHashesRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *StateHashesRequest) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+type StateHashesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Hashes        []*StateHash           `protobuf:"bytes,2,rep,name=hashes,proto3" json:"hashes,omitempty"` // the newest last
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateHashesResponse) Reset() {
+	*x = StateHashesResponse{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateHashesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateHashesResponse) ProtoMessage() {}
+
+func (x *StateHashesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateHashesResponse.ProtoReflect.Descriptor instead.
+func (*StateHashesResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *StateHashesResponse) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *StateHashesResponse) GetHashes() []*StateHash {
+	if x != nil {
+		return x.Hashes
+	}
+	return nil
+}
+
+type StateHash struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Sums          []uint64               `protobuf:"fixed64,3,rep,packed,name=sums,proto3" json:"sums,omitempty"`
+	Full          []byte                 `protobuf:"bytes,4,opt,name=full,proto3" json:"full,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StateHash) Reset() {
+	*x = StateHash{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StateHash) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StateHash) ProtoMessage() {}
+
+func (x *StateHash) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StateHash.ProtoReflect.Descriptor instead.
+func (*StateHash) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *StateHash) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *StateHash) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *StateHash) GetSums() []uint64 {
+	if x != nil {
+		return x.Sums
+	}
+	return nil
+}
+
+func (x *StateHash) GetFull() []byte {
+	if x != nil {
+		return x.Full
+	}
+	return nil
+}
+
+type QuarantineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Expected      *StateHash             `protobuf:"bytes,2,opt,name=expected,proto3" json:"expected,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuarantineRequest) Reset() {
+	*x = QuarantineRequest{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantineRequest) ProtoMessage() {}
+
+func (x *QuarantineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantineRequest.ProtoReflect.Descriptor instead.
+func (*QuarantineRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *QuarantineRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *QuarantineRequest) GetExpected() *StateHash {
+	if x != nil {
+		return x.Expected
+	}
+	return nil
+}
+
+func (x *QuarantineRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type QuarantineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Accepted      bool                   `protobuf:"varint,1,opt,name=accepted,proto3" json:"accepted,omitempty"`
+	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QuarantineResponse) Reset() {
+	*x = QuarantineResponse{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QuarantineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QuarantineResponse) ProtoMessage() {}
+
+func (x *QuarantineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QuarantineResponse.ProtoReflect.Descriptor instead.
+func (*QuarantineResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *QuarantineResponse) GetAccepted() bool {
+	if x != nil {
+		return x.Accepted
+	}
+	return false
+}
+
+func (x *QuarantineResponse) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+type PreflightRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Reach         []*PeerAddr            `protobuf:"bytes,2,rep,name=reach,proto3" json:"reach,omitempty"` // nodes the asked one should try to reach
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreflightRequest) Reset() {
+	*x = PreflightRequest{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreflightRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreflightRequest) ProtoMessage() {}
+
+func (x *PreflightRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreflightRequest.ProtoReflect.Descriptor instead.
+func (*PreflightRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PreflightRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *PreflightRequest) GetReach() []*PeerAddr {
+	if x != nil {
+		return x.Reach
+	}
+	return nil
+}
+
+type PeerAddr struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Addr          string                 `protobuf:"bytes,2,opt,name=addr,proto3" json:"addr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeerAddr) Reset() {
+	*x = PeerAddr{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeerAddr) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeerAddr) ProtoMessage() {}
+
+func (x *PeerAddr) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeerAddr.ProtoReflect.Descriptor instead.
+func (*PeerAddr) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *PeerAddr) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *PeerAddr) GetAddr() string {
+	if x != nil {
+		return x.Addr
+	}
+	return ""
+}
+
+type PreflightResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Applied       uint64                 `protobuf:"varint,3,opt,name=applied,proto3" json:"applied,omitempty"`
+	FreeBytes     uint64                 `protobuf:"varint,4,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	StateBytes    uint64                 `protobuf:"varint,5,opt,name=state_bytes,json=stateBytes,proto3" json:"state_bytes,omitempty"`
+	TimeUnixMs    int64                  `protobuf:"varint,6,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
+	Unreachable   []*PeerAddr            `protobuf:"bytes,7,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreflightResponse) Reset() {
+	*x = PreflightResponse{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreflightResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreflightResponse) ProtoMessage() {}
+
+func (x *PreflightResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreflightResponse.ProtoReflect.Descriptor instead.
+func (*PreflightResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *PreflightResponse) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *PreflightResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *PreflightResponse) GetApplied() uint64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
+func (x *PreflightResponse) GetFreeBytes() uint64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
+func (x *PreflightResponse) GetStateBytes() uint64 {
+	if x != nil {
+		return x.StateBytes
+	}
+	return 0
+}
+
+func (x *PreflightResponse) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
+}
+
+func (x *PreflightResponse) GetUnreachable() []*PeerAddr {
+	if x != nil {
+		return x.Unreachable
+	}
+	return nil
+}
+
 type MessageFrame struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`       // first frame only
@@ -208,7 +706,7 @@ type MessageFrame struct {
 
 func (x *MessageFrame) Reset() {
 	*x = MessageFrame{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[1]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -220,7 +718,7 @@ func (x *MessageFrame) String() string {
 func (*MessageFrame) ProtoMessage() {}
 
 func (x *MessageFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[1]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -233,7 +731,7 @@ func (x *MessageFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MessageFrame.ProtoReflect.Descriptor instead.
 func (*MessageFrame) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{1}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *MessageFrame) GetHello() *Hello {
@@ -266,7 +764,7 @@ type ImageFrame struct {
 
 func (x *ImageFrame) Reset() {
 	*x = ImageFrame{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[2]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -278,7 +776,7 @@ func (x *ImageFrame) String() string {
 func (*ImageFrame) ProtoMessage() {}
 
 func (x *ImageFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[2]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -291,7 +789,7 @@ func (x *ImageFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageFrame.ProtoReflect.Descriptor instead.
 func (*ImageFrame) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{2}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ImageFrame) GetHello() *Hello {
@@ -361,7 +859,7 @@ type ImageProgress struct {
 
 func (x *ImageProgress) Reset() {
 	*x = ImageProgress{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[3]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -373,7 +871,7 @@ func (x *ImageProgress) String() string {
 func (*ImageProgress) ProtoMessage() {}
 
 func (x *ImageProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[3]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -386,7 +884,7 @@ func (x *ImageProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageProgress.ProtoReflect.Descriptor instead.
 func (*ImageProgress) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{3}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ImageProgress) GetOffset() int64 {
@@ -422,7 +920,7 @@ type FetchImageRequest struct {
 
 func (x *FetchImageRequest) Reset() {
 	*x = FetchImageRequest{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[4]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -434,7 +932,7 @@ func (x *FetchImageRequest) String() string {
 func (*FetchImageRequest) ProtoMessage() {}
 
 func (x *FetchImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[4]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -447,7 +945,7 @@ func (x *FetchImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchImageRequest.ProtoReflect.Descriptor instead.
 func (*FetchImageRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{4}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *FetchImageRequest) GetHello() *Hello {
@@ -489,7 +987,7 @@ type ForwardRequest struct {
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[5]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -501,7 +999,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[5]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -514,7 +1012,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{5}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ForwardRequest) GetHello() *Hello {
@@ -548,7 +1046,7 @@ type ForwardedCommand struct {
 
 func (x *ForwardedCommand) Reset() {
 	*x = ForwardedCommand{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[6]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -560,7 +1058,7 @@ func (x *ForwardedCommand) String() string {
 func (*ForwardedCommand) ProtoMessage() {}
 
 func (x *ForwardedCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[6]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -573,7 +1071,7 @@ func (x *ForwardedCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardedCommand.ProtoReflect.Descriptor instead.
 func (*ForwardedCommand) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{6}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ForwardedCommand) GetId() uint64 {
@@ -601,7 +1099,7 @@ type Beat struct {
 
 func (x *Beat) Reset() {
 	*x = Beat{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[7]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -613,7 +1111,7 @@ func (x *Beat) String() string {
 func (*Beat) ProtoMessage() {}
 
 func (x *Beat) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[7]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -626,7 +1124,7 @@ func (x *Beat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Beat.ProtoReflect.Descriptor instead.
 func (*Beat) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{7}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Beat) GetSidecarId() string {
@@ -653,7 +1151,7 @@ type ForwardResponse struct {
 
 func (x *ForwardResponse) Reset() {
 	*x = ForwardResponse{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[8]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +1163,7 @@ func (x *ForwardResponse) String() string {
 func (*ForwardResponse) ProtoMessage() {}
 
 func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[8]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +1176,7 @@ func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardResponse.ProtoReflect.Descriptor instead.
 func (*ForwardResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{8}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ForwardResponse) GetResults() []*ForwardedResult {
@@ -709,7 +1207,7 @@ type ForwardedResult struct {
 
 func (x *ForwardedResult) Reset() {
 	*x = ForwardedResult{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -721,7 +1219,7 @@ func (x *ForwardedResult) String() string {
 func (*ForwardedResult) ProtoMessage() {}
 
 func (x *ForwardedResult) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -734,7 +1232,7 @@ func (x *ForwardedResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardedResult.ProtoReflect.Descriptor instead.
 func (*ForwardedResult) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{9}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ForwardedResult) GetId() uint64 {
@@ -783,7 +1281,7 @@ var File_conveyor_peer_peer_proto protoreflect.FileDescriptor
 
 const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\n" +
-	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xeb\x01\n" +
+	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\x84\x02\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x1d\n" +
 	"\n" +
@@ -795,7 +1293,44 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"clientAddr\x12\x18\n" +
 	"\aversion\x18\x06 \x01(\tR\aversion\x12\x1b\n" +
 	"\tpeer_addr\x18\a \x01(\tR\bpeerAddr\x12\x18\n" +
-	"\asession\x18\b \x01(\x04R\asession\"V\n" +
+	"\asession\x18\b \x01(\x04R\asession\x12\x17\n" +
+	"\adisk_id\x18\t \x01(\x04R\x06diskId\"j\n" +
+	"\x12StateHashesRequest\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x12\n" +
+	"\x04full\x18\x02 \x01(\bR\x04full\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\"s\n" +
+	"\x13StateHashesResponse\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x120\n" +
+	"\x06hashes\x18\x02 \x03(\v2\x18.conveyor.peer.StateHashR\x06hashes\"_\n" +
+	"\tStateHash\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04sums\x18\x03 \x03(\x06R\x04sums\x12\x12\n" +
+	"\x04full\x18\x04 \x01(\fR\x04full\"\x8d\x01\n" +
+	"\x11QuarantineRequest\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x124\n" +
+	"\bexpected\x18\x02 \x01(\v2\x18.conveyor.peer.StateHashR\bexpected\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"J\n" +
+	"\x12QuarantineResponse\x12\x1a\n" +
+	"\baccepted\x18\x01 \x01(\bR\baccepted\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"m\n" +
+	"\x10PreflightRequest\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12-\n" +
+	"\x05reach\x18\x02 \x03(\v2\x17.conveyor.peer.PeerAddrR\x05reach\"7\n" +
+	"\bPeerAddr\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x12\n" +
+	"\x04addr\x18\x02 \x01(\tR\x04addr\"\x90\x02\n" +
+	"\x11PreflightResponse\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\x12\x18\n" +
+	"\aapplied\x18\x03 \x01(\x04R\aapplied\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18\x04 \x01(\x04R\tfreeBytes\x12\x1f\n" +
+	"\vstate_bytes\x18\x05 \x01(\x04R\n" +
+	"stateBytes\x12 \n" +
+	"\ftime_unix_ms\x18\x06 \x01(\x03R\n" +
+	"timeUnixMs\x129\n" +
+	"\vunreachable\x18\a \x03(\v2\x17.conveyor.peer.PeerAddrR\vunreachable\"V\n" +
 	"\fMessageFrame\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1a\n" +
 	"\bmessages\x18\x02 \x03(\fR\bmessages\"\xd3\x01\n" +
@@ -849,13 +1384,17 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\x10FAILURE_STOPPING\x10\x05\x12\x15\n" +
 	"\x11FAILURE_AMBIGUOUS\x10\x06\x12\x14\n" +
 	"\x10FAILURE_NO_SPACE\x10\a\x12\x1b\n" +
-	"\x17FAILURE_INVALID_COMMAND\x10\b2\xae\x02\n" +
+	"\x17FAILURE_INVALID_COMMAND\x10\b2\xa7\x04\n" +
 	"\x04Peer\x12A\n" +
 	"\bMessages\x12\x1b.conveyor.peer.MessageFrame\x1a\x14.conveyor.peer.Hello(\x010\x01\x12H\n" +
 	"\tSendImage\x12\x19.conveyor.peer.ImageFrame\x1a\x1c.conveyor.peer.ImageProgress(\x010\x01\x12K\n" +
 	"\n" +
 	"FetchImage\x12 .conveyor.peer.FetchImageRequest\x1a\x19.conveyor.peer.ImageFrame0\x01\x12L\n" +
-	"\aForward\x12\x1d.conveyor.peer.ForwardRequest\x1a\x1e.conveyor.peer.ForwardResponse(\x010\x01B Z\x1econveyor.etl/router/rpc/peerpbb\x06proto3"
+	"\aForward\x12\x1d.conveyor.peer.ForwardRequest\x1a\x1e.conveyor.peer.ForwardResponse(\x010\x01\x12T\n" +
+	"\vStateHashes\x12!.conveyor.peer.StateHashesRequest\x1a\".conveyor.peer.StateHashesResponse\x12Q\n" +
+	"\n" +
+	"Quarantine\x12 .conveyor.peer.QuarantineRequest\x1a!.conveyor.peer.QuarantineResponse\x12N\n" +
+	"\tPreflight\x12\x1f.conveyor.peer.PreflightRequest\x1a .conveyor.peer.PreflightResponseB Z\x1econveyor.etl/router/rpc/peerpbb\x06proto3"
 
 var (
 	file_conveyor_peer_peer_proto_rawDescOnce sync.Once
@@ -870,44 +1409,67 @@ func file_conveyor_peer_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_peer_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_conveyor_peer_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_conveyor_peer_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_conveyor_peer_peer_proto_goTypes = []any{
-	(Failure)(0),              // 0: conveyor.peer.Failure
-	(*Hello)(nil),             // 1: conveyor.peer.Hello
-	(*MessageFrame)(nil),      // 2: conveyor.peer.MessageFrame
-	(*ImageFrame)(nil),        // 3: conveyor.peer.ImageFrame
-	(*ImageProgress)(nil),     // 4: conveyor.peer.ImageProgress
-	(*FetchImageRequest)(nil), // 5: conveyor.peer.FetchImageRequest
-	(*ForwardRequest)(nil),    // 6: conveyor.peer.ForwardRequest
-	(*ForwardedCommand)(nil),  // 7: conveyor.peer.ForwardedCommand
-	(*Beat)(nil),              // 8: conveyor.peer.Beat
-	(*ForwardResponse)(nil),   // 9: conveyor.peer.ForwardResponse
-	(*ForwardedResult)(nil),   // 10: conveyor.peer.ForwardedResult
+	(Failure)(0),                // 0: conveyor.peer.Failure
+	(*Hello)(nil),               // 1: conveyor.peer.Hello
+	(*StateHashesRequest)(nil),  // 2: conveyor.peer.StateHashesRequest
+	(*StateHashesResponse)(nil), // 3: conveyor.peer.StateHashesResponse
+	(*StateHash)(nil),           // 4: conveyor.peer.StateHash
+	(*QuarantineRequest)(nil),   // 5: conveyor.peer.QuarantineRequest
+	(*QuarantineResponse)(nil),  // 6: conveyor.peer.QuarantineResponse
+	(*PreflightRequest)(nil),    // 7: conveyor.peer.PreflightRequest
+	(*PeerAddr)(nil),            // 8: conveyor.peer.PeerAddr
+	(*PreflightResponse)(nil),   // 9: conveyor.peer.PreflightResponse
+	(*MessageFrame)(nil),        // 10: conveyor.peer.MessageFrame
+	(*ImageFrame)(nil),          // 11: conveyor.peer.ImageFrame
+	(*ImageProgress)(nil),       // 12: conveyor.peer.ImageProgress
+	(*FetchImageRequest)(nil),   // 13: conveyor.peer.FetchImageRequest
+	(*ForwardRequest)(nil),      // 14: conveyor.peer.ForwardRequest
+	(*ForwardedCommand)(nil),    // 15: conveyor.peer.ForwardedCommand
+	(*Beat)(nil),                // 16: conveyor.peer.Beat
+	(*ForwardResponse)(nil),     // 17: conveyor.peer.ForwardResponse
+	(*ForwardedResult)(nil),     // 18: conveyor.peer.ForwardedResult
 }
 var file_conveyor_peer_peer_proto_depIdxs = []int32{
-	1,  // 0: conveyor.peer.MessageFrame.hello:type_name -> conveyor.peer.Hello
-	1,  // 1: conveyor.peer.ImageFrame.hello:type_name -> conveyor.peer.Hello
-	1,  // 2: conveyor.peer.ImageProgress.hello:type_name -> conveyor.peer.Hello
-	1,  // 3: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
-	1,  // 4: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
-	7,  // 5: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
-	8,  // 6: conveyor.peer.ForwardRequest.beats:type_name -> conveyor.peer.Beat
-	10, // 7: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
-	1,  // 8: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
-	0,  // 9: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
-	2,  // 10: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
-	3,  // 11: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
-	5,  // 12: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
-	6,  // 13: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
-	1,  // 14: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
-	4,  // 15: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
-	3,  // 16: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
-	9,  // 17: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
-	14, // [14:18] is the sub-list for method output_type
-	10, // [10:14] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	1,  // 0: conveyor.peer.StateHashesRequest.hello:type_name -> conveyor.peer.Hello
+	1,  // 1: conveyor.peer.StateHashesResponse.hello:type_name -> conveyor.peer.Hello
+	4,  // 2: conveyor.peer.StateHashesResponse.hashes:type_name -> conveyor.peer.StateHash
+	1,  // 3: conveyor.peer.QuarantineRequest.hello:type_name -> conveyor.peer.Hello
+	4,  // 4: conveyor.peer.QuarantineRequest.expected:type_name -> conveyor.peer.StateHash
+	1,  // 5: conveyor.peer.PreflightRequest.hello:type_name -> conveyor.peer.Hello
+	8,  // 6: conveyor.peer.PreflightRequest.reach:type_name -> conveyor.peer.PeerAddr
+	1,  // 7: conveyor.peer.PreflightResponse.hello:type_name -> conveyor.peer.Hello
+	8,  // 8: conveyor.peer.PreflightResponse.unreachable:type_name -> conveyor.peer.PeerAddr
+	1,  // 9: conveyor.peer.MessageFrame.hello:type_name -> conveyor.peer.Hello
+	1,  // 10: conveyor.peer.ImageFrame.hello:type_name -> conveyor.peer.Hello
+	1,  // 11: conveyor.peer.ImageProgress.hello:type_name -> conveyor.peer.Hello
+	1,  // 12: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
+	1,  // 13: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
+	15, // 14: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
+	16, // 15: conveyor.peer.ForwardRequest.beats:type_name -> conveyor.peer.Beat
+	18, // 16: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
+	1,  // 17: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
+	0,  // 18: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
+	10, // 19: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
+	11, // 20: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
+	13, // 21: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
+	14, // 22: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
+	2,  // 23: conveyor.peer.Peer.StateHashes:input_type -> conveyor.peer.StateHashesRequest
+	5,  // 24: conveyor.peer.Peer.Quarantine:input_type -> conveyor.peer.QuarantineRequest
+	7,  // 25: conveyor.peer.Peer.Preflight:input_type -> conveyor.peer.PreflightRequest
+	1,  // 26: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
+	12, // 27: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
+	11, // 28: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
+	17, // 29: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
+	3,  // 30: conveyor.peer.Peer.StateHashes:output_type -> conveyor.peer.StateHashesResponse
+	6,  // 31: conveyor.peer.Peer.Quarantine:output_type -> conveyor.peer.QuarantineResponse
+	9,  // 32: conveyor.peer.Peer.Preflight:output_type -> conveyor.peer.PreflightResponse
+	26, // [26:33] is the sub-list for method output_type
+	19, // [19:26] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_peer_peer_proto_init() }
@@ -921,7 +1483,7 @@ func file_conveyor_peer_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_peer_peer_proto_rawDesc), len(file_conveyor_peer_peer_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   10,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,10 +22,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Peer_Messages_FullMethodName   = "/conveyor.peer.Peer/Messages"
-	Peer_SendImage_FullMethodName  = "/conveyor.peer.Peer/SendImage"
-	Peer_FetchImage_FullMethodName = "/conveyor.peer.Peer/FetchImage"
-	Peer_Forward_FullMethodName    = "/conveyor.peer.Peer/Forward"
+	Peer_Messages_FullMethodName    = "/conveyor.peer.Peer/Messages"
+	Peer_SendImage_FullMethodName   = "/conveyor.peer.Peer/SendImage"
+	Peer_FetchImage_FullMethodName  = "/conveyor.peer.Peer/FetchImage"
+	Peer_Forward_FullMethodName     = "/conveyor.peer.Peer/Forward"
+	Peer_StateHashes_FullMethodName = "/conveyor.peer.Peer/StateHashes"
+	Peer_Quarantine_FullMethodName  = "/conveyor.peer.Peer/Quarantine"
+	Peer_Preflight_FullMethodName   = "/conveyor.peer.Peer/Preflight"
 )
 
 // PeerClient is the client API for Peer service.
@@ -46,6 +49,13 @@ type PeerClient interface {
 	// Forward carries commands and heartbeats of a follower to the leader and the
 	// results back, many in flight on one stream.
 	Forward(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ForwardRequest, ForwardResponse], error)
+	// StateHashes asks for the hashes the node keeps of its state.
+	StateHashes(ctx context.Context, in *StateHashesRequest, opts ...grpc.CallOption) (*StateHashesResponse, error)
+	// Quarantine tells a node that its state differs from that of the majority;
+	// it compares for itself and, if so, stops serving and rebuilds.
+	Quarantine(ctx context.Context, in *QuarantineRequest, opts ...grpc.CallOption) (*QuarantineResponse, error)
+	// Preflight answers what a replacement has to know of a node.
+	Preflight(ctx context.Context, in *PreflightRequest, opts ...grpc.CallOption) (*PreflightResponse, error)
 }
 
 type peerClient struct {
@@ -114,6 +124,36 @@ func (c *peerClient) Forward(ctx context.Context, opts ...grpc.CallOption) (grpc
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peer_ForwardClient = grpc.BidiStreamingClient[ForwardRequest, ForwardResponse]
 
+func (c *peerClient) StateHashes(ctx context.Context, in *StateHashesRequest, opts ...grpc.CallOption) (*StateHashesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StateHashesResponse)
+	err := c.cc.Invoke(ctx, Peer_StateHashes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) Quarantine(ctx context.Context, in *QuarantineRequest, opts ...grpc.CallOption) (*QuarantineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(QuarantineResponse)
+	err := c.cc.Invoke(ctx, Peer_Quarantine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peerClient) Preflight(ctx context.Context, in *PreflightRequest, opts ...grpc.CallOption) (*PreflightResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PreflightResponse)
+	err := c.cc.Invoke(ctx, Peer_Preflight_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -132,6 +172,13 @@ type PeerServer interface {
 	// Forward carries commands and heartbeats of a follower to the leader and the
 	// results back, many in flight on one stream.
 	Forward(grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]) error
+	// StateHashes asks for the hashes the node keeps of its state.
+	StateHashes(context.Context, *StateHashesRequest) (*StateHashesResponse, error)
+	// Quarantine tells a node that its state differs from that of the majority;
+	// it compares for itself and, if so, stops serving and rebuilds.
+	Quarantine(context.Context, *QuarantineRequest) (*QuarantineResponse, error)
+	// Preflight answers what a replacement has to know of a node.
+	Preflight(context.Context, *PreflightRequest) (*PreflightResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -153,6 +200,15 @@ func (UnimplementedPeerServer) FetchImage(*FetchImageRequest, grpc.ServerStreami
 }
 func (UnimplementedPeerServer) Forward(grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]) error {
 	return status.Error(codes.Unimplemented, "method Forward not implemented")
+}
+func (UnimplementedPeerServer) StateHashes(context.Context, *StateHashesRequest) (*StateHashesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StateHashes not implemented")
+}
+func (UnimplementedPeerServer) Quarantine(context.Context, *QuarantineRequest) (*QuarantineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Quarantine not implemented")
+}
+func (UnimplementedPeerServer) Preflight(context.Context, *PreflightRequest) (*PreflightResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Preflight not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -207,13 +263,80 @@ func _Peer_Forward_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peer_ForwardServer = grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]
 
+func _Peer_StateHashes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StateHashesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).StateHashes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_StateHashes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).StateHashes(ctx, req.(*StateHashesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_Quarantine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(QuarantineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Quarantine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Quarantine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Quarantine(ctx, req.(*QuarantineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peer_Preflight_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PreflightRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Preflight(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Preflight_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Preflight(ctx, req.(*PreflightRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var Peer_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "conveyor.peer.Peer",
 	HandlerType: (*PeerServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "StateHashes",
+			Handler:    _Peer_StateHashes_Handler,
+		},
+		{
+			MethodName: "Quarantine",
+			Handler:    _Peer_Quarantine_Handler,
+		},
+		{
+			MethodName: "Preflight",
+			Handler:    _Peer_Preflight_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Messages",

@@ -24,6 +24,61 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type OperationState int32
+
+const (
+	OperationState_OPERATION_STATE_UNSPECIFIED OperationState = 0
+	OperationState_OPERATION_STATE_RUNNING     OperationState = 1
+	OperationState_OPERATION_STATE_DONE        OperationState = 2
+	OperationState_OPERATION_STATE_FAILED      OperationState = 3
+	OperationState_OPERATION_STATE_CANCELLED   OperationState = 4
+)
+
+// Enum value maps for OperationState.
+var (
+	OperationState_name = map[int32]string{
+		0: "OPERATION_STATE_UNSPECIFIED",
+		1: "OPERATION_STATE_RUNNING",
+		2: "OPERATION_STATE_DONE",
+		3: "OPERATION_STATE_FAILED",
+		4: "OPERATION_STATE_CANCELLED",
+	}
+	OperationState_value = map[string]int32{
+		"OPERATION_STATE_UNSPECIFIED": 0,
+		"OPERATION_STATE_RUNNING":     1,
+		"OPERATION_STATE_DONE":        2,
+		"OPERATION_STATE_FAILED":      3,
+		"OPERATION_STATE_CANCELLED":   4,
+	}
+)
+
+func (x OperationState) Enum() *OperationState {
+	p := new(OperationState)
+	*p = x
+	return p
+}
+
+func (x OperationState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (OperationState) Descriptor() protoreflect.EnumDescriptor {
+	return file_conveyor_etl_cluster_proto_enumTypes[0].Descriptor()
+}
+
+func (OperationState) Type() protoreflect.EnumType {
+	return &file_conveyor_etl_cluster_proto_enumTypes[0]
+}
+
+func (x OperationState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use OperationState.Descriptor instead.
+func (OperationState) EnumDescriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{0}
+}
+
 // Outcome says what is known of a batch.
 type Outcome int32
 
@@ -64,11 +119,11 @@ func (x Outcome) String() string {
 }
 
 func (Outcome) Descriptor() protoreflect.EnumDescriptor {
-	return file_conveyor_etl_cluster_proto_enumTypes[0].Descriptor()
+	return file_conveyor_etl_cluster_proto_enumTypes[1].Descriptor()
 }
 
 func (Outcome) Type() protoreflect.EnumType {
-	return &file_conveyor_etl_cluster_proto_enumTypes[0]
+	return &file_conveyor_etl_cluster_proto_enumTypes[1]
 }
 
 func (x Outcome) Number() protoreflect.EnumNumber {
@@ -77,7 +132,7 @@ func (x Outcome) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Outcome.Descriptor instead.
 func (Outcome) EnumDescriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{0}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{1}
 }
 
 type SidecarState int32
@@ -116,11 +171,11 @@ func (x SidecarState) String() string {
 }
 
 func (SidecarState) Descriptor() protoreflect.EnumDescriptor {
-	return file_conveyor_etl_cluster_proto_enumTypes[1].Descriptor()
+	return file_conveyor_etl_cluster_proto_enumTypes[2].Descriptor()
 }
 
 func (SidecarState) Type() protoreflect.EnumType {
-	return &file_conveyor_etl_cluster_proto_enumTypes[1]
+	return &file_conveyor_etl_cluster_proto_enumTypes[2]
 }
 
 func (x SidecarState) Number() protoreflect.EnumNumber {
@@ -129,7 +184,1551 @@ func (x SidecarState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use SidecarState.Descriptor instead.
 func (SidecarState) EnumDescriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{2}
+}
+
+type Member struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	PeerAddr      string                 `protobuf:"bytes,2,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
+	ClientAddr    string                 `protobuf:"bytes,3,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"`
+	Role          string                 `protobuf:"bytes,4,opt,name=role,proto3" json:"role,omitempty"`                                   // leader, voter, learner, joining
+	ReadReplica   bool                   `protobuf:"varint,5,opt,name=read_replica,json=readReplica,proto3" json:"read_replica,omitempty"` // a learner on purpose: never promoted by itself
+	Healthy       bool                   `protobuf:"varint,6,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	MatchIndex    uint64                 `protobuf:"varint,7,opt,name=match_index,json=matchIndex,proto3" json:"match_index,omitempty"` // known to the leader
+	Lag           uint64                 `protobuf:"varint,8,opt,name=lag,proto3" json:"lag,omitempty"`                                 // entries behind the leader's commit index
+	State         string                 `protobuf:"bytes,9,opt,name=state,proto3" json:"state,omitempty"`                              // of replication: probe, replicate, snapshot
+	Version       string                 `protobuf:"bytes,10,opt,name=version,proto3" json:"version,omitempty"`
+	DiskId        string                 `protobuf:"bytes,11,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"` // 16 hex digits; of the data directory it joined with
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Member) Reset() {
+	*x = Member{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Member) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Member) ProtoMessage() {}
+
+func (x *Member) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Member.ProtoReflect.Descriptor instead.
+func (*Member) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *Member) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *Member) GetPeerAddr() string {
+	if x != nil {
+		return x.PeerAddr
+	}
+	return ""
+}
+
+func (x *Member) GetClientAddr() string {
+	if x != nil {
+		return x.ClientAddr
+	}
+	return ""
+}
+
+func (x *Member) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *Member) GetReadReplica() bool {
+	if x != nil {
+		return x.ReadReplica
+	}
+	return false
+}
+
+func (x *Member) GetHealthy() bool {
+	if x != nil {
+		return x.Healthy
+	}
+	return false
+}
+
+func (x *Member) GetMatchIndex() uint64 {
+	if x != nil {
+		return x.MatchIndex
+	}
+	return 0
+}
+
+func (x *Member) GetLag() uint64 {
+	if x != nil {
+		return x.Lag
+	}
+	return 0
+}
+
+func (x *Member) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Member) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Member) GetDiskId() string {
+	if x != nil {
+		return x.DiskId
+	}
+	return ""
+}
+
+type ListMembersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMembersRequest) Reset() {
+	*x = ListMembersRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMembersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMembersRequest) ProtoMessage() {}
+
+func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMembersRequest.ProtoReflect.Descriptor instead.
+func (*ListMembersRequest) Descriptor() ([]byte, []int) {
 	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{1}
+}
+
+type ListMembersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterName   string                 `protobuf:"bytes,2,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	LeaderId      uint64                 `protobuf:"varint,3,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	Term          uint64                 `protobuf:"varint,4,opt,name=term,proto3" json:"term,omitempty"`
+	Members       []*Member              `protobuf:"bytes,5,rep,name=members,proto3" json:"members,omitempty"`
+	Removed       []uint64               `protobuf:"varint,6,rep,packed,name=removed,proto3" json:"removed,omitempty"` // ids that were members and will not be again
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListMembersResponse) Reset() {
+	*x = ListMembersResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListMembersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListMembersResponse) ProtoMessage() {}
+
+func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListMembersResponse.ProtoReflect.Descriptor instead.
+func (*ListMembersResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ListMembersResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *ListMembersResponse) GetClusterName() string {
+	if x != nil {
+		return x.ClusterName
+	}
+	return ""
+}
+
+func (x *ListMembersResponse) GetLeaderId() uint64 {
+	if x != nil {
+		return x.LeaderId
+	}
+	return 0
+}
+
+func (x *ListMembersResponse) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *ListMembersResponse) GetMembers() []*Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *ListMembersResponse) GetRemoved() []uint64 {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+type JoinMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // 0 = chosen by the cluster
+	PeerAddr      string                 `protobuf:"bytes,2,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
+	ClientAddr    string                 `protobuf:"bytes,3,opt,name=client_addr,json=clientAddr,proto3" json:"client_addr,omitempty"`
+	DiskId        uint64                 `protobuf:"varint,4,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"` // random, of the joining directory; never zero
+	ClusterName   string                 `protobuf:"bytes,5,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	Version       string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"`
+	ReadReplica   bool                   `protobuf:"varint,7,opt,name=read_replica,json=readReplica,proto3" json:"read_replica,omitempty"`
+	Rejoin        bool                   `protobuf:"varint,8,opt,name=rejoin,proto3" json:"rejoin,omitempty"` // a member whose directory was lost comes back under its id
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinMemberRequest) Reset() {
+	*x = JoinMemberRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinMemberRequest) ProtoMessage() {}
+
+func (x *JoinMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinMemberRequest.ProtoReflect.Descriptor instead.
+func (*JoinMemberRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *JoinMemberRequest) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *JoinMemberRequest) GetPeerAddr() string {
+	if x != nil {
+		return x.PeerAddr
+	}
+	return ""
+}
+
+func (x *JoinMemberRequest) GetClientAddr() string {
+	if x != nil {
+		return x.ClientAddr
+	}
+	return ""
+}
+
+func (x *JoinMemberRequest) GetDiskId() uint64 {
+	if x != nil {
+		return x.DiskId
+	}
+	return 0
+}
+
+func (x *JoinMemberRequest) GetClusterName() string {
+	if x != nil {
+		return x.ClusterName
+	}
+	return ""
+}
+
+func (x *JoinMemberRequest) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *JoinMemberRequest) GetReadReplica() bool {
+	if x != nil {
+		return x.ReadReplica
+	}
+	return false
+}
+
+func (x *JoinMemberRequest) GetRejoin() bool {
+	if x != nil {
+		return x.Rejoin
+	}
+	return false
+}
+
+type JoinMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	NodeId        uint64                 `protobuf:"varint,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`    // an image at or after it lists the new member
+	Members       []*Member              `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"` // whom to fetch it from
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinMemberResponse) Reset() {
+	*x = JoinMemberResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinMemberResponse) ProtoMessage() {}
+
+func (x *JoinMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinMemberResponse.ProtoReflect.Descriptor instead.
+func (*JoinMemberResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *JoinMemberResponse) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *JoinMemberResponse) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *JoinMemberResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *JoinMemberResponse) GetMembers() []*Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+type AddMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // 0 = chosen by the cluster
+	PeerAddr      string                 `protobuf:"bytes,2,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
+	ReadReplica   bool                   `protobuf:"varint,3,opt,name=read_replica,json=readReplica,proto3" json:"read_replica,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddMemberRequest) Reset() {
+	*x = AddMemberRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddMemberRequest) ProtoMessage() {}
+
+func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
+func (*AddMemberRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AddMemberRequest) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *AddMemberRequest) GetPeerAddr() string {
+	if x != nil {
+		return x.PeerAddr
+	}
+	return ""
+}
+
+func (x *AddMemberRequest) GetReadReplica() bool {
+	if x != nil {
+		return x.ReadReplica
+	}
+	return false
+}
+
+type PromoteMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteMemberRequest) Reset() {
+	*x = PromoteMemberRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteMemberRequest) ProtoMessage() {}
+
+func (x *PromoteMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteMemberRequest.ProtoReflect.Descriptor instead.
+func (*PromoteMemberRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PromoteMemberRequest) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+type RemoveMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberRequest) Reset() {
+	*x = RemoveMemberRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberRequest) ProtoMessage() {}
+
+func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
+func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RemoveMemberRequest) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+type UpdateMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	PeerAddr      string                 `protobuf:"bytes,2,opt,name=peer_addr,json=peerAddr,proto3" json:"peer_addr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateMemberRequest) Reset() {
+	*x = UpdateMemberRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateMemberRequest) ProtoMessage() {}
+
+func (x *UpdateMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateMemberRequest.ProtoReflect.Descriptor instead.
+func (*UpdateMemberRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *UpdateMemberRequest) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *UpdateMemberRequest) GetPeerAddr() string {
+	if x != nil {
+		return x.PeerAddr
+	}
+	return ""
+}
+
+type ChangeMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Member        *Member                `protobuf:"bytes,2,opt,name=member,proto3" json:"member,omitempty"` // as it is after the change; of a removed one, as it was
+	Voters        []uint64               `protobuf:"varint,3,rep,packed,name=voters,proto3" json:"voters,omitempty"`
+	Learners      []uint64               `protobuf:"varint,4,rep,packed,name=learners,proto3" json:"learners,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeMemberResponse) Reset() {
+	*x = ChangeMemberResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeMemberResponse) ProtoMessage() {}
+
+func (x *ChangeMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeMemberResponse.ProtoReflect.Descriptor instead.
+func (*ChangeMemberResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ChangeMemberResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ChangeMemberResponse) GetMember() *Member {
+	if x != nil {
+		return x.Member
+	}
+	return nil
+}
+
+func (x *ChangeMemberResponse) GetVoters() []uint64 {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
+}
+
+func (x *ChangeMemberResponse) GetLearners() []uint64 {
+	if x != nil {
+		return x.Learners
+	}
+	return nil
+}
+
+type ReplaceMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OldNodeId     uint64                 `protobuf:"varint,1,opt,name=old_node_id,json=oldNodeId,proto3" json:"old_node_id,omitempty"`
+	NewNodeId     uint64                 `protobuf:"varint,2,opt,name=new_node_id,json=newNodeId,proto3" json:"new_node_id,omitempty"`
+	PreflightOnly bool                   `protobuf:"varint,3,opt,name=preflight_only,json=preflightOnly,proto3" json:"preflight_only,omitempty"`
+	Detach        bool                   `protobuf:"varint,4,opt,name=detach,proto3" json:"detach,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplaceMemberRequest) Reset() {
+	*x = ReplaceMemberRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplaceMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplaceMemberRequest) ProtoMessage() {}
+
+func (x *ReplaceMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplaceMemberRequest.ProtoReflect.Descriptor instead.
+func (*ReplaceMemberRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ReplaceMemberRequest) GetOldNodeId() uint64 {
+	if x != nil {
+		return x.OldNodeId
+	}
+	return 0
+}
+
+func (x *ReplaceMemberRequest) GetNewNodeId() uint64 {
+	if x != nil {
+		return x.NewNodeId
+	}
+	return 0
+}
+
+func (x *ReplaceMemberRequest) GetPreflightOnly() bool {
+	if x != nil {
+		return x.PreflightOnly
+	}
+	return false
+}
+
+func (x *ReplaceMemberRequest) GetDetach() bool {
+	if x != nil {
+		return x.Detach
+	}
+	return false
+}
+
+type ReplaceMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	Checks        []*PreflightCheck      `protobuf:"bytes,2,rep,name=checks,proto3" json:"checks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplaceMemberResponse) Reset() {
+	*x = ReplaceMemberResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplaceMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplaceMemberResponse) ProtoMessage() {}
+
+func (x *ReplaceMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplaceMemberResponse.ProtoReflect.Descriptor instead.
+func (*ReplaceMemberResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ReplaceMemberResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *ReplaceMemberResponse) GetChecks() []*PreflightCheck {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+type PreflightCheck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Ok            bool                   `protobuf:"varint,2,opt,name=ok,proto3" json:"ok,omitempty"`
+	Detail        string                 `protobuf:"bytes,3,opt,name=detail,proto3" json:"detail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreflightCheck) Reset() {
+	*x = PreflightCheck{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreflightCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreflightCheck) ProtoMessage() {}
+
+func (x *PreflightCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreflightCheck.ProtoReflect.Descriptor instead.
+func (*PreflightCheck) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PreflightCheck) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PreflightCheck) GetOk() bool {
+	if x != nil {
+		return x.Ok
+	}
+	return false
+}
+
+func (x *PreflightCheck) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+type Operation struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	OperationId     string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Kind            string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // backup, restore, replace, catch-up
+	State           OperationState         `protobuf:"varint,3,opt,name=state,proto3,enum=conveyor_etl.cluster.OperationState" json:"state,omitempty"`
+	Subject         string                 `protobuf:"bytes,4,opt,name=subject,proto3" json:"subject,omitempty"`              // such as "snapshot nightly-7" or "node 4"
+	NodeId          uint64                 `protobuf:"varint,5,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // that carries it out
+	Phase           string                 `protobuf:"bytes,6,opt,name=phase,proto3" json:"phase,omitempty"`
+	Done            uint64                 `protobuf:"varint,7,opt,name=done,proto3" json:"done,omitempty"`
+	Total           uint64                 `protobuf:"varint,8,opt,name=total,proto3" json:"total,omitempty"`     // 0 = unknown
+	Unit            string                 `protobuf:"bytes,9,opt,name=unit,proto3" json:"unit,omitempty"`        // bytes, entries, records
+	Message         string                 `protobuf:"bytes,10,opt,name=message,proto3" json:"message,omitempty"` // the newest progress, or why it ended
+	StartedAt       *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	UpdatedAt       *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=updated_at,json=updatedAt,proto3" json:"updated_at,omitempty"`
+	EndedAt         *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
+	CancelRequested bool                   `protobuf:"varint,14,opt,name=cancel_requested,json=cancelRequested,proto3" json:"cancel_requested,omitempty"`
+	Revision        uint64                 `protobuf:"varint,15,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Operation) Reset() {
+	*x = Operation{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Operation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Operation) ProtoMessage() {}
+
+func (x *Operation) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Operation.ProtoReflect.Descriptor instead.
+func (*Operation) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Operation) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *Operation) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Operation) GetState() OperationState {
+	if x != nil {
+		return x.State
+	}
+	return OperationState_OPERATION_STATE_UNSPECIFIED
+}
+
+func (x *Operation) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Operation) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *Operation) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *Operation) GetDone() uint64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *Operation) GetTotal() uint64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *Operation) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+func (x *Operation) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Operation) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *Operation) GetUpdatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UpdatedAt
+	}
+	return nil
+}
+
+func (x *Operation) GetEndedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EndedAt
+	}
+	return nil
+}
+
+func (x *Operation) GetCancelRequested() bool {
+	if x != nil {
+		return x.CancelRequested
+	}
+	return false
+}
+
+func (x *Operation) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ListOperationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RunningOnly   bool                   `protobuf:"varint,1,opt,name=running_only,json=runningOnly,proto3" json:"running_only,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOperationsRequest) Reset() {
+	*x = ListOperationsRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOperationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOperationsRequest) ProtoMessage() {}
+
+func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
+func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListOperationsRequest) GetRunningOnly() bool {
+	if x != nil {
+		return x.RunningOnly
+	}
+	return false
+}
+
+func (x *ListOperationsRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+type ListOperationsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operations    []*Operation           `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"` // newest first
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOperationsResponse) Reset() {
+	*x = ListOperationsResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOperationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOperationsResponse) ProtoMessage() {}
+
+func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
+func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListOperationsResponse) GetOperations() []*Operation {
+	if x != nil {
+		return x.Operations
+	}
+	return nil
+}
+
+func (x *ListOperationsResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type GetOperationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetOperationRequest) Reset() {
+	*x = GetOperationRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetOperationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetOperationRequest) ProtoMessage() {}
+
+func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
+func (*GetOperationRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *GetOperationRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type CancelOperationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelOperationRequest) Reset() {
+	*x = CancelOperationRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelOperationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelOperationRequest) ProtoMessage() {}
+
+func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
+func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *CancelOperationRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type WaitOperationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	OperationId   string                 `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitOperationRequest) Reset() {
+	*x = WaitOperationRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitOperationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitOperationRequest) ProtoMessage() {}
+
+func (x *WaitOperationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitOperationRequest.ProtoReflect.Descriptor instead.
+func (*WaitOperationRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *WaitOperationRequest) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+type UndoRestoreRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Detach        bool                   `protobuf:"varint,1,opt,name=detach,proto3" json:"detach,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndoRestoreRequest) Reset() {
+	*x = UndoRestoreRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndoRestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndoRestoreRequest) ProtoMessage() {}
+
+func (x *UndoRestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndoRestoreRequest.ProtoReflect.Descriptor instead.
+func (*UndoRestoreRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *UndoRestoreRequest) GetDetach() bool {
+	if x != nil {
+		return x.Detach
+	}
+	return false
+}
+
+type UndoRestoreResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndoRestoreResponse) Reset() {
+	*x = UndoRestoreResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndoRestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndoRestoreResponse) ProtoMessage() {}
+
+func (x *UndoRestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndoRestoreResponse.ProtoReflect.Descriptor instead.
+func (*UndoRestoreResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *UndoRestoreResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *UndoRestoreResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *UndoRestoreResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type CheckStateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Full          bool                   `protobuf:"varint,1,opt,name=full,proto3" json:"full,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckStateRequest) Reset() {
+	*x = CheckStateRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckStateRequest) ProtoMessage() {}
+
+func (x *CheckStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckStateRequest.ProtoReflect.Descriptor instead.
+func (*CheckStateRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *CheckStateRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+type CheckStateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Members       []*MemberState         `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	Equal         bool                   `protobuf:"varint,2,opt,name=equal,proto3" json:"equal,omitempty"`
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // compared at
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckStateResponse) Reset() {
+	*x = CheckStateResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckStateResponse) ProtoMessage() {}
+
+func (x *CheckStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckStateResponse.ProtoReflect.Descriptor instead.
+func (*CheckStateResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *CheckStateResponse) GetMembers() []*MemberState {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *CheckStateResponse) GetEqual() bool {
+	if x != nil {
+		return x.Equal
+	}
+	return false
+}
+
+func (x *CheckStateResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *CheckStateResponse) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+type MemberState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Index         uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	Hashes        map[string]string      `protobuf:"bytes,3,rep,name=hashes,proto3" json:"hashes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // per table, hex
+	Equal         bool                   `protobuf:"varint,4,opt,name=equal,proto3" json:"equal,omitempty"`
+	Error         string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"` // why it could not be asked
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemberState) Reset() {
+	*x = MemberState{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemberState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemberState) ProtoMessage() {}
+
+func (x *MemberState) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemberState.ProtoReflect.Descriptor instead.
+func (*MemberState) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *MemberState) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *MemberState) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *MemberState) GetHashes() map[string]string {
+	if x != nil {
+		return x.Hashes
+	}
+	return nil
+}
+
+func (x *MemberState) GetEqual() bool {
+	if x != nil {
+		return x.Equal
+	}
+	return false
+}
+
+func (x *MemberState) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
 }
 
 type CommitRequest struct {
@@ -143,7 +1742,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[0]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -155,7 +1754,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[0]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -168,7 +1767,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{0}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CommitRequest) GetId() uint64 {
@@ -207,7 +1806,7 @@ type CommitOp struct {
 
 func (x *CommitOp) Reset() {
 	*x = CommitOp{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[1]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -219,7 +1818,7 @@ func (x *CommitOp) String() string {
 func (*CommitOp) ProtoMessage() {}
 
 func (x *CommitOp) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[1]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -232,7 +1831,7 @@ func (x *CommitOp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitOp.ProtoReflect.Descriptor instead.
 func (*CommitOp) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{1}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CommitOp) GetOp() isCommitOp_Op {
@@ -319,7 +1918,7 @@ type OffsetCommit struct {
 
 func (x *OffsetCommit) Reset() {
 	*x = OffsetCommit{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[2]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -331,7 +1930,7 @@ func (x *OffsetCommit) String() string {
 func (*OffsetCommit) ProtoMessage() {}
 
 func (x *OffsetCommit) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[2]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -344,7 +1943,7 @@ func (x *OffsetCommit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OffsetCommit.ProtoReflect.Descriptor instead.
 func (*OffsetCommit) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{2}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OffsetCommit) GetSourceId() string {
@@ -398,7 +1997,7 @@ type GroupOffsetCommit struct {
 
 func (x *GroupOffsetCommit) Reset() {
 	*x = GroupOffsetCommit{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[3]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -410,7 +2009,7 @@ func (x *GroupOffsetCommit) String() string {
 func (*GroupOffsetCommit) ProtoMessage() {}
 
 func (x *GroupOffsetCommit) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[3]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -423,7 +2022,7 @@ func (x *GroupOffsetCommit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupOffsetCommit.ProtoReflect.Descriptor instead.
 func (*GroupOffsetCommit) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{3}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GroupOffsetCommit) GetGroupId() string {
@@ -492,7 +2091,7 @@ type WatermarkCommit struct {
 
 func (x *WatermarkCommit) Reset() {
 	*x = WatermarkCommit{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[4]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -504,7 +2103,7 @@ func (x *WatermarkCommit) String() string {
 func (*WatermarkCommit) ProtoMessage() {}
 
 func (x *WatermarkCommit) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[4]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -517,7 +2116,7 @@ func (x *WatermarkCommit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatermarkCommit.ProtoReflect.Descriptor instead.
 func (*WatermarkCommit) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{4}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WatermarkCommit) GetWatermark() *commonpb.Watermark {
@@ -545,7 +2144,7 @@ type CheckpointCommit struct {
 
 func (x *CheckpointCommit) Reset() {
 	*x = CheckpointCommit{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[5]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -557,7 +2156,7 @@ func (x *CheckpointCommit) String() string {
 func (*CheckpointCommit) ProtoMessage() {}
 
 func (x *CheckpointCommit) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[5]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -570,7 +2169,7 @@ func (x *CheckpointCommit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointCommit.ProtoReflect.Descriptor instead.
 func (*CheckpointCommit) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{5}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CheckpointCommit) GetServiceId() string {
@@ -603,7 +2202,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[6]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -615,7 +2214,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[6]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -628,7 +2227,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{6}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CommitResponse) GetResults() []*CommitResult {
@@ -652,7 +2251,7 @@ type CommitResult struct {
 
 func (x *CommitResult) Reset() {
 	*x = CommitResult{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[7]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -664,7 +2263,7 @@ func (x *CommitResult) String() string {
 func (*CommitResult) ProtoMessage() {}
 
 func (x *CommitResult) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[7]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -677,7 +2276,7 @@ func (x *CommitResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResult.ProtoReflect.Descriptor instead.
 func (*CommitResult) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{7}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CommitResult) GetId() uint64 {
@@ -731,7 +2330,7 @@ type TransferLeaderRequest struct {
 
 func (x *TransferLeaderRequest) Reset() {
 	*x = TransferLeaderRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[8]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -743,7 +2342,7 @@ func (x *TransferLeaderRequest) String() string {
 func (*TransferLeaderRequest) ProtoMessage() {}
 
 func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[8]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -756,7 +2355,7 @@ func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{8}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TransferLeaderRequest) GetNodeId() uint64 {
@@ -776,7 +2375,7 @@ type TransferLeaderResponse struct {
 
 func (x *TransferLeaderResponse) Reset() {
 	*x = TransferLeaderResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[9]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +2387,7 @@ func (x *TransferLeaderResponse) String() string {
 func (*TransferLeaderResponse) ProtoMessage() {}
 
 func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[9]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +2400,7 @@ func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeaderResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{9}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TransferLeaderResponse) GetLeaderId() uint64 {
@@ -826,7 +2425,7 @@ type GetStateHashRequest struct {
 
 func (x *GetStateHashRequest) Reset() {
 	*x = GetStateHashRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[10]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -838,7 +2437,7 @@ func (x *GetStateHashRequest) String() string {
 func (*GetStateHashRequest) ProtoMessage() {}
 
 func (x *GetStateHashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[10]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -851,7 +2450,7 @@ func (x *GetStateHashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStateHashRequest.ProtoReflect.Descriptor instead.
 func (*GetStateHashRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{10}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{34}
 }
 
 type GetStateHashResponse struct {
@@ -866,7 +2465,7 @@ type GetStateHashResponse struct {
 
 func (x *GetStateHashResponse) Reset() {
 	*x = GetStateHashResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[11]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -878,7 +2477,7 @@ func (x *GetStateHashResponse) String() string {
 func (*GetStateHashResponse) ProtoMessage() {}
 
 func (x *GetStateHashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[11]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -891,7 +2490,7 @@ func (x *GetStateHashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStateHashResponse.ProtoReflect.Descriptor instead.
 func (*GetStateHashResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{11}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetStateHashResponse) GetNodeId() uint64 {
@@ -941,7 +2540,7 @@ type SidecarInfo struct {
 
 func (x *SidecarInfo) Reset() {
 	*x = SidecarInfo{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[12]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +2552,7 @@ func (x *SidecarInfo) String() string {
 func (*SidecarInfo) ProtoMessage() {}
 
 func (x *SidecarInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[12]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +2565,7 @@ func (x *SidecarInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SidecarInfo.ProtoReflect.Descriptor instead.
 func (*SidecarInfo) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{12}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SidecarInfo) GetSidecarId() string {
@@ -1057,7 +2656,7 @@ type ListSidecarsRequest struct {
 
 func (x *ListSidecarsRequest) Reset() {
 	*x = ListSidecarsRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[13]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1069,7 +2668,7 @@ func (x *ListSidecarsRequest) String() string {
 func (*ListSidecarsRequest) ProtoMessage() {}
 
 func (x *ListSidecarsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[13]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1082,7 +2681,7 @@ func (x *ListSidecarsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSidecarsRequest.ProtoReflect.Descriptor instead.
 func (*ListSidecarsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{13}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListSidecarsRequest) GetPageSize() uint32 {
@@ -1117,7 +2716,7 @@ type ListSidecarsResponse struct {
 
 func (x *ListSidecarsResponse) Reset() {
 	*x = ListSidecarsResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[14]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1129,7 +2728,7 @@ func (x *ListSidecarsResponse) String() string {
 func (*ListSidecarsResponse) ProtoMessage() {}
 
 func (x *ListSidecarsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[14]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1142,7 +2741,7 @@ func (x *ListSidecarsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSidecarsResponse.ProtoReflect.Descriptor instead.
 func (*ListSidecarsResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{14}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListSidecarsResponse) GetSidecars() []*SidecarInfo {
@@ -1175,7 +2774,7 @@ type GetSidecarRequest struct {
 
 func (x *GetSidecarRequest) Reset() {
 	*x = GetSidecarRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[15]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +2786,7 @@ func (x *GetSidecarRequest) String() string {
 func (*GetSidecarRequest) ProtoMessage() {}
 
 func (x *GetSidecarRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[15]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +2799,7 @@ func (x *GetSidecarRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSidecarRequest.ProtoReflect.Descriptor instead.
 func (*GetSidecarRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{15}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetSidecarRequest) GetSidecarId() string {
@@ -1221,7 +2820,7 @@ type GetSidecarResponse struct {
 
 func (x *GetSidecarResponse) Reset() {
 	*x = GetSidecarResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[16]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +2832,7 @@ func (x *GetSidecarResponse) String() string {
 func (*GetSidecarResponse) ProtoMessage() {}
 
 func (x *GetSidecarResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[16]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +2845,7 @@ func (x *GetSidecarResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSidecarResponse.ProtoReflect.Descriptor instead.
 func (*GetSidecarResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{16}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetSidecarResponse) GetFound() bool {
@@ -1279,7 +2878,7 @@ type DeregisterSidecarRequest struct {
 
 func (x *DeregisterSidecarRequest) Reset() {
 	*x = DeregisterSidecarRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[17]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +2890,7 @@ func (x *DeregisterSidecarRequest) String() string {
 func (*DeregisterSidecarRequest) ProtoMessage() {}
 
 func (x *DeregisterSidecarRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[17]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +2903,7 @@ func (x *DeregisterSidecarRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterSidecarRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterSidecarRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *DeregisterSidecarRequest) GetSidecarId() string {
@@ -1324,7 +2923,7 @@ type DeregisterSidecarResponse struct {
 
 func (x *DeregisterSidecarResponse) Reset() {
 	*x = DeregisterSidecarResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[18]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1336,7 +2935,7 @@ func (x *DeregisterSidecarResponse) String() string {
 func (*DeregisterSidecarResponse) ProtoMessage() {}
 
 func (x *DeregisterSidecarResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[18]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1349,7 +2948,7 @@ func (x *DeregisterSidecarResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterSidecarResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterSidecarResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{18}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DeregisterSidecarResponse) GetExisted() bool {
@@ -1377,7 +2976,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[19]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +2988,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[19]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +3001,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{19}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GroupMember) GetServiceId() string {
@@ -1440,7 +3039,7 @@ type GroupInfo struct {
 
 func (x *GroupInfo) Reset() {
 	*x = GroupInfo{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[20]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +3051,7 @@ func (x *GroupInfo) String() string {
 func (*GroupInfo) ProtoMessage() {}
 
 func (x *GroupInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[20]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +3064,7 @@ func (x *GroupInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupInfo.ProtoReflect.Descriptor instead.
 func (*GroupInfo) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{20}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GroupInfo) GetGroupId() string {
@@ -1520,7 +3119,7 @@ type ListGroupsRequest struct {
 
 func (x *ListGroupsRequest) Reset() {
 	*x = ListGroupsRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[21]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1532,7 +3131,7 @@ func (x *ListGroupsRequest) String() string {
 func (*ListGroupsRequest) ProtoMessage() {}
 
 func (x *ListGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[21]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1545,7 +3144,7 @@ func (x *ListGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListGroupsRequest) GetPageSize() uint32 {
@@ -1573,7 +3172,7 @@ type ListGroupsResponse struct {
 
 func (x *ListGroupsResponse) Reset() {
 	*x = ListGroupsResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[22]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +3184,7 @@ func (x *ListGroupsResponse) String() string {
 func (*ListGroupsResponse) ProtoMessage() {}
 
 func (x *ListGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[22]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +3197,7 @@ func (x *ListGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListGroupsResponse) GetGroups() []*GroupInfo {
@@ -1631,7 +3230,7 @@ type GetGroupRequest struct {
 
 func (x *GetGroupRequest) Reset() {
 	*x = GetGroupRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[23]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +3242,7 @@ func (x *GetGroupRequest) String() string {
 func (*GetGroupRequest) ProtoMessage() {}
 
 func (x *GetGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[23]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +3255,7 @@ func (x *GetGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGroupRequest.ProtoReflect.Descriptor instead.
 func (*GetGroupRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GetGroupRequest) GetGroupId() string {
@@ -1677,7 +3276,7 @@ type GetGroupResponse struct {
 
 func (x *GetGroupResponse) Reset() {
 	*x = GetGroupResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[24]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1689,7 +3288,7 @@ func (x *GetGroupResponse) String() string {
 func (*GetGroupResponse) ProtoMessage() {}
 
 func (x *GetGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[24]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1702,7 +3301,7 @@ func (x *GetGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGroupResponse.ProtoReflect.Descriptor instead.
 func (*GetGroupResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetGroupResponse) GetFound() bool {
@@ -1729,14 +3328,15 @@ func (x *GetGroupResponse) GetRevision() uint64 {
 type WatchChangesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	FromRevision  uint64                 `protobuf:"varint,1,opt,name=from_revision,json=fromRevision,proto3" json:"from_revision,omitempty"` // resume after this revision; 0 = from now
-	Tables        []string               `protobuf:"bytes,2,rep,name=tables,proto3" json:"tables,omitempty"`                                  // pipelines, sidecars, services, groups, assignments; empty = all
+	Tables        []string               `protobuf:"bytes,2,rep,name=tables,proto3" json:"tables,omitempty"`                                  // pipelines, sidecars, services, groups, assignments, operations; empty = all
+	FromEpoch     uint64                 `protobuf:"varint,3,opt,name=from_epoch,json=fromEpoch,proto3" json:"from_epoch,omitempty"`          // with from_revision: the restore epoch it is of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchChangesRequest) Reset() {
 	*x = WatchChangesRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[25]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +3348,7 @@ func (x *WatchChangesRequest) String() string {
 func (*WatchChangesRequest) ProtoMessage() {}
 
 func (x *WatchChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[25]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +3361,7 @@ func (x *WatchChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchChangesRequest.ProtoReflect.Descriptor instead.
 func (*WatchChangesRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *WatchChangesRequest) GetFromRevision() uint64 {
@@ -1778,6 +3378,13 @@ func (x *WatchChangesRequest) GetTables() []string {
 	return nil
 }
 
+func (x *WatchChangesRequest) GetFromEpoch() uint64 {
+	if x != nil {
+		return x.FromEpoch
+	}
+	return 0
+}
+
 type ChangeEvent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// From here the watch can be resumed when nothing after this event was
@@ -1788,13 +3395,14 @@ type ChangeEvent struct {
 	Key           string `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
 	Deleted       bool   `protobuf:"varint,4,opt,name=deleted,proto3" json:"deleted,omitempty"`
 	Summary       string `protobuf:"bytes,5,opt,name=summary,proto3" json:"summary,omitempty"` // one line for people
+	Epoch         uint64 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`    // restore epoch of the revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeEvent) Reset() {
 	*x = ChangeEvent{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[26]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +3414,7 @@ func (x *ChangeEvent) String() string {
 func (*ChangeEvent) ProtoMessage() {}
 
 func (x *ChangeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[26]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +3427,7 @@ func (x *ChangeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEvent.ProtoReflect.Descriptor instead.
 func (*ChangeEvent) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{26}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ChangeEvent) GetRevision() uint64 {
@@ -1857,11 +3465,141 @@ func (x *ChangeEvent) GetSummary() string {
 	return ""
 }
 
+func (x *ChangeEvent) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 var File_conveyor_etl_cluster_proto protoreflect.FileDescriptor
 
 const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\x1aconveyor_etl/cluster.proto\x12\x14conveyor_etl.cluster\x1a\x19conveyor_etl/common.proto\x1a\x1aconveyor_etl/sidecar.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"p\n" +
+	"\x1aconveyor_etl/cluster.proto\x12\x14conveyor_etl.cluster\x1a\x19conveyor_etl/common.proto\x1a\x1aconveyor_etl/sidecar.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x02\n" +
+	"\x06Member\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
+	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\x12\x1f\n" +
+	"\vclient_addr\x18\x03 \x01(\tR\n" +
+	"clientAddr\x12\x12\n" +
+	"\x04role\x18\x04 \x01(\tR\x04role\x12!\n" +
+	"\fread_replica\x18\x05 \x01(\bR\vreadReplica\x12\x18\n" +
+	"\ahealthy\x18\x06 \x01(\bR\ahealthy\x12\x1f\n" +
+	"\vmatch_index\x18\a \x01(\x04R\n" +
+	"matchIndex\x12\x10\n" +
+	"\x03lag\x18\b \x01(\x04R\x03lag\x12\x14\n" +
+	"\x05state\x18\t \x01(\tR\x05state\x12\x18\n" +
+	"\aversion\x18\n" +
+	" \x01(\tR\aversion\x12\x17\n" +
+	"\adisk_id\x18\v \x01(\tR\x06diskId\"\x14\n" +
+	"\x12ListMembersRequest\"\xda\x01\n" +
+	"\x13ListMembersResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12!\n" +
+	"\fcluster_name\x18\x02 \x01(\tR\vclusterName\x12\x1b\n" +
+	"\tleader_id\x18\x03 \x01(\x04R\bleaderId\x12\x12\n" +
+	"\x04term\x18\x04 \x01(\x04R\x04term\x126\n" +
+	"\amembers\x18\x05 \x03(\v2\x1c.conveyor_etl.cluster.MemberR\amembers\x12\x18\n" +
+	"\aremoved\x18\x06 \x03(\x04R\aremoved\"\xfb\x01\n" +
+	"\x11JoinMemberRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
+	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\x12\x1f\n" +
+	"\vclient_addr\x18\x03 \x01(\tR\n" +
+	"clientAddr\x12\x17\n" +
+	"\adisk_id\x18\x04 \x01(\x04R\x06diskId\x12!\n" +
+	"\fcluster_name\x18\x05 \x01(\tR\vclusterName\x12\x18\n" +
+	"\aversion\x18\x06 \x01(\tR\aversion\x12!\n" +
+	"\fread_replica\x18\a \x01(\bR\vreadReplica\x12\x16\n" +
+	"\x06rejoin\x18\b \x01(\bR\x06rejoin\"\x9a\x01\n" +
+	"\x12JoinMemberResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\x04R\x06nodeId\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x126\n" +
+	"\amembers\x18\x04 \x03(\v2\x1c.conveyor_etl.cluster.MemberR\amembers\"k\n" +
+	"\x10AddMemberRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
+	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\x12!\n" +
+	"\fread_replica\x18\x03 \x01(\bR\vreadReplica\"/\n" +
+	"\x14PromoteMemberRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\".\n" +
+	"\x13RemoveMemberRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\"K\n" +
+	"\x13UpdateMemberRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
+	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\"\x96\x01\n" +
+	"\x14ChangeMemberResponse\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x124\n" +
+	"\x06member\x18\x02 \x01(\v2\x1c.conveyor_etl.cluster.MemberR\x06member\x12\x16\n" +
+	"\x06voters\x18\x03 \x03(\x04R\x06voters\x12\x1a\n" +
+	"\blearners\x18\x04 \x03(\x04R\blearners\"\x95\x01\n" +
+	"\x14ReplaceMemberRequest\x12\x1e\n" +
+	"\vold_node_id\x18\x01 \x01(\x04R\toldNodeId\x12\x1e\n" +
+	"\vnew_node_id\x18\x02 \x01(\x04R\tnewNodeId\x12%\n" +
+	"\x0epreflight_only\x18\x03 \x01(\bR\rpreflightOnly\x12\x16\n" +
+	"\x06detach\x18\x04 \x01(\bR\x06detach\"\x94\x01\n" +
+	"\x15ReplaceMemberResponse\x12=\n" +
+	"\toperation\x18\x01 \x01(\v2\x1f.conveyor_etl.cluster.OperationR\toperation\x12<\n" +
+	"\x06checks\x18\x02 \x03(\v2$.conveyor_etl.cluster.PreflightCheckR\x06checks\"L\n" +
+	"\x0ePreflightCheck\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x93\x04\n" +
+	"\tOperation\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12:\n" +
+	"\x05state\x18\x03 \x01(\x0e2$.conveyor_etl.cluster.OperationStateR\x05state\x12\x18\n" +
+	"\asubject\x18\x04 \x01(\tR\asubject\x12\x17\n" +
+	"\anode_id\x18\x05 \x01(\x04R\x06nodeId\x12\x14\n" +
+	"\x05phase\x18\x06 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04done\x18\a \x01(\x04R\x04done\x12\x14\n" +
+	"\x05total\x18\b \x01(\x04R\x05total\x12\x12\n" +
+	"\x04unit\x18\t \x01(\tR\x04unit\x12\x18\n" +
+	"\amessage\x18\n" +
+	" \x01(\tR\amessage\x129\n" +
+	"\n" +
+	"started_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x129\n" +
+	"\n" +
+	"updated_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x125\n" +
+	"\bended_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12)\n" +
+	"\x10cancel_requested\x18\x0e \x01(\bR\x0fcancelRequested\x12\x1a\n" +
+	"\brevision\x18\x0f \x01(\x04R\brevision\"N\n" +
+	"\x15ListOperationsRequest\x12!\n" +
+	"\frunning_only\x18\x01 \x01(\bR\vrunningOnly\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\"u\n" +
+	"\x16ListOperationsResponse\x12?\n" +
+	"\n" +
+	"operations\x18\x01 \x03(\v2\x1f.conveyor_etl.cluster.OperationR\n" +
+	"operations\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"8\n" +
+	"\x13GetOperationRequest\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\";\n" +
+	"\x16CancelOperationRequest\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\"9\n" +
+	"\x14WaitOperationRequest\x12!\n" +
+	"\foperation_id\x18\x01 \x01(\tR\voperationId\",\n" +
+	"\x12UndoRestoreRequest\x12\x16\n" +
+	"\x06detach\x18\x01 \x01(\bR\x06detach\"\x86\x01\n" +
+	"\x13UndoRestoreResponse\x12=\n" +
+	"\toperation\x18\x01 \x01(\v2\x1f.conveyor_etl.cluster.OperationR\toperation\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"'\n" +
+	"\x11CheckStateRequest\x12\x12\n" +
+	"\x04full\x18\x01 \x01(\bR\x04full\"\x97\x01\n" +
+	"\x12CheckStateResponse\x12;\n" +
+	"\amembers\x18\x01 \x03(\v2!.conveyor_etl.cluster.MemberStateR\amembers\x12\x14\n" +
+	"\x05equal\x18\x02 \x01(\bR\x05equal\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"\xea\x01\n" +
+	"\vMemberState\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\x12E\n" +
+	"\x06hashes\x18\x03 \x03(\v2-.conveyor_etl.cluster.MemberState.HashesEntryR\x06hashes\x12\x14\n" +
+	"\x05equal\x18\x04 \x01(\bR\x05equal\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\x1a9\n" +
+	"\vHashesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"p\n" +
 	"\rCommitRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1d\n" +
 	"\n" +
@@ -1989,16 +3727,25 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x10GetGroupResponse\x12\x14\n" +
 	"\x05found\x18\x01 \x01(\bR\x05found\x125\n" +
 	"\x05group\x18\x02 \x01(\v2\x1f.conveyor_etl.cluster.GroupInfoR\x05group\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"R\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"q\n" +
 	"\x13WatchChangesRequest\x12#\n" +
 	"\rfrom_revision\x18\x01 \x01(\x04R\ffromRevision\x12\x16\n" +
-	"\x06tables\x18\x02 \x03(\tR\x06tables\"\x85\x01\n" +
+	"\x06tables\x18\x02 \x03(\tR\x06tables\x12\x1d\n" +
+	"\n" +
+	"from_epoch\x18\x03 \x01(\x04R\tfromEpoch\"\x9b\x01\n" +
 	"\vChangeEvent\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05table\x18\x02 \x01(\tR\x05table\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x18\n" +
 	"\adeleted\x18\x04 \x01(\bR\adeleted\x12\x18\n" +
-	"\asummary\x18\x05 \x01(\tR\asummary*t\n" +
+	"\asummary\x18\x05 \x01(\tR\asummary\x12\x14\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch*\xa3\x01\n" +
+	"\x0eOperationState\x12\x1f\n" +
+	"\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17OPERATION_STATE_RUNNING\x10\x01\x12\x18\n" +
+	"\x14OPERATION_STATE_DONE\x10\x02\x12\x1a\n" +
+	"\x16OPERATION_STATE_FAILED\x10\x03\x12\x1d\n" +
+	"\x19OPERATION_STATE_CANCELLED\x10\x04*t\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fOUTCOME_DONE\x10\x01\x12\x13\n" +
@@ -2011,7 +3758,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
 	"\x15SIDECAR_STATE_EXPIRED\x10\x032b\n" +
 	"\aCommits\x12W\n" +
-	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\xb7\x06\n" +
+	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\xcc\x10\n" +
 	"\aCluster\x12k\n" +
 	"\x0eTransferLeader\x12+.conveyor_etl.cluster.TransferLeaderRequest\x1a,.conveyor_etl.cluster.TransferLeaderResponse\x12e\n" +
 	"\fGetStateHash\x12).conveyor_etl.cluster.GetStateHashRequest\x1a*.conveyor_etl.cluster.GetStateHashResponse\x12e\n" +
@@ -2022,7 +3769,22 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\n" +
 	"ListGroups\x12'.conveyor_etl.cluster.ListGroupsRequest\x1a(.conveyor_etl.cluster.ListGroupsResponse\x12Y\n" +
 	"\bGetGroup\x12%.conveyor_etl.cluster.GetGroupRequest\x1a&.conveyor_etl.cluster.GetGroupResponse\x12^\n" +
-	"\fWatchChanges\x12).conveyor_etl.cluster.WatchChangesRequest\x1a!.conveyor_etl.cluster.ChangeEvent0\x01B,Z*conveyor.etl/router/rpc/routerpb/clusterpbb\x06proto3"
+	"\fWatchChanges\x12).conveyor_etl.cluster.WatchChangesRequest\x1a!.conveyor_etl.cluster.ChangeEvent0\x01\x12b\n" +
+	"\vListMembers\x12(.conveyor_etl.cluster.ListMembersRequest\x1a).conveyor_etl.cluster.ListMembersResponse\x12_\n" +
+	"\n" +
+	"JoinMember\x12'.conveyor_etl.cluster.JoinMemberRequest\x1a(.conveyor_etl.cluster.JoinMemberResponse\x12_\n" +
+	"\tAddMember\x12&.conveyor_etl.cluster.AddMemberRequest\x1a*.conveyor_etl.cluster.ChangeMemberResponse\x12g\n" +
+	"\rPromoteMember\x12*.conveyor_etl.cluster.PromoteMemberRequest\x1a*.conveyor_etl.cluster.ChangeMemberResponse\x12e\n" +
+	"\fRemoveMember\x12).conveyor_etl.cluster.RemoveMemberRequest\x1a*.conveyor_etl.cluster.ChangeMemberResponse\x12e\n" +
+	"\fUpdateMember\x12).conveyor_etl.cluster.UpdateMemberRequest\x1a*.conveyor_etl.cluster.ChangeMemberResponse\x12h\n" +
+	"\rReplaceMember\x12*.conveyor_etl.cluster.ReplaceMemberRequest\x1a+.conveyor_etl.cluster.ReplaceMemberResponse\x12k\n" +
+	"\x0eListOperations\x12+.conveyor_etl.cluster.ListOperationsRequest\x1a,.conveyor_etl.cluster.ListOperationsResponse\x12Z\n" +
+	"\fGetOperation\x12).conveyor_etl.cluster.GetOperationRequest\x1a\x1f.conveyor_etl.cluster.Operation\x12`\n" +
+	"\x0fCancelOperation\x12,.conveyor_etl.cluster.CancelOperationRequest\x1a\x1f.conveyor_etl.cluster.Operation\x12\\\n" +
+	"\rWaitOperation\x12*.conveyor_etl.cluster.WaitOperationRequest\x1a\x1f.conveyor_etl.cluster.Operation\x12b\n" +
+	"\vUndoRestore\x12(.conveyor_etl.cluster.UndoRestoreRequest\x1a).conveyor_etl.cluster.UndoRestoreResponse\x12_\n" +
+	"\n" +
+	"CheckState\x12'.conveyor_etl.cluster.CheckStateRequest\x1a(.conveyor_etl.cluster.CheckStateResponseB,Z*conveyor.etl/router/rpc/routerpb/clusterpbb\x06proto3"
 
 var (
 	file_conveyor_etl_cluster_proto_rawDescOnce sync.Once
@@ -2036,87 +3798,152 @@ func file_conveyor_etl_cluster_proto_rawDescGZIP() []byte {
 	return file_conveyor_etl_cluster_proto_rawDescData
 }
 
-var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_conveyor_etl_cluster_proto_goTypes = []any{
-	(Outcome)(0),                         // 0: conveyor_etl.cluster.Outcome
-	(SidecarState)(0),                    // 1: conveyor_etl.cluster.SidecarState
-	(*CommitRequest)(nil),                // 2: conveyor_etl.cluster.CommitRequest
-	(*CommitOp)(nil),                     // 3: conveyor_etl.cluster.CommitOp
-	(*OffsetCommit)(nil),                 // 4: conveyor_etl.cluster.OffsetCommit
-	(*GroupOffsetCommit)(nil),            // 5: conveyor_etl.cluster.GroupOffsetCommit
-	(*WatermarkCommit)(nil),              // 6: conveyor_etl.cluster.WatermarkCommit
-	(*CheckpointCommit)(nil),             // 7: conveyor_etl.cluster.CheckpointCommit
-	(*CommitResponse)(nil),               // 8: conveyor_etl.cluster.CommitResponse
-	(*CommitResult)(nil),                 // 9: conveyor_etl.cluster.CommitResult
-	(*TransferLeaderRequest)(nil),        // 10: conveyor_etl.cluster.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),       // 11: conveyor_etl.cluster.TransferLeaderResponse
-	(*GetStateHashRequest)(nil),          // 12: conveyor_etl.cluster.GetStateHashRequest
-	(*GetStateHashResponse)(nil),         // 13: conveyor_etl.cluster.GetStateHashResponse
-	(*SidecarInfo)(nil),                  // 14: conveyor_etl.cluster.SidecarInfo
-	(*ListSidecarsRequest)(nil),          // 15: conveyor_etl.cluster.ListSidecarsRequest
-	(*ListSidecarsResponse)(nil),         // 16: conveyor_etl.cluster.ListSidecarsResponse
-	(*GetSidecarRequest)(nil),            // 17: conveyor_etl.cluster.GetSidecarRequest
-	(*GetSidecarResponse)(nil),           // 18: conveyor_etl.cluster.GetSidecarResponse
-	(*DeregisterSidecarRequest)(nil),     // 19: conveyor_etl.cluster.DeregisterSidecarRequest
-	(*DeregisterSidecarResponse)(nil),    // 20: conveyor_etl.cluster.DeregisterSidecarResponse
-	(*GroupMember)(nil),                  // 21: conveyor_etl.cluster.GroupMember
-	(*GroupInfo)(nil),                    // 22: conveyor_etl.cluster.GroupInfo
-	(*ListGroupsRequest)(nil),            // 23: conveyor_etl.cluster.ListGroupsRequest
-	(*ListGroupsResponse)(nil),           // 24: conveyor_etl.cluster.ListGroupsResponse
-	(*GetGroupRequest)(nil),              // 25: conveyor_etl.cluster.GetGroupRequest
-	(*GetGroupResponse)(nil),             // 26: conveyor_etl.cluster.GetGroupResponse
-	(*WatchChangesRequest)(nil),          // 27: conveyor_etl.cluster.WatchChangesRequest
-	(*ChangeEvent)(nil),                  // 28: conveyor_etl.cluster.ChangeEvent
-	(*timestamppb.Timestamp)(nil),        // 29: google.protobuf.Timestamp
-	(*commonpb.Watermark)(nil),           // 30: conveyor_etl.common.Watermark
-	(*sidecarpb.LocalService)(nil),       // 31: conveyor_etl.sidecar.LocalService
-	(*sidecarpb.PipelineAssignment)(nil), // 32: conveyor_etl.sidecar.PipelineAssignment
+	(OperationState)(0),                  // 0: conveyor_etl.cluster.OperationState
+	(Outcome)(0),                         // 1: conveyor_etl.cluster.Outcome
+	(SidecarState)(0),                    // 2: conveyor_etl.cluster.SidecarState
+	(*Member)(nil),                       // 3: conveyor_etl.cluster.Member
+	(*ListMembersRequest)(nil),           // 4: conveyor_etl.cluster.ListMembersRequest
+	(*ListMembersResponse)(nil),          // 5: conveyor_etl.cluster.ListMembersResponse
+	(*JoinMemberRequest)(nil),            // 6: conveyor_etl.cluster.JoinMemberRequest
+	(*JoinMemberResponse)(nil),           // 7: conveyor_etl.cluster.JoinMemberResponse
+	(*AddMemberRequest)(nil),             // 8: conveyor_etl.cluster.AddMemberRequest
+	(*PromoteMemberRequest)(nil),         // 9: conveyor_etl.cluster.PromoteMemberRequest
+	(*RemoveMemberRequest)(nil),          // 10: conveyor_etl.cluster.RemoveMemberRequest
+	(*UpdateMemberRequest)(nil),          // 11: conveyor_etl.cluster.UpdateMemberRequest
+	(*ChangeMemberResponse)(nil),         // 12: conveyor_etl.cluster.ChangeMemberResponse
+	(*ReplaceMemberRequest)(nil),         // 13: conveyor_etl.cluster.ReplaceMemberRequest
+	(*ReplaceMemberResponse)(nil),        // 14: conveyor_etl.cluster.ReplaceMemberResponse
+	(*PreflightCheck)(nil),               // 15: conveyor_etl.cluster.PreflightCheck
+	(*Operation)(nil),                    // 16: conveyor_etl.cluster.Operation
+	(*ListOperationsRequest)(nil),        // 17: conveyor_etl.cluster.ListOperationsRequest
+	(*ListOperationsResponse)(nil),       // 18: conveyor_etl.cluster.ListOperationsResponse
+	(*GetOperationRequest)(nil),          // 19: conveyor_etl.cluster.GetOperationRequest
+	(*CancelOperationRequest)(nil),       // 20: conveyor_etl.cluster.CancelOperationRequest
+	(*WaitOperationRequest)(nil),         // 21: conveyor_etl.cluster.WaitOperationRequest
+	(*UndoRestoreRequest)(nil),           // 22: conveyor_etl.cluster.UndoRestoreRequest
+	(*UndoRestoreResponse)(nil),          // 23: conveyor_etl.cluster.UndoRestoreResponse
+	(*CheckStateRequest)(nil),            // 24: conveyor_etl.cluster.CheckStateRequest
+	(*CheckStateResponse)(nil),           // 25: conveyor_etl.cluster.CheckStateResponse
+	(*MemberState)(nil),                  // 26: conveyor_etl.cluster.MemberState
+	(*CommitRequest)(nil),                // 27: conveyor_etl.cluster.CommitRequest
+	(*CommitOp)(nil),                     // 28: conveyor_etl.cluster.CommitOp
+	(*OffsetCommit)(nil),                 // 29: conveyor_etl.cluster.OffsetCommit
+	(*GroupOffsetCommit)(nil),            // 30: conveyor_etl.cluster.GroupOffsetCommit
+	(*WatermarkCommit)(nil),              // 31: conveyor_etl.cluster.WatermarkCommit
+	(*CheckpointCommit)(nil),             // 32: conveyor_etl.cluster.CheckpointCommit
+	(*CommitResponse)(nil),               // 33: conveyor_etl.cluster.CommitResponse
+	(*CommitResult)(nil),                 // 34: conveyor_etl.cluster.CommitResult
+	(*TransferLeaderRequest)(nil),        // 35: conveyor_etl.cluster.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),       // 36: conveyor_etl.cluster.TransferLeaderResponse
+	(*GetStateHashRequest)(nil),          // 37: conveyor_etl.cluster.GetStateHashRequest
+	(*GetStateHashResponse)(nil),         // 38: conveyor_etl.cluster.GetStateHashResponse
+	(*SidecarInfo)(nil),                  // 39: conveyor_etl.cluster.SidecarInfo
+	(*ListSidecarsRequest)(nil),          // 40: conveyor_etl.cluster.ListSidecarsRequest
+	(*ListSidecarsResponse)(nil),         // 41: conveyor_etl.cluster.ListSidecarsResponse
+	(*GetSidecarRequest)(nil),            // 42: conveyor_etl.cluster.GetSidecarRequest
+	(*GetSidecarResponse)(nil),           // 43: conveyor_etl.cluster.GetSidecarResponse
+	(*DeregisterSidecarRequest)(nil),     // 44: conveyor_etl.cluster.DeregisterSidecarRequest
+	(*DeregisterSidecarResponse)(nil),    // 45: conveyor_etl.cluster.DeregisterSidecarResponse
+	(*GroupMember)(nil),                  // 46: conveyor_etl.cluster.GroupMember
+	(*GroupInfo)(nil),                    // 47: conveyor_etl.cluster.GroupInfo
+	(*ListGroupsRequest)(nil),            // 48: conveyor_etl.cluster.ListGroupsRequest
+	(*ListGroupsResponse)(nil),           // 49: conveyor_etl.cluster.ListGroupsResponse
+	(*GetGroupRequest)(nil),              // 50: conveyor_etl.cluster.GetGroupRequest
+	(*GetGroupResponse)(nil),             // 51: conveyor_etl.cluster.GetGroupResponse
+	(*WatchChangesRequest)(nil),          // 52: conveyor_etl.cluster.WatchChangesRequest
+	(*ChangeEvent)(nil),                  // 53: conveyor_etl.cluster.ChangeEvent
+	nil,                                  // 54: conveyor_etl.cluster.MemberState.HashesEntry
+	(*timestamppb.Timestamp)(nil),        // 55: google.protobuf.Timestamp
+	(*commonpb.Watermark)(nil),           // 56: conveyor_etl.common.Watermark
+	(*sidecarpb.LocalService)(nil),       // 57: conveyor_etl.sidecar.LocalService
+	(*sidecarpb.PipelineAssignment)(nil), // 58: conveyor_etl.sidecar.PipelineAssignment
 }
 var file_conveyor_etl_cluster_proto_depIdxs = []int32{
-	3,  // 0: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
-	4,  // 1: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
-	5,  // 2: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
-	6,  // 3: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
-	7,  // 4: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
-	29, // 5: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	29, // 6: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	30, // 7: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
-	9,  // 8: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
-	0,  // 9: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
-	31, // 10: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
-	1,  // 11: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
-	29, // 12: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
-	29, // 13: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
-	32, // 14: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	14, // 15: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
-	14, // 16: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
-	21, // 17: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
-	22, // 18: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
-	22, // 19: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
-	2,  // 20: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	10, // 21: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	12, // 22: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	15, // 23: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	17, // 24: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	19, // 25: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	23, // 26: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	25, // 27: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	27, // 28: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	8,  // 29: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	11, // 30: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	13, // 31: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	16, // 32: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	18, // 33: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	20, // 34: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	24, // 35: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	26, // 36: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	28, // 37: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	29, // [29:38] is the sub-list for method output_type
-	20, // [20:29] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	3,  // 0: conveyor_etl.cluster.ListMembersResponse.members:type_name -> conveyor_etl.cluster.Member
+	3,  // 1: conveyor_etl.cluster.JoinMemberResponse.members:type_name -> conveyor_etl.cluster.Member
+	3,  // 2: conveyor_etl.cluster.ChangeMemberResponse.member:type_name -> conveyor_etl.cluster.Member
+	16, // 3: conveyor_etl.cluster.ReplaceMemberResponse.operation:type_name -> conveyor_etl.cluster.Operation
+	15, // 4: conveyor_etl.cluster.ReplaceMemberResponse.checks:type_name -> conveyor_etl.cluster.PreflightCheck
+	0,  // 5: conveyor_etl.cluster.Operation.state:type_name -> conveyor_etl.cluster.OperationState
+	55, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
+	55, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
+	55, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	16, // 9: conveyor_etl.cluster.ListOperationsResponse.operations:type_name -> conveyor_etl.cluster.Operation
+	16, // 10: conveyor_etl.cluster.UndoRestoreResponse.operation:type_name -> conveyor_etl.cluster.Operation
+	26, // 11: conveyor_etl.cluster.CheckStateResponse.members:type_name -> conveyor_etl.cluster.MemberState
+	54, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
+	28, // 13: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
+	29, // 14: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
+	30, // 15: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
+	31, // 16: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
+	32, // 17: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
+	55, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	55, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	56, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
+	34, // 21: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
+	1,  // 22: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
+	57, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
+	2,  // 24: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
+	55, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
+	55, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
+	58, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	39, // 28: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 29: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	46, // 30: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
+	47, // 31: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
+	47, // 32: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
+	27, // 33: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 34: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 35: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	40, // 36: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	42, // 37: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	44, // 38: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	48, // 39: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	50, // 40: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	52, // 41: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 42: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 43: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 44: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 45: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 46: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 47: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 48: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 49: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 50: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 51: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 52: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 53: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 54: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 55: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 56: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 57: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	41, // 58: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	43, // 59: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	45, // 60: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	49, // 61: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	51, // 62: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	53, // 63: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 64: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 65: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 66: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 67: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 68: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 69: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 70: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 71: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 72: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 73: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 74: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 75: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 76: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	55, // [55:77] is the sub-list for method output_type
+	33, // [33:55] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }
@@ -2124,20 +3951,20 @@ func file_conveyor_etl_cluster_proto_init() {
 	if File_conveyor_etl_cluster_proto != nil {
 		return
 	}
-	file_conveyor_etl_cluster_proto_msgTypes[1].OneofWrappers = []any{
+	file_conveyor_etl_cluster_proto_msgTypes[25].OneofWrappers = []any{
 		(*CommitOp_Offset)(nil),
 		(*CommitOp_GroupOffset)(nil),
 		(*CommitOp_Watermark)(nil),
 		(*CommitOp_Checkpoint)(nil),
 	}
-	file_conveyor_etl_cluster_proto_msgTypes[3].OneofWrappers = []any{}
+	file_conveyor_etl_cluster_proto_msgTypes[27].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_cluster_proto_rawDesc), len(file_conveyor_etl_cluster_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   27,
+			NumEnums:      3,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1387,6 +1387,7 @@ type WatchServicesRequest struct {
 	LabelSelector    map[string]string      `protobuf:"bytes,2,rep,name=label_selector,json=labelSelector,proto3" json:"label_selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	FromRevision     uint64                 `protobuf:"varint,100,opt,name=from_revision,json=fromRevision,proto3" json:"from_revision,omitempty"` // resume after this revision; 0 asks for the whole state first
 	IncludeUnhealthy bool                   `protobuf:"varint,101,opt,name=include_unhealthy,json=includeUnhealthy,proto3" json:"include_unhealthy,omitempty"`
+	FromEpoch        uint64                 `protobuf:"varint,102,opt,name=from_epoch,json=fromEpoch,proto3" json:"from_epoch,omitempty"` // with from_revision: the restore epoch it is of
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1449,12 +1450,20 @@ func (x *WatchServicesRequest) GetIncludeUnhealthy() bool {
 	return false
 }
 
+func (x *WatchServicesRequest) GetFromEpoch() uint64 {
+	if x != nil {
+		return x.FromEpoch
+	}
+	return 0
+}
+
 type ServiceEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EventType     EventType              `protobuf:"varint,1,opt,name=event_type,json=eventType,proto3,enum=conveyor_etl.registry.EventType" json:"event_type,omitempty"`
 	Service       *RegisteredService     `protobuf:"bytes,2,opt,name=service,proto3" json:"service,omitempty"`
 	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"` // resume from here
 	Reason        string                 `protobuf:"bytes,101,opt,name=reason,proto3" json:"reason,omitempty"`      // why, for EVENT_TYPE_RESYNC
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`       // restore epoch of the revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1515,6 +1524,13 @@ func (x *ServiceEvent) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *ServiceEvent) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type GetServiceEndpointsRequest struct {
@@ -2115,22 +2131,25 @@ const file_conveyor_etl_registry_proto_rawDesc = "" +
 	"\x13assigned_partitions\x18\a \x03(\rR\x12assignedPartitions\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18d \x01(\tR\tsidecarId\x12!\n" +
-	"\fmod_revision\x18e \x01(\x04R\vmodRevision\"\xd4\x02\n" +
+	"\fmod_revision\x18e \x01(\x04R\vmodRevision\"\xf3\x02\n" +
 	"\x14WatchServicesRequest\x12A\n" +
 	"\vtype_filter\x18\x01 \x01(\x0e2 .conveyor_etl.common.ServiceTypeR\n" +
 	"typeFilter\x12e\n" +
 	"\x0elabel_selector\x18\x02 \x03(\v2>.conveyor_etl.registry.WatchServicesRequest.LabelSelectorEntryR\rlabelSelector\x12#\n" +
 	"\rfrom_revision\x18d \x01(\x04R\ffromRevision\x12+\n" +
-	"\x11include_unhealthy\x18e \x01(\bR\x10includeUnhealthy\x1a@\n" +
+	"\x11include_unhealthy\x18e \x01(\bR\x10includeUnhealthy\x12\x1d\n" +
+	"\n" +
+	"from_epoch\x18f \x01(\x04R\tfromEpoch\x1a@\n" +
 	"\x12LabelSelectorEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc7\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdd\x01\n" +
 	"\fServiceEvent\x12?\n" +
 	"\n" +
 	"event_type\x18\x01 \x01(\x0e2 .conveyor_etl.registry.EventTypeR\teventType\x12B\n" +
 	"\aservice\x18\x02 \x01(\v2(.conveyor_etl.registry.RegisteredServiceR\aservice\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x16\n" +
-	"\x06reason\x18e \x01(\tR\x06reason\"\x9f\x01\n" +
+	"\x06reason\x18e \x01(\tR\x06reason\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\"\x9f\x01\n" +
 	"\x1aGetServiceEndpointsRequest\x12!\n" +
 	"\fservice_name\x18\x01 \x01(\tR\vserviceName\x12C\n" +
 	"\fservice_type\x18\x02 \x01(\x0e2 .conveyor_etl.common.ServiceTypeR\vserviceType\x12\x19\n" +

@@ -1100,6 +1100,7 @@ type WatchAssignmentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
 	FromRevision  uint64                 `protobuf:"varint,100,opt,name=from_revision,json=fromRevision,proto3" json:"from_revision,omitempty"` // resume after this revision; 0 asks for the whole state first
+	FromEpoch     uint64                 `protobuf:"varint,101,opt,name=from_epoch,json=fromEpoch,proto3" json:"from_epoch,omitempty"`          // with from_revision: the restore epoch it is of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1148,12 +1149,20 @@ func (x *WatchAssignmentsRequest) GetFromRevision() uint64 {
 	return 0
 }
 
+func (x *WatchAssignmentsRequest) GetFromEpoch() uint64 {
+	if x != nil {
+		return x.FromEpoch
+	}
+	return 0
+}
+
 type PipelineAssignmentEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EventType     EventType              `protobuf:"varint,1,opt,name=event_type,json=eventType,proto3,enum=conveyor_etl.sidecar.EventType" json:"event_type,omitempty"`
 	Assignment    *PipelineAssignment    `protobuf:"bytes,2,opt,name=assignment,proto3" json:"assignment,omitempty"`
 	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"` // resume from here
 	Reason        string                 `protobuf:"bytes,101,opt,name=reason,proto3" json:"reason,omitempty"`      // why, for EVENT_TYPE_RESYNC
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`       // restore epoch of the revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1214,6 +1223,13 @@ func (x *PipelineAssignmentEvent) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *PipelineAssignmentEvent) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type PushRecordsRequest struct {
@@ -1927,11 +1943,13 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\fDrainCommand\x12!\n" +
 	"\fpipeline_ids\x18\x01 \x03(\tR\vpipelineIds\x12\x1d\n" +
 	"\n" +
-	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\"]\n" +
+	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\"|\n" +
 	"\x17WatchAssignmentsRequest\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12#\n" +
-	"\rfrom_revision\x18d \x01(\x04R\ffromRevision\"\xd7\x01\n" +
+	"\rfrom_revision\x18d \x01(\x04R\ffromRevision\x12\x1d\n" +
+	"\n" +
+	"from_epoch\x18e \x01(\x04R\tfromEpoch\"\xed\x01\n" +
 	"\x17PipelineAssignmentEvent\x12>\n" +
 	"\n" +
 	"event_type\x18\x01 \x01(\x0e2\x1f.conveyor_etl.sidecar.EventTypeR\teventType\x12H\n" +
@@ -1939,7 +1957,8 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"assignment\x18\x02 \x01(\v2(.conveyor_etl.sidecar.PipelineAssignmentR\n" +
 	"assignment\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x16\n" +
-	"\x06reason\x18e \x01(\tR\x06reason\"\xd0\x01\n" +
+	"\x06reason\x18e \x01(\tR\x06reason\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\"\xd0\x01\n" +
 	"\x12PushRecordsRequest\x124\n" +
 	"\x04init\x18\x01 \x01(\v2\x1e.conveyor_etl.sidecar.PushInitH\x00R\x04init\x128\n" +
 	"\x05batch\x18\x02 \x01(\v2 .conveyor_etl.common.RecordBatchH\x00R\x05batch\x12C\n" +
