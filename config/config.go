@@ -34,6 +34,7 @@ type Config struct {
 	Raft     Raft
 	Store    Store
 	Liveness Liveness
+	Backup   Backup
 	// ShutdownTimeout bounds an orderly stop as a whole.
 	ShutdownTimeout time.Duration
 }
@@ -92,4 +93,17 @@ func (c *Config) Members() []uint64 {
 		ids[i] = p.ID
 	}
 	return ids
+}
+
+// Backup holds what a node does about copies of the state.
+type Backup struct {
+	// KeepSnapshots is how many snapshots a node keeps, MaxBytes bounds them
+	// together.
+	KeepSnapshots uint64
+	MaxBytes      int64
+	// Every is how often the leader makes a backup by itself, to To, where it
+	// keeps the newest Keep; zero = never.
+	Every time.Duration
+	To    string
+	Keep  uint64
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 )
@@ -298,6 +299,14 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 	if c.Liveness.ExpireAfter <= c.Liveness.SuspectAfter && !faults.about("liveness.expire_after", "liveness.suspect_after") {
 		faults.add(l.source("liveness.expire_after", ""), "liveness.expire_after",
 			"%s is not longer than liveness.suspect_after, %s", c.Liveness.ExpireAfter, c.Liveness.SuspectAfter)
+	}
+	if every := c.Backup.Every; every > 0 && !faults.about("backup.every", "backup.to") {
+		switch {
+		case every < time.Second:
+			faults.add(l.source("backup.every", ""), "backup.every", "%s is shorter than a second", every)
+		case c.Backup.To == "":
+			faults.add(l.source("backup.every", ""), "backup.every", "is set without backup.to: it is not known where to")
+		}
 	}
 	if c.ListenAddr == c.RaftAddr && !strings.HasSuffix(c.ListenAddr, ":0") && !faults.about("listen_addr", "raft_addr") {
 		faults.add(l.source("raft_addr", ""), "raft_addr", "is the same address as listen_addr, %s", c.ListenAddr)

@@ -134,6 +134,17 @@ func settings() []*setting {
 				return span{&c.Liveness.ExpireAfter, time.Nanosecond, 100 * time.Millisecond, 240 * time.Hour}
 			}},
 
+		{key: "backup.keep_snapshots", flag: "backup-keep-snapshots", def: "16", usage: "snapshots of the state a node keeps; the oldest goes when one more is made",
+			bind: func(c *Config) value { return unsigned{&c.Backup.KeepSnapshots, 1, 10_000} }},
+		{key: "backup.max_bytes", flag: "backup-max-bytes", def: "64GiB", usage: "bound of all snapshots of a node together; one more is refused",
+			bind: func(c *Config) value { return bytesI{&c.Backup.MaxBytes, 1 << 20, 1 << 44} }},
+		{key: "backup.every", flag: "backup-every", def: "0s", usage: "how often the leader backs the state up to --backup-to; 0s = never",
+			bind: func(c *Config) value { return span{&c.Backup.Every, time.Nanosecond, 0, 8760 * time.Hour} }},
+		{key: "backup.to", flag: "backup-to", usage: "where to: a directory, file://, s3://, gs:// or azblob:// address",
+			bind: func(c *Config) value { return destination{&c.Backup.To} }},
+		{key: "backup.keep", flag: "backup-keep", def: "10", usage: "how many of these backups are kept there; 0 = all",
+			bind: func(c *Config) value { return unsigned{&c.Backup.Keep, 0, 1_000_000} }},
+
 		{key: "grpc.max_message_size", def: "4194304", original: true, unused: notMessageSize, usage: "accepted for existing files",
 			bind: func(*Config) value { return ignoredInteger() }},
 		{key: "grpc.keepalive_interval_secs", def: "30", original: true, unused: notKeepalive, usage: "accepted for existing files",

@@ -163,6 +163,23 @@ func (v path) parse(text string) error {
 }
 func (v path) show() string { return *v.p }
 
+// destination is where backups are kept: a directory or the address of a bucket.
+type destination struct{ p *string }
+
+func (v destination) parse(text string) error {
+	if text == "" || len(text) > 1024 {
+		return errors.New("must have 1 to 1024 characters")
+	}
+	for _, r := range text {
+		if r < ' ' || r == 0x7f {
+			return fmt.Errorf("%q holds a control character", text)
+		}
+	}
+	*v.p = text
+	return nil
+}
+func (v destination) show() string { return *v.p }
+
 type choice struct {
 	p       *string
 	allowed []string

@@ -14,6 +14,9 @@ type PipelineOp struct {
 	Delete bool
 	// Expected is the version a put or delete insists on, nil for any.
 	Expected *uint64
+	// Save remembers the register in a backup, Restore puts back what is
+	// remembered.
+	Save, Restore bool
 }
 
 // PipelineOut is what the call answered. A refused put or delete has OK false.
@@ -28,6 +31,12 @@ type PipelineOut struct {
 type pipelineState struct {
 	version uint64 // 0 = absent
 	tag     string
+	saved   pipelineCopy
+}
+
+type pipelineCopy struct {
+	version uint64
+	tag     string
 }
 
 // PipelineModel is the sequential specification of pipelines: a put sets the
@@ -37,13 +46,25 @@ func PipelineModel() porcupine.Model {
 		Init: func() []any { return []any{pipelineState{}} },
 		Step: func(state, input, output any) []any {
 			s, in := state.(pipelineState), input.(PipelineOp)
+			if in.Save || in.Restore {
+				next := s
+				if in.Save {
+					next.saved = pipelineCopy{s.version, s.tag}
+				} else {
+					next.version, next.tag = s.saved.version, s.saved.tag
+				}
+				if output == nil {
+					return []any{s, next}
+				}
+				return []any{next}
+			}
 			fits := in.Expected == nil || *in.Expected == s.version
 			next := s
 			switch {
 			case in.Delete:
-				next = pipelineState{}
+				next.version, next.tag = 0, ""
 			case in.Tag != "":
-				next = pipelineState{version: s.version + 1, tag: in.Tag}
+				next.version, next.tag = s.version+1, in.Tag
 			}
 			if output == nil { // unknown: done now, or not (yet)
 				if fits && next != s {
@@ -91,6 +112,8 @@ type OffsetOp struct {
 	Key    string
 	Commit bool
 	Offset uint64
+	// Save and Restore are those of PipelineOp.
+	Save, Restore bool
 }
 
 // OffsetOut is what the call answered: the stored offset, and for a commit
@@ -100,36 +123,39 @@ type OffsetOut struct {
 	Current uint64
 }
 
+type offsetState struct{ offset, saved uint64 }
+
 // OffsetModel is the sequential specification of offsets: a commit below the
-// stored offset is refused and changes nothing; none moves it backwards.
+// stored offset is refused and changes nothing; none but a restore moves it
+// backwards.
 func OffsetModel() porcupine.Model {
 	m := porcupine.NondeterministicModel{
-		Init: func() []any { return []any{uint64(0)} },
+		Init: func() []any { return []any{offsetState{}} },
 		Step: func(state, input, output any) []any {
-			s, in := state.(uint64), input.(OffsetOp)
-			if !in.Commit {
-				if output == nil || output.(OffsetOut).Current == s {
+			s, in := state.(offsetState), input.(OffsetOp)
+			next := s
+			switch {
+			case in.Save:
+				next.saved = s.offset
+			case in.Restore:
+				next.offset = s.saved
+			case in.Commit:
+				next.offset = max(s.offset, in.Offset)
+			}
+			switch {
+			case output == nil: // unknown, or a read without an answer
+				if next == s {
 					return []any{s}
 				}
-				return nil
-			}
-			if output == nil {
-				if in.Offset > s {
-					return []any{s, in.Offset}
-				}
-				return []any{s}
+				return []any{s, next}
+			case in.Save || in.Restore:
+				return []any{next}
 			}
 			out := output.(OffsetOut)
-			if out.OK != (in.Offset >= s) {
+			if in.Commit && out.OK != (in.Offset >= s.offset) || out.Current != next.offset {
 				return nil
 			}
-			if out.OK {
-				s = in.Offset
-			}
-			if out.Current != s {
-				return nil
-			}
-			return []any{s}
+			return []any{next}
 		},
 		Equal: func(a, b any) bool { return a == b },
 		DescribeOperation: func(input, output any) string {

@@ -197,6 +197,7 @@ func (a *clusterAPI) GetGroup(ctx context.Context, req *clusterpb.GetGroupReques
 func watchTables(names []string) ([]router.Table, error) {
 	all := []router.Table{
 		router.TablePipelines, router.TableSidecars, router.TableServices, router.TableGroups, router.TableAssignments,
+		router.TableOperations,
 	}
 	if len(names) == 0 {
 		return all, nil
@@ -301,6 +302,10 @@ func summarize(c *router.Change) string {
 		prev, _ := c.Prev.(*commandpb.Assignment)
 		next, _ := c.Next.(*commandpb.Assignment)
 		return summarizeAssignment(prev, next)
+	case router.TableOperations:
+		prev, _ := c.Prev.(*commandpb.Operation)
+		next, _ := c.Next.(*commandpb.Operation)
+		return summarizeOperation(c.Key, prev, next)
 	}
 	return c.Key + " changed"
 }

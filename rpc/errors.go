@@ -40,6 +40,9 @@ var (
 	// ErrMalformed: a peer sent something that no version of this program
 	// sends. The stream was ended.
 	ErrMalformed = errors.New("rpc: malformed message from a peer")
+	// ErrSnapshotUnreachable: the snapshot may lie on a node that does not
+	// answer. Nothing was done.
+	ErrSnapshotUnreachable = errors.New("rpc: the snapshot cannot be reached")
 	// ErrClosed: the component was closed. Nothing was done.
 	ErrClosed = errors.New("rpc: closed")
 )

@@ -2,12 +2,16 @@ package rpc
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"runtime/debug"
 	"strings"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"conveyor.etl/router/raftnode"
 )
 
 // unary gives every call a deadline, turns its error into a status and survives
@@ -18,14 +22,42 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 			resp, err = nil, s.panicked(info.FullMethod, p)
 		}
 	}()
-	c := newCallContext(ctx, s.cfg.CallTimeout)
-	defer c.end()
-	ctx = c
+	if longCall(info.FullMethod) {
+		c := newCallContext(ctx, s.cfg.LongCallTimeout)
+		defer c.end()
+		// A stop must not wait for what goes on elsewhere, or after a restart.
+		bound, cancel := context.WithCancel(c)
+		defer cancel()
+		defer context.AfterFunc(s.run, cancel)()
+		ctx = bound
+	} else {
+		c := newCallContext(ctx, s.cfg.CallTimeout)
+		defer c.end()
+		ctx = c
+	}
 	resp, err = handler(ctx, req)
 	if err != nil {
+		if errors.Is(err, context.Canceled) && s.run.Err() != nil {
+			err = fmt.Errorf("%w: this node is stopping; what the call began may go on: 'router operation list' on another node shows it",
+				raftnode.ErrAmbiguous)
+		}
 		return nil, s.statusOf(info.FullMethod, err)
 	}
 	return resp, nil
+}
+
+// longCall reports whether a method does what takes long, such as restoring a
+// backup, before it answers. Existing clients set no deadline for these either.
+func longCall(method string) bool {
+	for _, suffix := range []string{
+		".BackupService/CreateSnapshot", ".BackupService/RestoreSnapshot",
+		".Cluster/UndoRestore", ".Cluster/WaitOperation", ".Cluster/ReplaceMember", ".Cluster/CheckState",
+	} {
+		if strings.HasSuffix(method, suffix) {
+			return true
+		}
+	}
+	return false
 }
 
 // drainingMethod is the one stream that goes on when the server stops, until

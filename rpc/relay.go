@@ -18,47 +18,69 @@ import (
 // other for the leader it would circle.
 const metadataRelayed = "conveyor-relayed-by"
 
-// leaderRelay passes calls on to the leader's public address: those few whose
-// answer only the leader knows. It keeps one connection, to the leader it was
-// asked for last.
+// leaderRelay passes calls on to other nodes' public addresses: to the leader
+// those few whose answer only the leader knows, to any other those about what
+// lies on it. It keeps one connection to each node it was asked for.
 type leaderRelay struct {
 	nodeID uint64
 	node   ServerNode
 	addr   func(uint64) string
 
 	mu     sync.Mutex
-	target string
-	conn   *grpc.ClientConn
+	conns  map[uint64]relayConn
 	closed bool
 }
 
+type relayConn struct {
+	target string
+	conn   *grpc.ClientConn
+}
+
 func newLeaderRelay(cfg ServerConfig) *leaderRelay {
-	return &leaderRelay{nodeID: cfg.NodeID, node: cfg.Node, addr: cfg.ClientAddr}
+	return &leaderRelay{nodeID: cfg.NodeID, node: cfg.Node, addr: cfg.ClientAddr, conns: map[uint64]relayConn{}}
+}
+
+// relayed returns which node passed the call of ctx on, "" when a client made
+// it.
+func relayed(ctx context.Context) string {
+	if by := metadata.ValueFromIncomingContext(ctx, metadataRelayed); len(by) > 0 {
+		return by[0]
+	}
+	return ""
 }
 
 // connect returns a connection to the leader and the context to call it with. It
 // fails with a *raftnode.NotLeaderError or ErrNoLeader when that is impossible;
 // nothing was sent then.
 func (r *leaderRelay) connect(ctx context.Context) (*grpc.ClientConn, context.Context, error) {
-	if by := metadata.ValueFromIncomingContext(ctx, metadataRelayed); len(by) > 0 {
-		return nil, nil, fmt.Errorf("%w: node %s passed this call on to node %d, which does not lead", raftnode.ErrNoLeader, by[0], r.nodeID)
+	if by := relayed(ctx); by != "" {
+		return nil, nil, fmt.Errorf("%w: node %s passed this call on to node %d, which does not lead", raftnode.ErrNoLeader, by, r.nodeID)
 	}
 	l := r.node.Leadership()
 	if l.Leader == 0 || l.Leader == r.nodeID {
 		return nil, nil, raftnode.ErrNoLeader
 	}
-	addr := r.addr(l.Leader)
-	if addr == "" {
+	if r.addr(l.Leader) == "" {
 		return nil, nil, &raftnode.NotLeaderError{Leader: l.Leader, Term: l.Term}
+	}
+	return r.to(ctx, l.Leader)
+}
+
+// to returns a connection to another node and the context to call it with.
+func (r *leaderRelay) to(ctx context.Context, node uint64) (*grpc.ClientConn, context.Context, error) {
+	addr := r.addr(node)
+	if addr == "" {
+		return nil, nil, fmt.Errorf("%w: it is not known where node %d serves clients", ErrUnreachable, node)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
 		return nil, nil, raftnode.ErrStopping
 	}
-	if r.conn == nil || r.target != addr {
-		if r.conn != nil {
-			r.conn.Close()
+	c := r.conns[node]
+	if c.conn == nil || c.target != addr {
+		if c.conn != nil {
+			c.conn.Close()
 		}
 		conn, err := grpc.NewClient("passthrough:///"+addr,
 			grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -66,17 +88,18 @@ func (r *leaderRelay) connect(ctx context.Context) (*grpc.ClientConn, context.Co
 		if err != nil {
 			return nil, nil, fmt.Errorf("%w: %v", ErrUnreachable, err)
 		}
-		r.conn, r.target = conn, addr
+		c = relayConn{addr, conn}
+		r.conns[node] = c
 	}
-	return r.conn, metadata.AppendToOutgoingContext(ctx, metadataRelayed, strconv.FormatUint(r.nodeID, 10)), nil
+	return c.conn, metadata.AppendToOutgoingContext(ctx, metadataRelayed, strconv.FormatUint(r.nodeID, 10)), nil
 }
 
 func (r *leaderRelay) close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.closed = true
-	if r.conn != nil {
-		r.conn.Close()
-		r.conn = nil
+	for id, c := range r.conns {
+		c.conn.Close()
+		delete(r.conns, id)
 	}
 }

@@ -16,9 +16,11 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
+	"conveyor.etl/router/rpc/routerpb/backuppb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 	"conveyor.etl/router/rpc/routerpb/registrypb"
@@ -54,6 +56,9 @@ type ServerConfig struct {
 	Submitter Submitter
 	// Beats takes heartbeats.
 	Beats BeatSink
+	// Recovery keeps and restores snapshots; optional: without it the calls that
+	// need it are refused.
+	Recovery *recovery.Recovery
 
 	NodeID      uint64
 	ClusterID   uint64
@@ -87,6 +92,9 @@ type ServerConfig struct {
 	// CallTimeout bounds a unary call whose client set no deadline: existing
 	// clients never set one, and would wait for ever.
 	CallTimeout time.Duration
+	// LongCallTimeout is the same for calls that answer when something long, such
+	// as a restore, has ended. What they began goes on when it has passed.
+	LongCallTimeout time.Duration
 	// PlacementWait bounds how long RegisterSidecar waits for the placement of
 	// the sidecar it has just registered.
 	PlacementWait time.Duration
@@ -127,6 +135,7 @@ func (c *ServerConfig) EnsureDefaults() {
 	setDefault(&c.HeartbeatInterval, 10*time.Second)
 	setDefault(&c.ServiceTTL, 30*time.Second)
 	setDefault(&c.CallTimeout, 5*time.Second)
+	setDefault(&c.LongCallTimeout, time.Hour)
 	setDefault(&c.PlacementWait, time.Second)
 	setDefault(&c.FullSetEvery, 5*time.Minute)
 	setDefault(&c.SyncEvery, time.Minute)
@@ -272,6 +281,7 @@ func (s *Server) register() error {
 		{&checkpointpb.CheckpointService_ServiceDesc, &checkpointAPI{Server: s}},
 		{&clusterpb.Commits_ServiceDesc, &commitsAPI{Server: s}},
 		{&clusterpb.Cluster_ServiceDesc, &clusterAPI{Server: s}},
+		{&backuppb.BackupService_ServiceDesc, &backupAPI{Server: s}},
 	}
 	return registerAll(s.grpc, s.health, services)
 }

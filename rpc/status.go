@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"syscall"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -12,7 +13,10 @@ import (
 	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"conveyor.etl/router/backup/archive"
+	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/snap"
@@ -78,6 +82,19 @@ func statusTable() []statusRow {
 		{ErrSuperseded, codes.Aborted, "SUPERSEDED", NotDone, 0},
 		{ErrMalformed, codes.InvalidArgument, "MALFORMED", NotDone, 0},
 
+		{shelf.ErrNotFound, codes.NotFound, "SNAPSHOT_NOT_FOUND", NotDone, 0},
+		{shelf.ErrExists, codes.AlreadyExists, "SNAPSHOT_EXISTS", NotDone, 0},
+		{shelf.ErrQuota, codes.ResourceExhausted, "SNAPSHOT_QUOTA", NotDone, 0},
+		{ErrSnapshotUnreachable, codes.Unavailable, "SNAPSHOT_UNREACHABLE", NotDone, later},
+		{recovery.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, later},
+		{recovery.ErrDamaged, codes.DataLoss, "SNAPSHOT_DAMAGED", NotDone, 0},
+		{recovery.ErrNoUndo, codes.FailedPrecondition, "NO_UNDO", NotDone, 0},
+		{archive.ErrNewerFormat, codes.FailedPrecondition, "ARCHIVE_NEWER_FORMAT", NotDone, 0},
+		{archive.ErrTooLarge, codes.InvalidArgument, "ARCHIVE_TOO_LARGE", NotDone, 0},
+		{archive.ErrNotArchive, codes.InvalidArgument, "NOT_AN_ARCHIVE", NotDone, 0},
+		{archive.ErrCorrupt, codes.DataLoss, "ARCHIVE_CORRUPT", NotDone, 0},
+		{syscall.ENOSPC, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
+
 		{snap.ErrNotFound, codes.NotFound, "IMAGE_NOT_FOUND", NotDone, 0},
 		{snap.ErrExists, codes.AlreadyExists, "IMAGE_EXISTS", NotDone, 0},
 		{snap.ErrCorrupt, codes.DataLoss, "IMAGE_CORRUPT", NotDone, 0},
@@ -120,6 +137,10 @@ func Status(err error) *status.Status {
 	}
 	if s, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 		return s.GRPCStatus()
+	}
+	var refused *recovery.RefusedError
+	if errors.As(err, &refused) {
+		return FromRejection(refused.Rejection)
 	}
 	var notLeader *raftnode.NotLeaderError
 	ambiguous := errors.Is(err, raftnode.ErrAmbiguous)

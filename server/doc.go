@@ -10,6 +10,7 @@
 //	wal/       the replicated log
 //	state/     the replicated state
 //	images/    images of the state, received or to be sent
+//	backups/   snapshots of the state that people made or uploaded
 //
 // # Start and stop
 //

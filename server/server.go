@@ -14,6 +14,7 @@ import (
 
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/peerpb"
 )
@@ -36,6 +37,7 @@ type Server struct {
 	handler   *rpc.PeerServer
 	api       *rpc.Server
 	control   *controlLoops
+	recovery  *recovery.Recovery
 
 	debug *http.Server
 
@@ -194,6 +196,9 @@ func (s *Server) startPeers() error {
 	if err != nil {
 		return err
 	}
+	if err := s.startRecovery(); err != nil {
+		return err
+	}
 	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.liveness.Touch})
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
@@ -226,6 +231,7 @@ func (s *Server) runNode() {
 	}()
 	s.loops.Go(func() { s.guard.Run(loops) })
 	s.loops.Go(func() { s.beats.Run(loops) })
+	s.loops.Go(func() { s.recovery.Run(loops) })
 	s.control.start(loops, &s.loops)
 }
 
@@ -235,7 +241,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain,
-		Alarms: s.alarms, Metrics: s.metrics,
+		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
 		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
 	})

@@ -11,6 +11,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.etcd.io/raft/v3/raftpb"
 
+	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/raftnode"
@@ -38,6 +39,7 @@ type storage struct {
 	fsm       *router.FSM
 	machine   raftnode.StateMachine
 	images    *snap.Store
+	shelf     *shelf.Shelf
 }
 
 // openStorage opens the data directory of a node, creating it when it is
@@ -123,6 +125,13 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	})
 	if err != nil {
 		return fmt.Errorf("open the images: %w", err)
+	}
+	err = s.openShelf(shelf.Options{
+		Logger: log.With("part", "snapshots"), Now: now,
+		MaxSnapshots: int(c.Backup.KeepSnapshots), MaxBytes: c.Backup.MaxBytes,
+	})
+	if err != nil {
+		return err
 	}
 	if !s.id.Initialized {
 		// The names wal and state in the directory must last before the word

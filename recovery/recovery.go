@@ -1,0 +1,159 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"conveyor.etl/router/backup/shelf"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
+)
+
+// What can be wrong with a request; nothing was changed.
+var (
+	// ErrBusy: this node carries out as many transfers as it may.
+	ErrBusy = errors.New("recovery: too many transfers at a time")
+	// ErrDamaged: the snapshot is not what it was when it was made.
+	ErrDamaged = errors.New("recovery: the snapshot is damaged")
+	// ErrNoUndo: no restore has replaced a state that is still here.
+	ErrNoUndo = errors.New("recovery: there is nothing to go back to")
+)
+
+// Node is what a Recovery needs of the local replica.
+type Node interface {
+	Leadership() raftnode.Leadership
+	Status() raftnode.Status
+	ReadIndex(ctx context.Context) (uint64, error)
+}
+
+// Config wires a Recovery.
+type Config struct {
+	NodeID      uint64
+	ClusterID   uint64
+	ClusterName string
+	// Version is that of this program, for people.
+	Version string
+	Node    Node
+	State   *router.FSM
+	Submit  Submitter
+	Shelf   *shelf.Shelf
+	// FS is the file system of State and Shelf.
+	FS vfs.FS
+	// MaxTransfers bounds the uploads and downloads of this node at a time.
+	// Default 4.
+	MaxTransfers int
+	// MaxUploadBytes bounds the state in an uploaded archive. Default 64 GiB.
+	MaxUploadBytes int64
+	// StallAfter is how long a restore may stand still before the leader takes
+	// it for given up. Default 1 min.
+	StallAfter time.Duration
+	// ReadyWait bounds how long a swap waits for replicas other than the leader
+	// and this one to have prepared. Default 10 s.
+	ReadyWait time.Duration
+	Now       func() time.Time
+	Logger    *slog.Logger
+}
+
+func (c *Config) ensureDefaults() {
+	if c.MaxTransfers <= 0 {
+		c.MaxTransfers = 4
+	}
+	if c.MaxUploadBytes <= 0 {
+		c.MaxUploadBytes = 64 << 30
+	}
+	if c.StallAfter <= 0 {
+		c.StallAfter = time.Minute
+	}
+	if c.ReadyWait <= 0 {
+		c.ReadyWait = 10 * time.Second
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Recovery makes, keeps and restores the snapshots of one node. Its methods are
+// safe for concurrent use.
+type Recovery struct {
+	c   Config
+	log *slog.Logger
+
+	transfers chan struct{}
+
+	// ctx ends when Run does; restores of this node run in it.
+	mu      sync.Mutex
+	ctx     context.Context
+	wg      sync.WaitGroup
+	running map[string]bool // operations this process carries out
+}
+
+// New returns a Recovery; Run starts what works by itself.
+func New(c Config) (*Recovery, error) {
+	c.ensureDefaults()
+	if c.Node == nil || c.State == nil || c.Submit == nil || c.Shelf == nil || c.FS == nil || c.NodeID == 0 {
+		return nil, errors.New("recovery: NodeID, Node, State, Submit, Shelf and FS are required")
+	}
+	return &Recovery{
+		c: c, log: c.Logger, transfers: make(chan struct{}, c.MaxTransfers), running: map[string]bool{},
+	}, nil
+}
+
+// transfer admits one upload or download; the caller calls what it returns at
+// its end.
+func (r *Recovery) transfer() (func(), error) {
+	select {
+	case r.transfers <- struct{}{}:
+		return func() { <-r.transfers }, nil
+	default:
+		return nil, fmt.Errorf("%w: %d are running on node %d; nothing was done, try again later or on another node",
+			ErrBusy, cap(r.transfers), r.c.NodeID)
+	}
+}
+
+// Run follows the restores of the cluster until ctx is done: it prepares what is
+// staged, goes on with what this node had begun before it was restarted, keeps
+// the undo point where users find it, and, on the leader, gives up what stands
+// still. It returns when everything it started has ended.
+func (r *Recovery) Run(ctx context.Context) {
+	r.mu.Lock()
+	r.ctx = ctx
+	r.mu.Unlock()
+	r.wg.Go(func() { r.follow(ctx) })
+	r.wg.Go(func() { r.watch(ctx) })
+	<-ctx.Done()
+	// Nothing is spawned from here on, so that Wait sees everything there is.
+	r.mu.Lock()
+	r.ctx = nil
+	r.mu.Unlock()
+	r.wg.Wait()
+}
+
+// spawn runs fn as the one that carries out operation id in this process. It
+// reports false when the process does so already, or is about to end.
+func (r *Recovery) spawn(id string, fn func(ctx context.Context)) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ctx == nil || r.running[id] {
+		return false
+	}
+	r.running[id] = true
+	ctx := r.ctx
+	r.wg.Go(func() {
+		defer func() {
+			r.mu.Lock()
+			delete(r.running, id)
+			r.mu.Unlock()
+		}()
+		fn(ctx)
+	})
+	return true
+}

@@ -1,0 +1,336 @@
+package recovery
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"conveyor.etl/router/backup/shelf"
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+)
+
+// KindRestore is the kind of the operations of this package.
+const KindRestore = "restore"
+
+// The phases of a restore, as its operation shows them.
+const (
+	phaseVerify  = "verify"
+	phaseStage   = "stage"
+	phasePrepare = "prepare"
+	phaseSwap    = "swap"
+)
+
+// Validation is what a look at a snapshot found.
+type Validation struct {
+	Record shelf.Record
+	Counts map[string]uint64
+	// Diff compares the snapshot with the live state, table by table.
+	Diff []router.TableDiff
+}
+
+// Validate reads everything in snapshot id, decodes it, compares it with its
+// counters and its hash, and says how the live state differs from it. The live
+// state is only read. It takes some seconds for a million records.
+func (r *Recovery) Validate(ctx context.Context, id string) (*Validation, error) {
+	s, err := r.c.Shelf.Open(id)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	image, err := r.verified(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	defer image.Close()
+	kept, live := image.View(), r.c.State.View()
+	defer kept.Close()
+	defer live.Close()
+	out := &Validation{Record: s.Record()}
+	counts, err := kept.Counts()
+	if err != nil {
+		return nil, err
+	}
+	out.Counts = counts.ByName()
+	out.Diff, err = router.Diff(ctx, live, kept)
+	return out, err
+}
+
+// verified opens the image of s after it has checked all of it.
+func (r *Recovery) verified(ctx context.Context, s *shelf.Reader) (*router.Image, error) {
+	image, err := router.OpenImage(r.c.FS, s.Dir(), router.Options{})
+	if err != nil {
+		return nil, damaged(s, err)
+	}
+	err = func() error {
+		if err := image.Check(ctx); err != nil {
+			return err
+		}
+		v := image.View()
+		defer v.Close()
+		sum, err := v.ContentHash()
+		if err != nil {
+			return err
+		}
+		// Of an uploaded snapshot it is what its maker computed.
+		want := s.Record().ContentHash
+		if got := hex.EncodeToString(sum); want != "" && want != got {
+			return fmt.Errorf("%w: the content of snapshot %s has hash %s, %s was recorded when it was made",
+				router.ErrCorrupt, s.Record().ID, got, want)
+		} else if want == "" {
+			err = r.c.Shelf.SetContentHash(s.Record().ID, got)
+		}
+		return err
+	}()
+	if err != nil {
+		return nil, errors.Join(damaged(s, err), image.Close())
+	}
+	return image, nil
+}
+
+// damaged says of which snapshot err is, and that it is the snapshot's fault.
+func damaged(s *shelf.Reader, err error) error {
+	if errors.Is(err, router.ErrCorrupt) {
+		return fmt.Errorf("%w: %s: %w; it cannot be restored, the live state was not touched", ErrDamaged, s.Record().ID, err)
+	}
+	return fmt.Errorf("recovery: snapshot %s cannot be restored: %w", s.Record().ID, err)
+}
+
+// Restore begins to put snapshot id of this node in the place of the live state
+// and returns the operation that shows how it goes. Restores run one at a time.
+func (r *Recovery) Restore(ctx context.Context, id string) (string, error) {
+	s, err := r.c.Shelf.Open(id)
+	if err != nil {
+		return "", err
+	}
+	if err := r.alone(); err != nil {
+		return "", errors.Join(err, s.Close())
+	}
+	op, err := r.begin(ctx, &commandpb.Operation{
+		OperationId: "restore-" + uuid.NewString(), Kind: KindRestore, Subject: "snapshot " + id, Phase: phaseVerify,
+	})
+	if err != nil {
+		return "", errors.Join(err, s.Close())
+	}
+	opID := op.op.OperationId
+	if !r.spawn(opID, func(ctx context.Context) { r.drive(ctx, op, s) }) {
+		err := op.end(ctx, commandpb.OperationState_OPERATION_STATE_FAILED, "node "+fmt.Sprint(r.c.NodeID)+" is stopping")
+		return "", errors.Join(raftStopping(), err, s.Close())
+	}
+	return opID, nil
+}
+
+// alone refuses a restore while another one runs: the state machine would refuse
+// its stage too, but only after everything was read.
+func (r *Recovery) alone() error {
+	v := r.c.State.View()
+	defer v.Close()
+	stage, err := v.Stage()
+	if err != nil {
+		return err
+	}
+	if stage != nil {
+		return &RefusedError{&commandpb.Rejection{
+			Code: commandpb.Code_CODE_PRECONDITION, Subject: "restore of snapshot " + stage.SnapshotId,
+			Reason: "is under way as operation " + stage.OperationId + "; nothing was begun: wait for it, or cancel it",
+		}}
+	}
+	return nil
+}
+
+// drive carries a restore out, from wherever it is, and records its end.
+func (r *Recovery) drive(ctx context.Context, op *operation, s *shelf.Reader) {
+	defer s.Close()
+	id := op.op.OperationId
+	log := r.log.With("operation", id, "snapshot", s.Record().ID)
+	err := r.carryOut(ctx, op, s)
+	if ctx.Err() != nil {
+		return // goes on after the restart, or the leader ends it
+	}
+	state, message := commandpb.OperationState_OPERATION_STATE_DONE, ""
+	switch {
+	case err == nil:
+		log.Info("the state was restored", "event", "restored", "epoch", r.c.State.Epoch())
+		if err := r.keepUndo(ctx); err != nil {
+			log.Warn("the state that was replaced could not be kept as a snapshot", "err", err)
+		}
+		return // the swap has ended the operation
+	case errors.Is(err, errCancelled):
+		state, message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "cancelled; the live state was not touched"
+	default:
+		state = commandpb.OperationState_OPERATION_STATE_FAILED
+		message = clip(err.Error()) + "; the live state was not touched"
+	}
+	log.Warn("a restore has ended", "event", "restore_ended", "err", err)
+	if _, err := r.submit(ctx, abandon(id, message)); err != nil && code(err) == 0 {
+		log.Warn("what was staged could not be removed; the leader will", "err", err)
+	}
+	if err := op.end(ctx, state, message); err != nil {
+		log.Warn("the end of a restore could not be recorded", "err", err)
+	}
+}
+
+func abandon(id, reason string) *commandpb.Command {
+	return &commandpb.Command{Op: &commandpb.Command_AbandonRestore{
+		AbandonRestore: &commandpb.AbandonRestore{OperationId: id, Reason: reason},
+	}}
+}
+
+var errCancelled = errors.New("recovery: cancelled")
+
+// check returns errCancelled when a user wants the operation to end.
+func (r *Recovery) check(id string) error {
+	op, err := readOperation(r.c.State, id)
+	switch {
+	case err != nil:
+		return err
+	case op == nil:
+		return errors.New("recovery: the operation was forgotten")
+	case op.CancelRequested:
+		return errCancelled
+	case op.State != commandpb.OperationState_OPERATION_STATE_RUNNING:
+		return fmt.Errorf("recovery: the operation was ended meanwhile: %s", op.Message)
+	}
+	return nil
+}
+
+func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader) error {
+	id := op.op.OperationId
+	image, err := r.verified(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	if err := r.check(id); err != nil {
+		return err
+	}
+	rec := s.Record()
+	src := image.Source()
+	src.ClusterId, src.ClusterName = rec.ClusterID, rec.ClusterName
+	_, err = r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_BeginRestore{BeginRestore: &commandpb.BeginRestore{
+		OperationId: id, SnapshotId: rec.ID, Owner: r.c.NodeID, Source: src,
+	}}})
+	if err != nil {
+		return err
+	}
+	var total uint64
+	for _, n := range rec.Counts {
+		total += n
+	}
+	if err := op.phase(ctx, phaseStage, "records", total); err != nil {
+		return err
+	}
+	chunks, records, err := r.stage(ctx, op, image)
+	if err != nil {
+		return err
+	}
+	_, err = r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_SealRestore{SealRestore: &commandpb.SealRestore{
+		OperationId: id, Chunks: chunks, Records: records,
+	}}})
+	if err != nil {
+		return err
+	}
+	if err := op.phase(ctx, phasePrepare, "nodes", uint64(len(r.c.Node.Status().Position.Members))); err != nil {
+		return err
+	}
+	if err := r.awaitReady(ctx, op); err != nil {
+		return err
+	}
+	if err := op.phase(ctx, phaseSwap, "", 0); err != nil {
+		return err
+	}
+	return r.swap(ctx, id)
+}
+
+// stage proposes what is not staged yet.
+func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image) (chunks, records uint64, err error) {
+	id := op.op.OperationId
+	err = image.Chunks(ctx, func(c router.StageChunk) error {
+		chunks, records = c.Sequence+1, records+c.Records
+		if err := r.check(id); err != nil {
+			return err
+		}
+		_, err := r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_StageRestore{StageRestore: &commandpb.StageRestore{
+			OperationId: id, Sequence: c.Sequence, Data: c.Data, Records: c.Records,
+		}}})
+		if err != nil {
+			return err
+		}
+		op.progress(ctx, records)
+		return nil
+	})
+	return chunks, records, err
+}
+
+// readyPoll is how often a restore that waits for replicas looks again.
+const readyPoll = 50 * time.Millisecond
+
+// awaitReady waits until this node and the leader have prepared the new state,
+// and for the other members as long as ReadyWait: a replica that has not
+// prepared does so while it applies the swap, which holds up its reads, and on
+// the leader all writes.
+func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
+	id := op.op.OperationId
+	begun := r.c.Now()
+	for {
+		if err := r.check(id); err != nil {
+			return err
+		}
+		v := r.c.State.View()
+		stage, err := v.Stage()
+		if err = errors.Join(err, v.Close()); err != nil {
+			return err
+		}
+		if stage == nil || stage.OperationId != id {
+			return errors.New("recovery: what was staged is gone")
+		}
+		ready := map[uint64]bool{}
+		for _, n := range stage.Ready {
+			ready[n] = true
+		}
+		op.progress(ctx, uint64(len(ready)))
+		lead := r.c.Node.Leadership().Leader
+		all := true
+		for _, m := range r.c.Node.Status().Position.Members {
+			all = all && ready[m.ID]
+		}
+		if all || ready[lead] && ready[r.c.NodeID] && r.c.Now().Sub(begun) >= r.c.ReadyWait {
+			return nil
+		}
+		if !sleep(ctx, readyPoll) {
+			return ctx.Err()
+		}
+	}
+}
+
+// swap puts the staged state in force. It is repeated until it is known: a
+// repeat finds the operation ended.
+func (r *Recovery) swap(ctx context.Context, id string) error {
+	_, err := r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_SwapRestore{
+		SwapRestore: &commandpb.SwapRestore{OperationId: id},
+	}})
+	if code(err) != 0 {
+		// Perhaps the first attempt got through and its answer did not.
+		if _, rerr := r.c.Node.ReadIndex(ctx); rerr != nil {
+			return errors.Join(err, rerr)
+		}
+		op, rerr := readOperation(r.c.State, id)
+		if rerr == nil && op != nil && op.State == commandpb.OperationState_OPERATION_STATE_DONE {
+			return nil
+		}
+	}
+	return err
+}
+
+// clip bounds a text that becomes part of the state.
+func clip(s string) string {
+	const most = 1000
+	if len(s) > most {
+		return s[:most] + "..."
+	}
+	return s
+}

@@ -1,0 +1,224 @@
+package recovery
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/google/uuid"
+
+	"conveyor.etl/router/backup/archive"
+	"conveyor.etl/router/backup/shelf"
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/snap"
+)
+
+// Create makes snapshot id (chosen here when empty) of this node's state, which
+// holds everything that was acknowledged before the call. Writes go on: it
+// flushes what is in memory and links the rest. Errors are those of the shelf.
+func (r *Recovery) Create(ctx context.Context, id string) (shelf.Record, error) {
+	if id == "" {
+		id = uuid.NewString()
+	}
+	if err := shelf.CheckID(id); err != nil {
+		return shelf.Record{}, err
+	}
+	rec, err := r.c.Shelf.Create(ctx, id, shelf.Created, func(dir string) (snap.Meta, error) {
+		pos, err := r.c.State.Image(dir)
+		// A backup holds state only: neither members nor votes.
+		return snap.Meta{Index: pos.Index, Term: pos.Term}, err
+	}, func(dir string, rec *shelf.Record) error { return r.describe(dir, rec) })
+	if err != nil {
+		return rec, err
+	}
+	r.log.Info("a snapshot was made", "event", "snapshot_created", "snapshot", id, "index", rec.Index, "bytes", rec.Bytes)
+	return rec, nil
+}
+
+// describe reads out of the image in dir what its record says.
+func (r *Recovery) describe(dir string, rec *shelf.Record) error {
+	image, err := router.OpenImage(r.c.FS, dir, router.Options{})
+	if err != nil {
+		return err
+	}
+	src, counts := image.Source(), router.Counts{}
+	v := image.View()
+	counts, err = v.Counts()
+	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
+		return err
+	}
+	rec.Revision, rec.Epoch = src.GetClock().GetRevision(), src.GetClock().GetEpoch()
+	rec.Counts = counts.ByName()
+	rec.Version = r.c.Version
+	if rec.Origin != shelf.Uploaded {
+		rec.ClusterID, rec.ClusterName = r.c.ClusterID, r.c.ClusterName
+	}
+	return nil
+}
+
+// List returns the snapshots of this node, the newest first.
+func (r *Recovery) List() []shelf.Record { return r.c.Shelf.List() }
+
+// Delete removes a snapshot of this node and reports whether there was one.
+func (r *Recovery) Delete(id string) (bool, error) { return r.c.Shelf.Delete(id) }
+
+// hash returns the hash of a snapshot's content, computing it the first time,
+// which reads everything.
+func (r *Recovery) hash(ctx context.Context, s *shelf.Reader) (string, error) {
+	rec, err := r.c.Shelf.Get(s.Record().ID)
+	if err == nil && rec.ContentHash != "" {
+		return rec.ContentHash, nil
+	}
+	image, err := router.OpenImage(r.c.FS, s.Dir(), router.Options{})
+	if err != nil {
+		return "", err
+	}
+	v := image.View()
+	sum, err := v.ContentHash()
+	if err = errors.Join(err, v.Close(), image.Close(), ctx.Err()); err != nil {
+		return "", err
+	}
+	hash := hex.EncodeToString(sum)
+	// Deleted meanwhile: the reader still has it.
+	if err := r.c.Shelf.SetContentHash(s.Record().ID, hash); err != nil && !errors.Is(err, shelf.ErrNotFound) {
+		return "", err
+	}
+	return hash, nil
+}
+
+// Download is an archive on its way to a client.
+type Download struct {
+	io.Reader
+	// Size is the size of the archive before compression, about.
+	Size    int64
+	release func()
+}
+
+// Close ends the download.
+func (d *Download) Close() { d.release() }
+
+// Stream opens snapshot id as an archive, from byte offset of its stream on. The
+// same snapshot and compression give the same stream every time. The caller
+// closes it.
+func (r *Recovery) Stream(ctx context.Context, id string, c archive.Compression, offset int64) (*Download, error) {
+	done, err := r.transfer()
+	if err != nil {
+		return nil, err
+	}
+	s, err := r.c.Shelf.Open(id)
+	if err != nil {
+		done()
+		return nil, err
+	}
+	d := &Download{Size: s.Size(), release: func() {
+		if err := s.Close(); err != nil {
+			r.log.Warn("a deleted snapshot could not be removed from disk; the next start tries again", "snapshot", id, "err", err)
+		}
+		done()
+	}}
+	if d.Reader, err = r.open(ctx, s, c, offset); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (r *Recovery) open(ctx context.Context, s *shelf.Reader, c archive.Compression, offset int64) (io.Reader, error) {
+	hash, err := r.hash(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	rec := s.Record()
+	return archive.NewReader(ctx, s.Reader, archive.Header{
+		ClusterID: fmt.Sprintf("%016x", rec.ClusterID), ClusterName: rec.ClusterName,
+		Epoch: rec.Epoch, Revision: rec.Revision, Index: rec.Index, Term: rec.Term,
+		ContentHash: hash, Counts: rec.Counts, CreatedMS: rec.CreatedMS, Version: rec.Version,
+	}, c, offset)
+}
+
+// Import reads an archive and keeps it as a snapshot with an id chosen here.
+// Everything in it is checked; on an error nothing is kept. Archives of other
+// clusters are welcome.
+func (r *Recovery) Import(ctx context.Context, in io.Reader) (shelf.Record, error) {
+	done, err := r.transfer()
+	if err != nil {
+		return shelf.Record{}, err
+	}
+	defer done()
+	id := uuid.NewString()
+	var header archive.Header
+	rec, err := r.c.Shelf.Import(ctx, id, func(dir string) error {
+		var err error
+		header, _, err = archive.Extract(ctx, in, archive.Limits{MaxBytes: r.c.MaxUploadBytes}, r.c.FS, dir)
+		return err
+	}, func(dir string, rec *shelf.Record) error {
+		if err := r.describe(dir, rec); err != nil {
+			return err
+		}
+		if _, err := fmt.Sscanf(header.ClusterID, "%x", &rec.ClusterID); err != nil {
+			return fmt.Errorf("%w: its cluster id is %.40q", archive.ErrCorrupt, header.ClusterID)
+		}
+		rec.ClusterName, rec.Version = header.ClusterName, header.Version
+		rec.ContentHash = header.ContentHash
+		return nil
+	})
+	if err != nil {
+		return rec, err
+	}
+	r.log.Info("a snapshot was uploaded", "event", "snapshot_uploaded", "snapshot", id, "index", rec.Index,
+		"bytes", rec.Bytes, "of_cluster", rec.ClusterName, "made", rec.Created().UTC().Format(time.RFC3339))
+	return rec, nil
+}
+
+// undoID is the name the undo point of an epoch's beginning is kept under.
+func undoID(epoch uint64) string { return fmt.Sprintf("undo-%d", epoch) }
+
+// keepUndo puts the undo point of the last restore among the snapshots of this
+// node, where it can be looked at, downloaded and restored, and lets go of the
+// one before it.
+func (r *Recovery) keepUndo(ctx context.Context) error {
+	undo, ok := r.c.State.UndoPoint()
+	if !ok {
+		return nil
+	}
+	id := undoID(undo.Epoch + 1)
+	if _, err := r.c.Shelf.Get(id); err == nil {
+		return nil
+	}
+	_, err := r.c.Shelf.Create(ctx, id, shelf.Undo, func(dir string) (snap.Meta, error) {
+		return snap.Meta{Index: undo.Index, Term: undo.Term}, linkAll(r.c.FS, undo.Dir, dir)
+	}, func(dir string, rec *shelf.Record) error { return r.describe(dir, rec) })
+	if err != nil && !errors.Is(err, shelf.ErrExists) {
+		return fmt.Errorf("recovery: keep the state that was replaced: %w", err)
+	}
+	for _, rec := range r.c.Shelf.List() {
+		if rec.Origin == shelf.Undo && rec.ID != id {
+			if _, err := r.c.Shelf.Delete(rec.ID); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// UndoID returns the snapshot of the state that the last restore replaced.
+func (r *Recovery) UndoID(ctx context.Context) (string, error) {
+	epoch := r.c.State.Epoch()
+	if epoch == 0 {
+		return "", fmt.Errorf("%w: nothing was ever restored here", ErrNoUndo)
+	}
+	if err := r.keepUndo(ctx); err != nil {
+		return "", err
+	}
+	id := undoID(epoch)
+	if _, err := r.c.Shelf.Get(id); err != nil {
+		return "", fmt.Errorf("%w: node %d does not have the state before the last restore", ErrNoUndo, r.c.NodeID)
+	}
+	return id, nil
+}
+
+// Get returns the record of a snapshot of this node.
+func (r *Recovery) Get(id string) (shelf.Record, error) { return r.c.Shelf.Get(id) }
