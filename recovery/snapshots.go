@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"time"
 
 	"github.com/google/uuid"
@@ -91,14 +92,16 @@ func (r *Recovery) hash(ctx context.Context, s *shelf.Reader) (string, error) {
 
 // Download is an archive on its way to a client.
 type Download struct {
-	io.Reader
-	// Size is the size of the archive before compression, about.
-	Size    int64
+	*archive.Archive
 	release func()
 }
 
 // Close ends the download.
-func (d *Download) Close() { d.release() }
+func (d *Download) Close() error {
+	err := d.Archive.Close()
+	d.release()
+	return err
+}
 
 // Stream opens snapshot id as an archive, from byte offset of its stream on. The
 // same snapshot and compression give the same stream every time. The caller
@@ -113,31 +116,38 @@ func (r *Recovery) Stream(ctx context.Context, id string, c archive.Compression,
 		done()
 		return nil, err
 	}
-	d := &Download{Size: s.Size(), release: func() {
+	d := &Download{release: func() {
 		if err := s.Close(); err != nil {
 			r.log.Warn("a deleted snapshot could not be removed from disk; the next start tries again", "snapshot", id, "err", err)
 		}
 		done()
 	}}
-	if d.Reader, err = r.open(ctx, s, c, offset); err != nil {
-		d.Close()
+	if d.Archive, err = r.open(ctx, s, c, offset); err != nil {
+		d.release()
 		return nil, err
 	}
 	return d, nil
 }
 
-func (r *Recovery) open(ctx context.Context, s *shelf.Reader, c archive.Compression, offset int64) (io.Reader, error) {
+func (r *Recovery) open(ctx context.Context, s *shelf.Reader, c archive.Compression, offset int64) (*archive.Archive, error) {
 	hash, err := r.hash(ctx, s)
 	if err != nil {
 		return nil, err
 	}
-	rec := s.Record()
-	return archive.NewReader(ctx, s.Reader, archive.Header{
+	return archive.NewArchive(ctx, s.Reader, header(s.Record(), hash), c, offset)
+}
+
+// header is the first entry of the archive of a snapshot.
+func header(rec shelf.Record, hash string) archive.Header {
+	return archive.Header{
 		ClusterID: fmt.Sprintf("%016x", rec.ClusterID), ClusterName: rec.ClusterName,
 		Epoch: rec.Epoch, Revision: rec.Revision, Index: rec.Index, Term: rec.Term,
-		ContentHash: hash, Counts: rec.Counts, CreatedMS: rec.CreatedMS, Version: rec.Version,
-	}, c, offset)
+		StateHash: hash, Counts: rec.Counts, CreatedUnixMsec: rec.CreatedMS, RouterVersion: rec.Version,
+	}
 }
+
+// uploadReserve is the free disk space an upload leaves: the log needs some.
+const uploadReserve = 512 << 20
 
 // Import reads an archive and keeps it as a snapshot with an id chosen here.
 // Everything in it is checked; on an error nothing is kept. Archives of other
@@ -152,17 +162,18 @@ func (r *Recovery) Import(ctx context.Context, in io.Reader) (shelf.Record, erro
 	var header archive.Header
 	rec, err := r.c.Shelf.Import(ctx, id, func(dir string) error {
 		var err error
-		header, _, err = archive.Extract(ctx, in, archive.Limits{MaxBytes: r.c.MaxUploadBytes}, r.c.FS, dir)
+		header, _, err = archive.Extract(ctx, in, archive.Limits{MaxBytes: r.c.MaxUploadBytes, ReserveBytes: uploadReserve}, r.c.FS, dir)
 		return err
 	}, func(dir string, rec *shelf.Record) error {
 		if err := r.describe(dir, rec); err != nil {
 			return err
 		}
-		if _, err := fmt.Sscanf(header.ClusterID, "%x", &rec.ClusterID); err != nil {
+		var err error
+		if rec.ClusterID, err = strconv.ParseUint(header.ClusterID, 16, 64); err != nil {
 			return fmt.Errorf("%w: its cluster id is %.40q", archive.ErrCorrupt, header.ClusterID)
 		}
-		rec.ClusterName, rec.Version = header.ClusterName, header.Version
-		rec.ContentHash = header.ContentHash
+		rec.ClusterName, rec.Version = header.ClusterName, header.RouterVersion
+		rec.ContentHash = header.StateHash
 		return nil
 	})
 	if err != nil {

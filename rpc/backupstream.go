@@ -55,7 +55,7 @@ func (a *backupAPI) StreamSnapshot(req *backuppb.StreamSnapshotRequest, stream b
 	if err != nil {
 		return err
 	}
-	defer d.Close()
+	defer func() { _ = d.Close() }() // it was only read
 	return sendArchive(stream, d, req.GetOffset())
 }
 
@@ -74,7 +74,7 @@ func sendArchive(stream backuppb.BackupService_StreamSnapshotServer, d *recovery
 	if err != nil {
 		return err
 	}
-	total := uint64(d.Size)
+	total := uint64(d.RawSize())
 	for {
 		var next []byte
 		if len(data) == dataChunkBytes {

@@ -93,6 +93,8 @@ func statusTable() []statusRow {
 		{archive.ErrTooLarge, codes.InvalidArgument, "ARCHIVE_TOO_LARGE", NotDone, 0},
 		{archive.ErrNotArchive, codes.InvalidArgument, "NOT_AN_ARCHIVE", NotDone, 0},
 		{archive.ErrCorrupt, codes.DataLoss, "ARCHIVE_CORRUPT", NotDone, 0},
+		{archive.ErrOffset, codes.OutOfRange, "ARCHIVE_OFFSET", NotDone, 0},
+		{archive.ErrClosed, codes.Unavailable, "STOPPING", NotDone, soon},
 		{syscall.ENOSPC, codes.ResourceExhausted, "NO_SPACE", NotDone, 0},
 
 		{snap.ErrNotFound, codes.NotFound, "IMAGE_NOT_FOUND", NotDone, 0},
