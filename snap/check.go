@@ -23,18 +23,36 @@ func Check(fsys vfs.FS, dir string) error {
 
 // Inspect reads the manifest of the image in dir, and nothing else.
 func Inspect(fsys vfs.FS, dir string) (Info, error) {
-	o := new(Options).EnsureDefaults()
-	if _, err := fsys.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return Info{}, fmt.Errorf("%w: %s", ErrNotFound, dir)
-	}
-	raw, err := readManifest(fsys, dir, dir, o)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Info{}, &CorruptError{Image: dir, File: manifestName, Detail: "the file is missing"}
-	}
+	info, _, err := inspect(fsys, dir)
 	if err != nil {
 		return Info{}, err
 	}
+	return *info, nil
+}
+
+func inspect(fsys vfs.FS, dir string) (*Info, []byte, error) {
+	o := new(Options).EnsureDefaults()
+	if _, err := fsys.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("%w: %s", ErrNotFound, dir)
+	}
+	raw, err := readManifest(fsys, dir, dir, o)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, &CorruptError{Image: dir, File: manifestName, Detail: "the file is missing"}
+	}
+	if err != nil {
+		return nil, nil, err
+	}
 	info, err := decodeManifest(raw, dir, o)
+	if err != nil {
+		return nil, nil, err
+	}
+	return info, raw, nil
+}
+
+// ParseManifest checks and decodes a manifest that has come by another way
+// than Receive. from names where it was found, for errors.
+func ParseManifest(raw []byte, from string) (Info, error) {
+	info, err := decodeManifest(raw, from, new(Options).EnsureDefaults())
 	if err != nil {
 		return Info{}, err
 	}

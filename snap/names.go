@@ -5,11 +5,14 @@ import (
 	"strings"
 )
 
+// ManifestName is the file of an image that describes the others.
+const ManifestName = "MANIFEST"
+
 // Directories of the store that are not images start with a dot, which no
 // image id does: one List tells them apart, and no id can be chosen to collide
 // with them.
 const (
-	manifestName    = "MANIFEST"
+	manifestName    = ManifestName
 	creatingPrefix  = ".creating-"
 	deletingPrefix  = ".deleting-"
 	receivingPrefix = ".receiving-"

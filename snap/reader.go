@@ -27,8 +27,11 @@ type Chunk struct {
 // order of the manifest, without gaps or separators. While it is open, the
 // image stays on disk. Its methods are safe for concurrent use.
 type Reader struct {
-	store    *Store
-	img      *image
+	fs       vfs.FS
+	dir      string
+	maxChunk int
+	// release undoes the pin; nil for a directory that is in no store.
+	release  func() error
 	info     *Info
 	manifest []byte
 	// starts holds the stream offset of every file.
@@ -57,9 +60,26 @@ func (s *Store) Open(id string) (*Reader, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.unpin(id, img))
 	}
+	r := newReader(s.fs, s.Dir(id), info, raw, &s.opts)
+	r.release = func() error { return s.unpin(id, img) }
+	return r, nil
+}
+
+// OpenDir opens the image in dir, which may have any name and belong to no
+// store. Nothing keeps the files in place: the caller must.
+func OpenDir(fsys vfs.FS, dir string) (*Reader, error) {
+	info, raw, err := inspect(fsys, dir)
+	if err != nil {
+		return nil, err
+	}
+	return newReader(fsys, dir, info, raw, new(Options).EnsureDefaults()), nil
+}
+
+func newReader(fsys vfs.FS, dir string, info *Info, raw []byte, o *Options) *Reader {
 	r := &Reader{
-		store:    s,
-		img:      img,
+		fs:       fsys,
+		dir:      dir,
+		maxChunk: o.MaxChunkBytes,
 		info:     info,
 		manifest: raw,
 		starts:   make([]int64, len(info.Files)),
@@ -70,7 +90,7 @@ func (s *Store) Open(id string) (*Reader, error) {
 		r.starts[i] = at
 		at += f.Size
 	}
-	return r, nil
+	return r
 }
 
 // Info describes the image.
@@ -81,7 +101,7 @@ func (r *Reader) Size() int64 { return r.info.Size }
 
 // Dir returns the directory of the image, which stays in place and unchanged
 // until Close. It is for reading only.
-func (r *Reader) Dir() string { return r.store.Dir(r.info.ID) }
+func (r *Reader) Dir() string { return r.dir }
 
 // ReadChunk returns the chunk at offset with at most max bytes; max is brought
 // into the range 1 to Options.MaxChunkBytes, 0 means the latter. It returns
@@ -104,9 +124,8 @@ func (r *Reader) ReadChunk(offset int64, max int) (Chunk, error) {
 		return Chunk{}, fmt.Errorf("%w: offset %d is outside of image %s, which has %d bytes",
 			ErrOutOfOrder, offset, r.info.ID, size)
 	}
-	limit := r.store.opts.MaxChunkBytes
-	if max <= 0 || max > limit {
-		max = limit
+	if max <= 0 || max > r.maxChunk {
+		max = r.maxChunk
 	}
 	data := make([]byte, min(int64(max), size-offset))
 	if err := r.fillLocked(data, offset); err != nil {
@@ -118,6 +137,31 @@ func (r *Reader) ReadChunk(offset int64, max int) (Chunk, error) {
 		CRC:    crc32.Checksum(data, castagnoli),
 		Last:   offset+int64(len(data)) == size,
 	}, nil
+}
+
+// ReadAt implements io.ReaderAt on the stream of the image. It is ReadChunk for
+// callers with a buffer of their own: no checksum of the piece, but the files
+// are checked in the same way.
+func (r *Reader) ReadAt(p []byte, offset int64) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	size := r.info.Size
+	switch {
+	case r.closed:
+		return 0, fmt.Errorf("%w: reader of image %s", ErrClosed, r.info.ID)
+	case offset < 0:
+		return 0, fmt.Errorf("%w: offset %d of image %s", ErrOutOfOrder, offset, r.info.ID)
+	case offset >= size:
+		return 0, io.EOF
+	}
+	n := int(min(int64(len(p)), size-offset))
+	if err := r.fillLocked(p[:n], offset); err != nil {
+		return 0, err
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
 }
 
 // fillLocked fills p from the stream at offset; the stream is long enough.
@@ -146,12 +190,12 @@ func (r *Reader) readFileLocked(i int, p []byte, pos int64) error {
 		return nil
 	}
 	f := r.info.Files[i]
-	path := r.store.fs.PathJoin(r.Dir(), f.Name)
+	path := r.fs.PathJoin(r.Dir(), f.Name)
 	if r.open == nil || r.openIndex != i {
 		if err := r.closeFileLocked(); err != nil {
 			return err
 		}
-		file, err := r.store.fs.Open(path)
+		file, err := r.fs.Open(path)
 		if err != nil {
 			return fmt.Errorf("snap: open %s: %w", path, err)
 		}
@@ -208,5 +252,9 @@ func (r *Reader) Close() error {
 		return nil
 	}
 	r.closed = true
-	return errors.Join(r.closeFileLocked(), r.store.unpin(r.info.ID, r.img))
+	err := r.closeFileLocked()
+	if r.release != nil {
+		err = errors.Join(err, r.release())
+	}
+	return err
 }
