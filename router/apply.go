@@ -29,7 +29,7 @@ func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
 		if e.Index != t.pos.Index+1 {
 			return nil, s.breakdown(fmt.Errorf("router: entry %d handed in after %d: entries must follow each other", e.Index, t.pos.Index))
 		}
-		t.index = e.Index
+		t.revision = e.Index + t.clock.RevisionBase
 		if e.Local {
 			results[i] = make([]*commandpb.Result, 0, len(e.Commands))
 		}
@@ -44,9 +44,14 @@ func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
 		}
 		t.endEntry()
 		t.pos.Index, t.pos.Term = e.Index, e.Term
-		if t.bytes > s.o.BatchBytes {
+		if t.swap != nil || t.bytes > s.o.BatchBytes || e.Index%sumEvery == 0 {
 			if err := s.commit(t); err != nil {
 				return nil, s.breakdown(err)
+			}
+			if t.swap != nil {
+				if d, err = s.performSwap(); err != nil {
+					return nil, s.breakdown(err)
+				}
 			}
 			t = s.newTx(d)
 		}
@@ -108,11 +113,17 @@ func (s *FSM) commit(t *tx) error {
 		return t.err
 	}
 	b := t.db.NewBatchWithSize(int(t.bytes) + 512)
+	if t.wipeStage {
+		if err := wipe(b); err != nil {
+			return errors.Join(err, b.Close())
+		}
+	}
 	for _, c := range t.dirty {
 		if !c.dirty {
 			continue // rolled back, or listed twice
 		}
 		c.dirty = false
+		t.settle(c)
 		var err error
 		if c.val == nil {
 			err = b.Delete([]byte(c.key), nil)
@@ -146,9 +157,13 @@ func (s *FSM) commit(t *tx) error {
 	s.hot.age()
 	s.mu.Lock()
 	s.pos = t.pos
+	s.sums.now(t.pos.Index, t.clock, clock)
 	s.mu.Unlock()
-	s.revision.Store(t.clock.Revision)
+	s.publishClock(t.clock)
 	s.hub.publish(t.sets, t.clock.Revision)
+	if t.wipeStage {
+		s.stage.abandoned(s)
+	}
 	return nil
 }
 
@@ -173,9 +188,12 @@ func (t *tx) command(raw []byte, local bool) (*commandpb.Result, error) {
 		}
 	}
 	t.op = h.op
-	var rej *commandpb.Rejection
+	// Before the request id, and not remembered under it: the caller reads again
+	// and sends the same request for the new epoch.
+	rej := t.checkEpoch(&c)
+	strange := rej != nil
 	var digest uint64
-	if c.RequestId != "" {
+	if c.RequestId != "" && !strange {
 		if rej = checkID("request id", c.RequestId); rej == nil {
 			digest = digestOf(&c)
 			first, again := t.remembered(c.RequestId, h, digest)
@@ -194,11 +212,15 @@ func (t *tx) command(raw []byte, local bool) (*commandpb.Result, error) {
 		t.rollback()
 		t.res.Rejection = rej
 	} else if t.changed {
-		t.clock.Revision = t.index
+		t.clock.Revision = t.revision
 		t.res.Changed = true
 	}
-	t.res.Revision, t.res.TimeMs = t.clock.Revision, t.now
-	if c.RequestId != "" && checkID("request id", c.RequestId) == nil {
+	t.res.Revision, t.res.TimeMs, t.res.Epoch = t.clock.Revision, t.now, t.clock.Epoch
+	if rej == nil && t.swapped {
+		after := clockAfter(t.clock, t.revision-t.clock.RevisionBase, t.swap.Source.Clock)
+		t.res.Revision, t.res.Epoch = after.Revision, after.Epoch
+	}
+	if c.RequestId != "" && !strange && checkID("request id", c.RequestId) == nil {
 		t.remember(c.RequestId, h, digest)
 	}
 	return t.res, t.err

@@ -28,10 +28,10 @@ func (t *tx) assignment(sidecar, pipeline string) *commandpb.Assignment {
 
 // saveAssignment stores next in place of prev and keeps index and counts right.
 func (t *tx) saveAssignment(prev, next *commandpb.Assignment) {
-	next.ModRevision, next.ChangedAtMs = t.index, t.now
+	next.ModRevision, next.ChangedAtMs = t.revision, t.now
 	// At least the index: a purged assignment that is given again must not
 	// look older than what the sidecar was told before.
-	next.Generation = max(prev.GetGeneration()+1, t.index)
+	next.Generation = max(prev.GetGeneration()+1, t.revision)
 	t.store(t.buf.pair(prefixAssignment, next.SidecarId, next.PipelineId), next)
 	var before proto.Message
 	if prev != nil {

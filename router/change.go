@@ -17,6 +17,7 @@ const (
 	TableServices
 	TableGroups
 	TableAssignments
+	TableOperations
 	tableCount
 )
 
@@ -33,6 +34,8 @@ func (t Table) String() string {
 		return "groups"
 	case TableAssignments:
 		return "assignments"
+	case TableOperations:
+		return "operations"
 	}
 	return fmt.Sprintf("table(%d)", uint8(t))
 }

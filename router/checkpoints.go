@@ -41,7 +41,7 @@ func (t *tx) saveCheckpoint(c *commandpb.SaveCheckpoint) *commandpb.Rejection {
 	}
 	rec := commandpb.Checkpoint{
 		ServiceId: c.ServiceId, CheckpointId: c.CheckpointId, Data: c.Data,
-		SourceOffsets: c.SourceOffsets, CreatedAtMs: t.now, ModRevision: t.index,
+		SourceOffsets: c.SourceOffsets, CreatedAtMs: t.now, ModRevision: t.revision,
 	}
 	v, err := rec.MarshalVT()
 	if err != nil {
@@ -50,7 +50,8 @@ func (t *tx) saveCheckpoint(c *commandpb.SaveCheckpoint) *commandpb.Rejection {
 	}
 	t.buf = t.buf.single(prefixCheckpoint, c.ServiceId)
 	t.put(t.blind(t.buf), v, nil)
-	t.clock.CheckpointRevision = t.index
+	t.chainCheckpoint(t.buf, v)
+	t.clock.CheckpointRevision = t.revision
 	t.changed = true
 	return nil
 }
@@ -62,12 +63,14 @@ func (t *tx) deleteCheckpoint(c *commandpb.DeleteCheckpoint) *commandpb.Rejectio
 	if r := checkID("service id", c.ServiceId); r != nil {
 		return r
 	}
-	cl := t.cell(t.buf.single(prefixCheckpoint, c.ServiceId))
+	t.buf = t.buf.single(prefixCheckpoint, c.ServiceId)
+	cl := t.cell(t.buf)
 	if cl.val == nil {
 		return nil
 	}
 	t.drop(cl)
-	t.clock.CheckpointRevision = t.index
+	t.chainCheckpoint(t.buf, nil)
+	t.clock.CheckpointRevision = t.revision
 	t.res.Existed, t.changed = true, true
 	return nil
 }

@@ -63,6 +63,16 @@ func commandTable() map[reflect.Type]handler {
 		on(51, "DeregisterSidecar", func(w *commandpb.Command_DeregisterSidecar) *commandpb.DeregisterSidecar { return w.DeregisterSidecar }, (*tx).deregisterSidecar),
 		on(52, "TransitionSidecar", func(w *commandpb.Command_TransitionSidecar) *commandpb.TransitionSidecar { return w.TransitionSidecar }, (*tx).transitionSidecar),
 		on(53, "ApplyAssignments", func(w *commandpb.Command_ApplyAssignments) *commandpb.ApplyAssignments { return w.ApplyAssignments }, (*tx).applyAssignments),
+
+		on(60, "PutOperation", func(w *commandpb.Command_PutOperation) *commandpb.PutOperation { return w.PutOperation }, (*tx).putOperation),
+		on(61, "CancelOperation", func(w *commandpb.Command_CancelOperation) *commandpb.CancelOperation { return w.CancelOperation }, (*tx).cancelOperation),
+
+		on(70, "BeginRestore", func(w *commandpb.Command_BeginRestore) *commandpb.BeginRestore { return w.BeginRestore }, (*tx).beginRestore),
+		on(71, "StageRestore", func(w *commandpb.Command_StageRestore) *commandpb.StageRestore { return w.StageRestore }, (*tx).stageRestore),
+		on(72, "SealRestore", func(w *commandpb.Command_SealRestore) *commandpb.SealRestore { return w.SealRestore }, (*tx).sealRestore),
+		on(73, "ReportRestore", func(w *commandpb.Command_ReportRestore) *commandpb.ReportRestore { return w.ReportRestore }, (*tx).reportRestore),
+		on(74, "SwapRestore", func(w *commandpb.Command_SwapRestore) *commandpb.SwapRestore { return w.SwapRestore }, (*tx).swapRestore),
+		on(75, "AbandonRestore", func(w *commandpb.Command_AbandonRestore) *commandpb.AbandonRestore { return w.AbandonRestore }, (*tx).abandonRestore),
 	}
 	table := make(map[reflect.Type]handler, len(rows))
 	for _, r := range rows {

@@ -19,6 +19,7 @@ const (
 	countGroupOffsets
 	countAssignments
 	countRevoked
+	countOperations
 	countKinds
 )
 
@@ -31,6 +32,9 @@ type Counts struct {
 	Revoked uint64
 	// Requests is the number of remembered request ids.
 	Requests uint64
+	// Operations is the number of running and remembered operations. They are no
+	// part of a backup.
+	Operations uint64
 }
 
 // checkpointCount is a count of checkpoints and the checkpoint revision it
@@ -44,7 +48,7 @@ type checkpointCount struct {
 // one was written: keeping a counter would need a read per save.
 func (v *View) Counts() (Counts, error) {
 	var out Counts
-	err := v.read(func(r pebble.Reader) error {
+	err := v.readDatabase(func(d *database, r pebble.Reader) error {
 		c, err := readClock(r)
 		if err != nil {
 			return err
@@ -54,15 +58,16 @@ func (v *View) Counts() (Counts, error) {
 			Pipelines: n[countPipelines], Sidecars: n[countSidecars], Services: n[countServices], Groups: n[countGroups],
 			SourceOffsets: n[countSourceOffsets], Watermarks: n[countWatermarks], GroupOffsets: n[countGroupOffsets],
 			Assignments: n[countAssignments], Revoked: n[countRevoked], Requests: c.RequestTail - c.RequestHead,
+			Operations: n[countOperations],
 		}
-		out.Checkpoints, err = v.countCheckpoints(r, c)
+		out.Checkpoints, err = v.countCheckpoints(d, r, c)
 		return err
 	})
 	return out, err
 }
 
-func (v *View) countCheckpoints(r pebble.Reader, c *commandpb.Clock) (uint64, error) {
-	if m := v.s.ckptMemo.Load(); m != nil && m.revision == c.CheckpointRevision {
+func (v *View) countCheckpoints(d *database, r pebble.Reader, c *commandpb.Clock) (uint64, error) {
+	if m := d.ckptMemo.Load(); m != nil && m.revision == c.CheckpointRevision {
 		return m.n, nil
 	}
 	var n uint64
@@ -73,7 +78,7 @@ func (v *View) countCheckpoints(r pebble.Reader, c *commandpb.Clock) (uint64, er
 	// A view without a snapshot may have counted newer keys than its clock
 	// says; remembering that would be a wrong count for good.
 	if err == nil && !v.latest {
-		v.s.ckptMemo.Store(&checkpointCount{revision: c.CheckpointRevision, n: n})
+		d.ckptMemo.Store(&checkpointCount{revision: c.CheckpointRevision, n: n})
 	}
 	return n, err
 }

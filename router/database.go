@@ -83,6 +83,10 @@ type database struct {
 	stale   atomic.Bool
 	durable atomic.Uint64
 
+	// ckptMemo is of this database: another one may have other checkpoints at the
+	// same revision.
+	ckptMemo atomic.Pointer[checkpointCount]
+
 	// mu guards failure and trouble.
 	mu      sync.Mutex
 	failure error         // permanent
@@ -176,6 +180,8 @@ func formatError(err error) error {
 	}
 	return err
 }
+
+func formatNumber() []byte { return binary.BigEndian.AppendUint32(nil, stateFormat) }
 
 func checkFormat(r pebble.Reader) error {
 	v, err := getCopy(r, key(nil).meta(metaFormat))
@@ -301,6 +307,19 @@ func (d *database) durableIndex() (uint64, error) {
 		}
 		if d.durable.CompareAndSwap(old, p.Index) {
 			return p.Index, nil
+		}
+	}
+}
+
+// hold takes one more reference, unless the last one is gone.
+func (d *database) hold() bool {
+	for {
+		n := d.refs.Load()
+		if n <= 0 {
+			return false
+		}
+		if d.refs.CompareAndSwap(n, n+1) {
+			return true
 		}
 	}
 }

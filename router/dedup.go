@@ -58,14 +58,14 @@ func (t *tx) remembered(id string, h handler, digest uint64) (*commandpb.Result,
 	}
 	if rec.Op != h.op {
 		return &commandpb.Result{
-			Revision: t.clock.Revision, TimeMs: t.now,
+			Revision: t.clock.Revision, TimeMs: t.now, Epoch: t.clock.Epoch,
 			Rejection: reject(commandpb.Code_CODE_PRECONDITION, "request "+id,
 				"this request id was used for another kind of command within the last ten minutes; use a new id for %s", h.name),
 		}, true
 	}
 	if rec.Digest != 0 && digest != 0 && rec.Digest != digest {
 		return &commandpb.Result{
-			Revision: t.clock.Revision, TimeMs: t.now,
+			Revision: t.clock.Revision, TimeMs: t.now, Epoch: t.clock.Epoch,
 			Rejection: reject(commandpb.Code_CODE_PRECONDITION, "request "+id,
 				"this request id was used for a %s with other content within the last ten minutes; this one was not done, use a new id for it", h.name),
 		}, true

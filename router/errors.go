@@ -6,6 +6,14 @@ import (
 )
 
 var (
+	// ErrNotStaged means that there is nothing to prepare: the restore was
+	// abandoned, is swapped in already, or is still being staged.
+	ErrNotStaged = errors.New("router: this restore is not staged completely, or no longer; nothing was prepared")
+
+	// ErrBadChunk means that staged records cannot be used: they are damaged, out
+	// of order, or not what was announced. No replica can prepare them.
+	ErrBadChunk = errors.New("router: the staged records are damaged or not what was announced; nothing was changed: abandon the restore and check the backup")
+
 	// ErrClosed means that the state machine or the view was closed before the
 	// call; nothing was done.
 	ErrClosed = errors.New("router: state is closed")

@@ -1,7 +1,6 @@
 package router
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"reflect"
@@ -51,8 +50,11 @@ type FSM struct {
 	pos    Position
 	closed bool
 
-	revision atomic.Uint64
-	ckptMemo atomic.Pointer[checkpointCount]
+	revision, epoch, base atomic.Uint64
+
+	sums  sumHistory
+	stage staging
+	undo  atomic.Pointer[UndoPoint]
 }
 
 // Open opens the state in dir, or begins one at o.Bootstrap, durably, when
@@ -91,6 +93,11 @@ func Open(f vfs.FS, dir string, o Options) (*FSM, error) {
 	if err := errors.Join(syncDir(f, dir), sweep(f, dir, name)); err != nil {
 		return nil, errors.Join(fmt.Errorf("router: remove leftovers in %s: %w", dir, err), d.release())
 	}
+	s.findUndo()
+	// A crash may have come between the entry of a restore and its effect.
+	if d, err = s.performSwap(); err != nil {
+		return nil, errors.Join(fmt.Errorf("router: finish the restore in %s: %w", dir, err), s.cur.release())
+	}
 	return s, nil
 }
 
@@ -127,12 +134,7 @@ func createFirst(f vfs.FS, root string, o Options) (string, error) {
 		return "", err
 	}
 	b := d.db.NewBatch()
-	clock, err := (&commandpb.Clock{}).MarshalVT()
-	err = errors.Join(err,
-		b.Set(key(nil).meta(metaFormat), binary.BigEndian.AppendUint32(nil, stateFormat), nil),
-		b.Set(key(nil).meta(metaPosition), o.Bootstrap.append(nil), nil),
-		b.Set(key(nil).meta(metaClock), clock, nil))
-	if err == nil {
+	if err = putHead(b, o.Bootstrap, newClock()); err == nil {
 		err = b.Commit(pebble.NoSync)
 	}
 	if err == nil {
@@ -149,30 +151,6 @@ func createFirst(f vfs.FS, root string, o Options) (string, error) {
 		return "", fmt.Errorf("router: create the state in %s: %w", path, err)
 	}
 	return name, nil
-}
-
-// peekPosition reads the position of a database that is not in use.
-func peekPosition(f vfs.FS, path string, o Options) (Position, error) {
-	cache := pebble.NewCache(1 << 20)
-	defer cache.Unref()
-	po := pebbleOptions(f, o, cache)
-	po.ReadOnly = true
-	po.ErrorIfNotExists = true
-	po.FormatMajorVersion = pebble.FormatDefault // take it as it is
-	db, err := pebble.Open(path, po)
-	if err != nil {
-		return Position{}, formatError(err)
-	}
-	pos, err := readPosition(db)
-	if err == nil {
-		err = checkFormat(db)
-	}
-	if err = errors.Join(err, db.Close()); err != nil {
-		return Position{}, err
-	}
-	// Opening took Pebble's lock, which leaves its file behind.
-	_ = f.Remove(f.PathJoin(path, "LOCK"))
-	return pos, nil
 }
 
 // sweep removes databases other than the one in use and the traces of what was
@@ -206,6 +184,9 @@ func (s *FSM) adopt(d *database) error {
 		return err
 	}
 	clock, err := readClock(d.db)
+	if err == nil {
+		err = fitSums(d.db, clock)
+	}
 	if err != nil {
 		return err
 	}
@@ -213,14 +194,25 @@ func (s *FSM) adopt(d *database) error {
 	s.hot = newHotCache(s.o.HotBytes)
 	s.marks = newMarkIndex()
 	clear(s.overlay) // what a failed run left is of the old state
-	s.ckptMemo.Store(nil)
 	s.records.blockAll()
 	defer s.records.unblock()
-	s.revision.Store(clock.Revision)
+	s.publishClock(clock)
+	encoded, err := clock.MarshalVT()
+	if err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.cur, s.pos = d, pos
+	s.sums.now(pos.Index, clock, encoded)
 	s.mu.Unlock()
 	return nil
+}
+
+// publishClock lets readers see the numbers of the newest state.
+func (s *FSM) publishClock(c *commandpb.Clock) {
+	s.epoch.Store(c.Epoch)
+	s.base.Store(c.RevisionBase)
+	s.revision.Store(c.Revision)
 }
 
 func readClock(r pebble.Reader) (*commandpb.Clock, error) {
@@ -259,9 +251,16 @@ func (s *FSM) Applied() Position {
 	return s.pos.clone()
 }
 
-// Revision returns the index of the newest applied command that changed the
-// state.
+// Revision returns the revision of the newest applied command that changed the
+// state: its log index plus RevisionBase.
 func (s *FSM) Revision() uint64 { return s.revision.Load() }
+
+// Epoch returns how often the state was replaced by a backup.
+func (s *FSM) Epoch() uint64 { return s.epoch.Load() }
+
+// RevisionBase returns what is added to a log index to get a revision. It is 0
+// until a backup of a further log is restored, and never gets less.
+func (s *FSM) RevisionBase() uint64 { return s.base.Load() }
 
 // Hub returns the change feed. It stays the same across Install.
 func (s *FSM) Hub() *Hub { return s.hub }

@@ -43,7 +43,7 @@ func owns(m *commandpb.GroupMember, partition uint32) bool {
 // of the old group commit into the new one.
 func (t *tx) saveGroup(prev, next *commandpb.Group) {
 	id := next.GroupId
-	next.ModRevision = t.index
+	next.ModRevision = t.revision
 	k := t.buf.single(prefixGroup, id)
 	var before proto.Message
 	if prev != nil {
@@ -57,7 +57,7 @@ func (t *tx) saveGroup(prev, next *commandpb.Group) {
 		return
 	}
 	if prev == nil {
-		next.CreateRevision = t.index
+		next.CreateRevision = t.revision
 		t.count(countGroups, 1)
 	}
 	v, err := next.MarshalVT()
@@ -132,7 +132,7 @@ func (t *tx) joinGroup(c *commandpb.JoinGroup) *commandpb.Rejection {
 
 // joined fills the result for the member at i.
 func (t *tx) joined(g *commandpb.Group, i int) {
-	t.res.Generation, t.res.PartitionCount = g.Generation, g.PartitionCount
+	t.res.Generation, t.res.PartitionCount = t.fenced(g.Generation), g.PartitionCount
 	t.res.Partitions = slices.Clone(g.Members[i].Partitions)
 }
 
@@ -168,7 +168,7 @@ func (t *tx) leave(group, service string) {
 	}
 	i, ok := findMember(prev, service)
 	if !ok {
-		t.res.Generation = prev.Generation
+		t.res.Generation = t.fenced(prev.Generation)
 		return
 	}
 	next := proto.Clone(prev).(*commandpb.Group)
@@ -177,7 +177,7 @@ func (t *tx) leave(group, service string) {
 	assignPartitions(next.PartitionCount, next.Members)
 	t.saveGroup(prev, next)
 	t.unmark(t.buf.pair(prefixMembership, service, group))
-	t.res.Existed, t.res.Generation = true, next.Generation
+	t.res.Existed, t.res.Generation = true, t.fenced(next.Generation)
 }
 
 // leaveAll takes a service out of every group, so that the partitions of a
@@ -200,7 +200,7 @@ func (t *tx) leaveAll(service string) {
 // that are not named own nothing until the next change.
 //
 // Rejections: INVALID (ids, partitions out of range, twice or missing),
-// NOT_FOUND, CONFLICT (generation), PRECONDITION (not a member).
+// NOT_FOUND, FENCED (generation of another epoch), CONFLICT (generation), PRECONDITION (not a member).
 func (t *tx) assignPartitions(c *commandpb.AssignPartitions) *commandpb.Rejection {
 	if r := checkID("group id", c.GroupId); r != nil {
 		return r
@@ -210,9 +210,12 @@ func (t *tx) assignPartitions(c *commandpb.AssignPartitions) *commandpb.Rejectio
 		return notFound("group", c.GroupId)
 	}
 	subject := "group " + c.GroupId
-	t.res.Generation = prev.Generation
-	if c.ExpectedGeneration != prev.Generation {
-		return conflict(subject, prev.Generation, "generation %d was expected, the group is at %d; read it again and redo the assignment", c.ExpectedGeneration, prev.Generation)
+	if r := t.otherEpoch(subject, c.ExpectedGeneration, prev.Generation); r != nil {
+		return r
+	}
+	t.res.Generation = t.fenced(prev.Generation)
+	if c.ExpectedGeneration != t.res.Generation {
+		return conflict(subject, t.res.Generation, "generation %d was expected, the group is at %d; read it again and redo the assignment", c.ExpectedGeneration, t.res.Generation)
 	}
 	next := proto.Clone(prev).(*commandpb.Group)
 	for _, m := range next.Members {
@@ -254,6 +257,6 @@ func (t *tx) assignPartitions(c *commandpb.AssignPartitions) *commandpb.Rejectio
 	}
 	next.Generation++
 	t.saveGroup(prev, next)
-	t.res.Generation = next.Generation
+	t.res.Generation = t.fenced(next.Generation)
 	return nil
 }

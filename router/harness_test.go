@@ -141,10 +141,20 @@ func dump(t testing.TB, s *FSM) string {
 	}))
 	noError(t, v.Checkpoints("", 0, func(m *commandpb.Checkpoint) bool { return line("checkpoint", m) }))
 	noError(t, v.AllAssignments(func(m *commandpb.Assignment) bool { return line("assignment", m) }))
+	noError(t, v.Operations(func(m *commandpb.Operation) bool { return line("operation", m) }))
+	stage, err := v.Stage()
+	noError(t, err)
+	if stage != nil {
+		line("stage", stage)
+	}
 	c, err := v.Counts()
 	noError(t, err)
 	now, err := v.Time()
 	noError(t, err)
-	fmt.Fprintf(&b, "revision %d applied %d time %d\n%+v\n", v.Revision(), v.Applied(), now, c)
+	fmt.Fprintf(&b, "revision %d applied %d time %d", v.Revision(), v.Applied(), now)
+	if v.Epoch() != 0 {
+		fmt.Fprintf(&b, " epoch %d", v.Epoch())
+	}
+	fmt.Fprintf(&b, "\n%+v\n", c)
 	return b.String()
 }

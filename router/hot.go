@@ -11,6 +11,10 @@ type cell struct {
 	// blind is set when val was never read from Pebble. It then means nothing
 	// unless dirty: a rollback may have taken the written value back.
 	blind bool
+	// sum is what the value in Pebble counts in the sum of its table; valid once
+	// summed is set, which the first change does.
+	sum    uint64
+	summed bool
 }
 
 func (c *cell) bytes() int64 { return 160 + int64(len(c.key)) + 2*int64(len(c.val)) }

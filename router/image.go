@@ -27,11 +27,11 @@ func (s *FSM) Image(dir string) (Position, error) {
 		return Position{}, fmt.Errorf("router: image: checkpoint into %s: %w", dir, err)
 	}
 	// The position comes from the copy: the live one may have moved on since.
-	pos, err := peekPosition(s.fs, dir, s.o)
+	im, err := OpenImage(s.fs, dir, s.o)
 	if err != nil {
-		return Position{}, fmt.Errorf("router: image: read back %s: %w", dir, err)
+		return Position{}, fmt.Errorf("router: image: read back: %w", err)
 	}
-	return pos, nil
+	return im.Position(), im.Close()
 }
 
 // Install replaces the whole state by the image in dir and returns its
@@ -47,17 +47,12 @@ func (s *FSM) Install(dir string) (Position, error) {
 	if closed {
 		return Position{}, ErrClosed
 	}
-	all, err := databases(s.fs, s.root)
+	name, err := s.nextName()
 	if err != nil {
 		return Position{}, fmt.Errorf("router: install: %w", err)
 	}
-	n, _ := parseDBName(old.name)
-	if len(all) > 0 {
-		n = max(n, all[len(all)-1])
-	}
-	name := dbName(n + 1)
 	path := s.fs.PathJoin(s.root, name)
-	d, err := s.prepare(dir, path, name)
+	d, err := s.copyImage(dir, path, name)
 	if err != nil {
 		_ = s.fs.RemoveAll(path)
 		return Position{}, fmt.Errorf("router: install %s: nothing was changed: %w", dir, err)
@@ -73,37 +68,30 @@ func (s *FSM) Install(dir string) (Position, error) {
 		return Position{}, fmt.Errorf("router: install %s: %w", dir, err)
 	}
 	s.broken = nil
+	s.replaced(old)
+	if d, err = s.performSwap(); err != nil {
+		// The image was taken between the entry of a restore and its effect.
+		return Position{}, s.breakdown(fmt.Errorf("router: install %s: %w", dir, err))
+	}
+	return s.Applied(), nil
+}
+
+// replaced is for a database that another one has taken the place of: who
+// follows the changes has to read everything again.
+func (s *FSM) replaced(old *database) {
 	s.hub.reset(s.revision.Load())
 	old.obsolete.Store(true)
 	if err := old.release(); err != nil {
 		s.o.Logger.Warn("state: replaced database did not close cleanly", "dir", old.dir, "error", err)
 	}
-	return s.Applied(), nil
+	s.findUndo()
 }
 
-// prepare copies an image to path, durably, and opens it there.
-func (s *FSM) prepare(dir, path, name string) (*database, error) {
+// copyImage copies an image to path, durably, and opens it there.
+func (s *FSM) copyImage(dir, path, name string) (*database, error) {
 	f := s.fs
-	files, err := f.List(dir)
-	if err != nil {
+	if err := copyFiles(f, dir, path); err != nil {
 		return nil, err
-	}
-	if err := f.MkdirAll(path, 0o755); err != nil {
-		return nil, err
-	}
-	for _, file := range files {
-		base := f.PathBase(file)
-		from := f.PathJoin(dir, base)
-		info, err := f.Stat(from)
-		if err != nil {
-			return nil, err
-		}
-		if info.IsDir() || base == "LOCK" || base == "MANIFEST" {
-			continue // MANIFEST without a number is the image store's own
-		}
-		if err := place(f, from, f.PathJoin(path, base)); err != nil {
-			return nil, err
-		}
 	}
 	if err := errors.Join(syncDir(f, path), syncDir(f, s.root)); err != nil {
 		return nil, err
@@ -120,6 +108,32 @@ func (s *FSM) prepare(dir, path, name string) (*database, error) {
 		return nil, errors.Join(err, d.release())
 	}
 	return d, nil
+}
+
+// copyFiles makes the files of an image those of a new database directory.
+func copyFiles(f vfs.FS, dir, path string) error {
+	files, err := f.List(dir)
+	if err != nil {
+		return err
+	}
+	if err := f.MkdirAll(path, 0o755); err != nil {
+		return err
+	}
+	for _, file := range files {
+		base := f.PathBase(file)
+		from := f.PathJoin(dir, base)
+		info, err := f.Stat(from)
+		if err != nil {
+			return err
+		}
+		if info.IsDir() || base == "LOCK" || base == "MANIFEST" {
+			continue // MANIFEST without a number is the image store's own
+		}
+		if err := place(f, from, f.PathJoin(path, base)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // place links a table and copies everything else. Pebble never changes a table

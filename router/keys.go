@@ -29,10 +29,15 @@ const (
 	prefixRevokedQueue  = 't' // sequence -> RevokedRef
 	prefixRequest       = 'r' // request id -> RequestRecord
 	prefixRequestQueue  = 'q' // sequence -> RequestRef
-	prefixReservedStage = 'x' // kept free for restoring a backup through the log
+	prefixOperation     = 'O'
+	prefixOperationEnd  = 'Q' // sequence -> id of an ended operation
+	prefixStage         = 'x' // sequence -> chunk of a staged restore
 	metaPosition        = "position"
 	metaClock           = "clock"
 	metaFormat          = "format"
+	metaStage           = "stage"    // RestoreStage, while a restore is staged
+	metaSwap            = "swap"     // RestoreStage that has to be swapped in
+	metaRestored        = "restored" // RestoreStage that was swapped in last
 	escaped, escapedEnd = 0xff, 0x01
 	keyBytesToStartWith = 64
 	partitionBytes      = 4

@@ -99,12 +99,17 @@ func (t *tx) fence(c *commandpb.CommitGroupOffset) *commandpb.Rejection {
 	}
 	fenced := func(format string, args ...any) *commandpb.Rejection {
 		r := reject(commandpb.Code_CODE_FENCED, subject, format, args...)
-		r.Current = g.Generation
-		t.res.Generation = g.Generation
+		t.res.Generation = t.fenced(g.Generation)
+		r.Current = t.res.Generation
 		return r
 	}
-	if c.Generation != nil && *c.Generation != g.Generation {
-		return fenced("the commit is of generation %d, the group is at %d; take over the new assignment and commit what is still owned", *c.Generation, g.Generation)
+	if c.Generation != nil {
+		if r := t.otherEpoch(subject, *c.Generation, g.Generation); r != nil {
+			return r
+		}
+		if now := t.fenced(g.Generation); *c.Generation != now {
+			return fenced("the commit is of generation %d, the group is at %d; take over the new assignment and commit what is still owned", *c.Generation, now)
+		}
 	}
 	if c.ServiceId == "" {
 		return nil
@@ -114,7 +119,7 @@ func (t *tx) fence(c *commandpb.CommitGroupOffset) *commandpb.Rejection {
 		return fenced("service %q is no member of the group; join it again", c.ServiceId)
 	}
 	if !owns(g.Members[i], c.Partition) {
-		return fenced("service %q does not own partition %d in generation %d", c.ServiceId, c.Partition, g.Generation)
+		return fenced("service %q does not own partition %d in generation %d", c.ServiceId, c.Partition, t.fenced(g.Generation))
 	}
 	return nil
 }

@@ -47,7 +47,7 @@ func (t *tx) putPipeline(c *commandpb.PutPipeline) *commandpb.Rejection {
 	}
 	next := &commandpb.Pipeline{
 		Spec: spec, Version: 1, CreatedAtMs: t.now, UpdatedAtMs: t.now,
-		CreateRevision: t.index, ModRevision: t.index,
+		CreateRevision: t.revision, ModRevision: t.revision,
 	}
 	if prev != nil {
 		t.res.Existed = true
@@ -148,7 +148,7 @@ func (t *tx) setPipelineEnabled(c *commandpb.SetPipelineEnabled) *commandpb.Reje
 	}
 	next.Spec.Enabled = c.Enabled
 	next.Version++
-	next.UpdatedAtMs, next.ModRevision = t.now, t.index
+	next.UpdatedAtMs, next.ModRevision = t.now, t.revision
 	t.store(k, next)
 	t.emit(TablePipelines, c.PipelineId, prev, next)
 	t.res.Version = next.Version

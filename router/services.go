@@ -77,7 +77,7 @@ func (t *tx) service(id string) *commandpb.Service {
 
 // saveService stores next in place of prev (nil = new) with its index entries.
 func (t *tx) saveService(prev, next *commandpb.Service) *commandpb.Rejection {
-	next.ModRevision = t.index
+	next.ModRevision = t.revision
 	v, err := encode(next)
 	if err != nil {
 		return invalid("service "+next.ServiceId, "it cannot be stored: a text in it is not valid UTF-8")
@@ -132,7 +132,7 @@ func (t *tx) registerService(c *commandpb.RegisterService) *commandpb.Rejection 
 	next := in
 	next.State = commandpb.ServiceState_SERVICE_STATE_ALIVE
 	next.RegisteredAtMs, next.LastHeartbeatMs = t.now, t.now
-	next.CreateRevision, next.ModRevision = t.index, t.index
+	next.CreateRevision, next.ModRevision = t.revision, t.revision
 	if prev != nil {
 		t.res.Existed = true
 		next.CreateRevision, next.ModRevision = prev.CreateRevision, prev.ModRevision

@@ -28,7 +28,7 @@ func localNames(s *commandpb.Sidecar) []string {
 }
 
 func (t *tx) saveSidecar(prev, next *commandpb.Sidecar) {
-	next.ModRevision = t.index
+	next.ModRevision = t.revision
 	var before proto.Message
 	if prev != nil {
 		before = prev
@@ -79,7 +79,7 @@ func (t *tx) registerSidecar(c *commandpb.RegisterSidecar) *commandpb.Rejection 
 	next.State = commandpb.SidecarState_SIDECAR_STATE_ALIVE
 	next.Generation = 1
 	next.RegisteredAtMs, next.StateChangedAtMs = t.now, t.now
-	next.CreateRevision, next.ModRevision = t.index, t.index
+	next.CreateRevision, next.ModRevision = t.revision, t.revision
 	prev := t.sidecar(next.SidecarId)
 	if prev != nil {
 		t.res.Existed = true

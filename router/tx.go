@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"sort"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
 	"google.golang.org/protobuf/proto"
 
@@ -26,9 +27,13 @@ type tx struct {
 	buf   key
 	op    uint32 // field number of the running command's operation
 
+	// wipeStage is set when all chunks go before anything else is written.
+	wipeStage bool
+
 	// Of the running entry.
-	index uint64
-	set   *changeSet
+	revision uint64 // its index plus the clock's revision base
+	set      *changeSet
+	swap     *commandpb.RestoreStage // takes effect at its end
 
 	// Of the running command.
 	now     uint64
@@ -36,9 +41,11 @@ type tx struct {
 	scratch commandpb.Result
 	changed bool
 	wanted  bool // somebody sees the result
+	swapped bool // the result is of the state after the swap
 	undo    []undoCell
 	undoSet int // changes of set to keep on rollback
 	counts  []uint64
+	chain   uint64   // of checkpoints
 	marked  []string // sources whose mark index this command touched
 
 	// err is the first read or decode failure. It ends the run: a command that
@@ -115,6 +122,13 @@ func (t *tx) keep(c *cell, hot bool) {
 }
 
 func (t *tx) put(c *cell, v []byte, obj any) {
+	if !c.summed {
+		// Nothing was changed since it was read. Of a blind one there is no sum.
+		if !c.blind {
+			c.sum = recordHash(xxhash.Sum64String(c.key), c.val)
+		}
+		c.summed = true
+	}
 	t.undo = append(t.undo, undoCell{c, c.val, c.obj, c.dirty})
 	c.val, c.obj = v, obj
 	t.bytes += int64(len(v))
@@ -250,9 +264,9 @@ func (t *tx) count(kind countKind, delta int) {
 func (t *tx) emit(table Table, k string, prev, next proto.Message) {
 	t.changed = true
 	if t.set == nil {
-		t.set = &changeSet{revision: t.index}
+		t.set = &changeSet{revision: t.revision}
 	}
-	t.set.add(Change{Revision: t.index, Table: table, Key: k, Prev: prev, Next: next})
+	t.set.add(Change{Revision: t.revision, Table: table, Key: k, Prev: prev, Next: next})
 }
 
 // maxTimeMS is far beyond every real time, and far enough below the largest
@@ -267,7 +281,7 @@ func (t *tx) begin(timeMS uint64, wanted bool) {
 		timeMS = 0
 	}
 	t.now = max(t.clock.TimeMs, timeMS)
-	t.changed, t.wanted = false, wanted
+	t.changed, t.wanted, t.swapped = false, wanted, false
 	if wanted {
 		t.res = &commandpb.Result{}
 	} else {
@@ -283,6 +297,7 @@ func (t *tx) savepoint() {
 	t.undo = t.undo[:0]
 	t.marked = t.marked[:0]
 	t.counts = append(t.counts[:0], t.clock.Counts...)
+	t.chain = t.clock.Sums[sumCheckpoints]
 	t.undoSet = 0
 	if t.set != nil {
 		t.undoSet = len(t.set.changes)
@@ -296,6 +311,7 @@ func (t *tx) rollback() {
 		u.c.val, u.c.obj, u.c.dirty = u.val, u.obj, u.dirty
 	}
 	copy(t.clock.Counts, t.counts)
+	t.clock.Sums[sumCheckpoints] = t.chain
 	for _, source := range t.marked {
 		t.s.marks.forget(source)
 	}

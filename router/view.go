@@ -23,6 +23,7 @@ type View struct {
 	snap     *pebble.Snapshot
 	revision uint64
 	applied  uint64
+	epoch    uint64
 	closed   atomic.Bool
 	err      error // why the view could not be made; every read returns it
 }
@@ -34,6 +35,11 @@ func (s *FSM) View() *View {
 	if err != nil {
 		return &View{s: s, err: err}
 	}
+	return viewOf(s, d)
+}
+
+// viewOf makes a view of d and takes over the caller's reference to it.
+func viewOf(s *FSM, d *database) *View {
 	snap := d.db.NewSnapshot()
 	v := &View{s: s, d: d, snap: snap}
 	// What the snapshot shows is read from it: a batch may have been committed
@@ -48,7 +54,7 @@ func (s *FSM) View() *View {
 		_ = v.Close()
 		return v
 	}
-	v.revision, v.applied = clock.Revision, pos.Index
+	v.revision, v.applied, v.epoch = clock.Revision, pos.Index, clock.Epoch
 	return v
 }
 
@@ -56,7 +62,7 @@ func (s *FSM) View() *View {
 // state, and Revision is a lower bound of what they see. Two calls may see two
 // revisions; use View when they must agree.
 func (s *FSM) Latest() *View {
-	v := &View{s: s, latest: true, revision: s.revision.Load()}
+	v := &View{s: s, latest: true, revision: s.revision.Load(), epoch: s.epoch.Load()}
 	s.mu.RLock()
 	v.applied = s.pos.Index
 	s.mu.RUnlock()
@@ -69,6 +75,10 @@ func (v *View) Revision() uint64 { return v.revision }
 // Applied returns the index of the newest entry the view shows.
 func (v *View) Applied() uint64 { return v.applied }
 
+// Epoch returns how often the state was replaced by a backup. Revisions of two
+// epochs must not be compared.
+func (v *View) Epoch() uint64 { return v.epoch }
+
 // Close releases the view. It may be called more than once, but not while a
 // read is running.
 func (v *View) Close() error {
@@ -80,6 +90,11 @@ func (v *View) Close() error {
 
 // read runs fn over the view's data.
 func (v *View) read(fn func(r pebble.Reader) error) error {
+	return v.readDatabase(func(_ *database, r pebble.Reader) error { return fn(r) })
+}
+
+// readDatabase is read for those who also need to know whose data it is.
+func (v *View) readDatabase(fn func(d *database, r pebble.Reader) error) error {
 	switch {
 	case v.err != nil:
 		return v.err
@@ -89,11 +104,11 @@ func (v *View) read(fn func(r pebble.Reader) error) error {
 			return err
 		}
 		defer d.release()
-		return fn(d.db)
+		return fn(d, d.db)
 	case v.closed.Load():
 		return ErrClosed
 	}
-	return fn(v.snap)
+	return fn(v.d, v.snap)
 }
 
 // scanKeys calls fn for the keys with a prefix, ascending, beginning after

@@ -47,6 +47,7 @@ type Reader struct {
 	node      ReadNode
 	clusterID string
 	maxWait   time.Duration
+	base      func() uint64 // what is added to an index to get a revision
 	// header is that of the newest revision answered: many replies in a row
 	// have the same.
 	header atomic.Pointer[replyHeader]
@@ -64,7 +65,18 @@ func NewReader(node ReadNode, clusterID uint64, maxWait time.Duration) *Reader {
 	if maxWait <= 0 {
 		maxWait = DefaultMaxWait
 	}
-	return &Reader{node: node, clusterID: fmt.Sprintf("%016x", clusterID), maxWait: maxWait}
+	return &Reader{
+		node: node, clusterID: fmt.Sprintf("%016x", clusterID), maxWait: maxWait,
+		base: func() uint64 { return 0 },
+	}
+}
+
+// WithRevisionBase tells r what is to be added to a log index to get a revision,
+// which a restore may change, and returns r. It is for before the first Wait.
+// Without it revisions are log indexes.
+func (r *Reader) WithRevisionBase(base func() uint64) *Reader {
+	r.base = base
+	return r
 }
 
 // readOptions is what the metadata of a request asks for.
@@ -137,19 +149,42 @@ func (r *Reader) Wait(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if o.minRevision > index {
+		// The entries up to index are applied here, so the base is that of index
+		// or of a later one, never of an earlier.
+		if current := index + r.base(); o.minRevision > current {
 			// A revision is the index of an applied command, and index covers
 			// all that were acknowledged: nobody can have been told this one.
-			return &FutureRevisionError{Asked: o.minRevision, Current: index}
+			return &FutureRevisionError{Asked: o.minRevision, Current: current}
 		}
 		return nil
 	}
-	err = r.node.WaitApplied(wait, o.minRevision)
+	err = r.waitRevision(wait, o.minRevision)
 	if err != nil && wait.Err() != nil && ctx.Err() == nil {
 		return fmt.Errorf("%w: revision %d was not applied here within %v; nothing was read: "+
 			"try again, or ask another node", ErrBehind, o.minRevision, limit)
 	}
 	return err
+}
+
+// rebasePause is how often a waiting read looks whether a restore has brought
+// its revision nearer.
+const rebasePause = 50 * time.Millisecond
+
+// waitRevision waits until the state has reached a revision.
+func (r *Reader) waitRevision(ctx context.Context, revision uint64) error {
+	for {
+		base := r.base()
+		if revision <= base {
+			return nil
+		}
+		some, cancel := context.WithTimeout(ctx, rebasePause)
+		err := r.node.WaitApplied(some, revision-base)
+		expired := some.Err() != nil
+		cancel()
+		if err == nil || !expired || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // readIndex asks for a read index until one is given. A read has no effect, so

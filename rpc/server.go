@@ -233,7 +233,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	s := &Server{
 		cfg:    cfg,
 		log:    cfg.Logger,
-		reader: NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout),
+		reader: NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithRevisionBase(cfg.State.RevisionBase),
 		feed:   newFeed(cfg.State, cfg.Logger),
 		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		relay:  newLeaderRelay(cfg),

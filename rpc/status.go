@@ -192,6 +192,10 @@ func rejectionCode(c commandpb.Code) codes.Code {
 		return codes.Aborted
 	case commandpb.Code_CODE_LIMIT:
 		return codes.ResourceExhausted
+	case commandpb.Code_CODE_EPOCH:
+		// As for a revision that is no longer kept: what the caller knows is of
+		// another state, and repeating does not help.
+		return codes.OutOfRange
 	}
 	// A code of a newer version: refused is all that is known.
 	return codes.FailedPrecondition
@@ -215,6 +219,8 @@ func FromRejection(r *commandpb.Rejection) *status.Status {
 	switch r.GetCode() {
 	case commandpb.Code_CODE_CONFLICT, commandpb.Code_CODE_FENCED, commandpb.Code_CODE_REGRESSION:
 		meta["current"] = strconv.FormatUint(r.GetCurrent(), 10)
+	case commandpb.Code_CODE_EPOCH:
+		meta["current_revision"] = strconv.FormatUint(r.GetCurrent(), 10)
 	}
 	var more []protoadapt.MessageV1
 	if len(r.GetViolations()) > 0 {

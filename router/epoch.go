@@ -1,0 +1,43 @@
+package router
+
+import "conveyor.etl/router/router/commandpb"
+
+// Restoring a backup replaces the state by one in which less may have happened.
+// Who acts on what was read before has to be told, so the state counts its
+// restores: commands may name the epoch they were made for, and the generations
+// of groups carry it.
+
+const epochShift = 32
+
+// Fence returns the generation of a group as everybody outside the state sees
+// it. A generation of another epoch is never equal to it, although the restored
+// group may come to the same number again.
+func Fence(epoch, generation uint64) uint64 { return epoch<<epochShift | generation&(1<<epochShift-1) }
+
+// fenced returns a group's generation for results and refusals.
+func (t *tx) fenced(generation uint64) uint64 { return Fence(t.clock.Epoch, generation) }
+
+// otherEpoch refuses a generation that was given out before a restore.
+func (t *tx) otherEpoch(subject string, wire, current uint64) *commandpb.Rejection {
+	if wire>>epochShift == t.clock.Epoch {
+		return nil
+	}
+	t.res.Generation = t.fenced(current)
+	r := reject(commandpb.Code_CODE_FENCED, subject,
+		"generation %d is of restore epoch %d, the state is at epoch %d; join the group again and read everything again",
+		wire&(1<<epochShift-1), wire>>epochShift, t.clock.Epoch)
+	r.Current = t.res.Generation
+	return r
+}
+
+// checkEpoch refuses a command that was made for another epoch.
+func (t *tx) checkEpoch(c *commandpb.Command) *commandpb.Rejection {
+	if c.ExpectedEpoch == nil || *c.ExpectedEpoch == t.clock.Epoch {
+		return nil
+	}
+	r := reject(commandpb.Code_CODE_EPOCH, "epoch",
+		"the command is for restore epoch %d, the state was restored from a backup since and is at epoch %d; nothing was changed: read everything again",
+		*c.ExpectedEpoch, t.clock.Epoch)
+	r.Current = t.clock.Revision
+	return r
+}
