@@ -112,6 +112,7 @@ type Liveness struct {
 	leading  bool
 	sidecars *leases
 	services *leases
+	epoch    uint64 // restore epoch of the state the leases are of
 }
 
 // NewLiveness returns a Liveness; Run makes it work.
@@ -259,6 +260,7 @@ func (l *Liveness) load(v *router.View) error {
 	now := l.c.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.epoch = v.Epoch()
 	known := make(map[string]bool, len(sidecars))
 	for _, s := range sidecars {
 		known[s.SidecarId] = true
@@ -357,7 +359,13 @@ func (l *Liveness) propose(ctx context.Context, flying *sync.WaitGroup, slots ch
 		return // the leases end with the reign
 	}
 	flying.Add(1)
-	l.c.Submit.SubmitFunc(transitionCommand(l.c.Now(), kind, t), func(res *commandpb.Result, _ uint64, err error) {
+	cmd := transitionCommand(l.c.Now(), kind, t)
+	l.mu.Lock()
+	epoch := l.epoch
+	l.mu.Unlock()
+	// A state restored since may have a record that looks the same.
+	cmd.ExpectedEpoch = &epoch
+	l.c.Submit.SubmitFunc(cmd, func(res *commandpb.Result, _ uint64, err error) {
 		defer flying.Done()
 		<-slots
 		l.mu.Lock()

@@ -177,6 +177,7 @@ func (p *Placer) plan(ctx context.Context) (from uint64, own map[uint64]bool, er
 		v := p.c.State.View()
 		in, err := ReadInput(v)
 		from = v.Revision()
+		epoch := v.Epoch()
 		if closeErr := v.Close(); err == nil {
 			err = closeErr
 		}
@@ -188,12 +189,18 @@ func (p *Placer) plan(ctx context.Context) (from uint64, own map[uint64]bool, er
 		for _, chunk := range p.chunks(changes) {
 			res, err := p.c.Submit.Submit(ctx, &commandpb.Command{
 				TimeMs: uint64(p.c.Now().UnixMilli()),
+				// A state restored meanwhile may have the very generations and
+				// versions the plan was made from.
+				ExpectedEpoch: &epoch,
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
 					Changes: chunk, PlannedRevision: from,
 				}},
 			})
 			if err != nil {
 				return 0, nil, err
+			}
+			if res.GetRejection().GetCode() == commandpb.Code_CODE_EPOCH {
+				return 0, nil, router.ErrResync
 			}
 			if r := res.GetRejection(); r != nil {
 				return 0, nil, errors.New("the state refused a plan: " + r.Reason)

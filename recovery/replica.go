@@ -174,6 +174,16 @@ func (r *Recovery) watch(ctx context.Context) {
 			continue
 		}
 		for _, op := range still {
+			if done, err := r.swapped(op.OperationId); err != nil {
+				continue
+			} else if done {
+				// Its node stopped between the swap and the record of it.
+				op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "the state was restored"
+				if _, err := r.submit(ctx, putOperation(op, false)); err != nil {
+					r.log.Warn("the end of a restore could not be recorded", "operation", op.OperationId, "err", err)
+				}
+				continue
+			}
 			message := fmt.Sprintf("node %d, which carried it out, has not gone on for %v; the live state was not touched", op.NodeId, r.c.StallAfter)
 			r.log.Warn("giving up a restore that stands still", "event", "restore_given_up", "operation", op.OperationId, "node_of", op.NodeId)
 			if _, err := r.submit(ctx, abandon(op.OperationId, message)); err != nil && code(err) == 0 {

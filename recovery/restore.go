@@ -42,7 +42,7 @@ func (r *Recovery) Validate(ctx context.Context, id string) (*Validation, error)
 		return nil, err
 	}
 	defer s.Close()
-	image, err := r.verified(ctx, s)
+	image, _, err := r.verified(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -60,36 +60,38 @@ func (r *Recovery) Validate(ctx context.Context, id string) (*Validation, error)
 	return out, err
 }
 
-// verified opens the image of s after it has checked all of it.
-func (r *Recovery) verified(ctx context.Context, s *shelf.Reader) (*router.Image, error) {
+// verified opens the image of s after it has checked all of it, and describes
+// it.
+func (r *Recovery) verified(ctx context.Context, s *shelf.Reader) (*router.Image, *commandpb.RestoreSource, error) {
 	image, err := router.OpenImage(r.c.FS, s.Dir(), router.Options{})
 	if err != nil {
-		return nil, damaged(s, err)
+		return nil, nil, damaged(s, err)
 	}
-	err = func() error {
-		if err := image.Check(ctx); err != nil {
-			return err
-		}
-		v := image.View()
-		defer v.Close()
-		sum, err := v.ContentHash()
-		if err != nil {
-			return err
-		}
-		// Of an uploaded snapshot it is what its maker computed.
-		want := s.Record().ContentHash
-		if got := hex.EncodeToString(sum); want != "" && want != got {
-			return fmt.Errorf("%w: the content of snapshot %s has hash %s, %s was recorded when it was made",
-				router.ErrCorrupt, s.Record().ID, got, want)
-		} else if want == "" {
-			err = r.c.Shelf.SetContentHash(s.Record().ID, got)
-		}
-		return err
-	}()
+	src, err := r.examine(ctx, image, s.Record())
 	if err != nil {
-		return nil, errors.Join(damaged(s, err), image.Close())
+		return nil, nil, errors.Join(damaged(s, err), image.Close())
 	}
-	return image, nil
+	return image, src, nil
+}
+
+func (r *Recovery) examine(ctx context.Context, image *router.Image, rec shelf.Record) (*commandpb.RestoreSource, error) {
+	if err := image.Check(ctx); err != nil {
+		return nil, err
+	}
+	src, err := image.Source(ctx)
+	if err != nil {
+		return nil, err
+	}
+	src.ClusterId, src.ClusterName = rec.ClusterID, rec.ClusterName
+	got := hex.EncodeToString(src.ContentHash)
+	switch {
+	case rec.ContentHash == "":
+		err = r.c.Shelf.SetContentHash(rec.ID, got)
+	case rec.ContentHash != got:
+		// Of an uploaded snapshot it is what its maker computed.
+		err = fmt.Errorf("%w: its content has hash %s, %s was recorded when it was made", router.ErrCorrupt, got, rec.ContentHash)
+	}
+	return src, err
 }
 
 // damaged says of which snapshot err is, and that it is the snapshot's fault.
@@ -154,11 +156,13 @@ func (r *Recovery) drive(ctx context.Context, op *operation, s *shelf.Reader) {
 	state, message := commandpb.OperationState_OPERATION_STATE_DONE, ""
 	switch {
 	case err == nil:
-		log.Info("the state was restored", "event", "restored", "epoch", r.c.State.Epoch())
-		if err := r.keepUndo(ctx); err != nil {
-			log.Warn("the state that was replaced could not be kept as a snapshot", "err", err)
+		epoch := r.c.State.Epoch()
+		message = fmt.Sprintf("the state is that of snapshot %s now, restore epoch %d; 'router backup undo-restore' goes back", s.Record().ID, epoch)
+		log.Info("the state was restored", "event", "restored", "epoch", epoch)
+		if err := op.end(ctx, state, message); err != nil && ctx.Err() == nil {
+			log.Warn("the end of a restore could not be recorded", "err", err)
 		}
-		return // the swap has ended the operation
+		return
 	case errors.Is(err, errCancelled):
 		state, message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "cancelled; the live state was not touched"
 	default:
@@ -200,7 +204,10 @@ func (r *Recovery) check(id string) error {
 
 func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader) error {
 	id := op.op.OperationId
-	image, err := r.verified(ctx, s)
+	if swapped, err := r.swapped(id); swapped || err != nil {
+		return err // a node that was restarted after the swap
+	}
+	image, src, err := r.verified(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -209,8 +216,6 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 		return err
 	}
 	rec := s.Record()
-	src := image.Source()
-	src.ClusterId, src.ClusterName = rec.ClusterID, rec.ClusterName
 	_, err = r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_BeginRestore{BeginRestore: &commandpb.BeginRestore{
 		OperationId: id, SnapshotId: rec.ID, Owner: r.c.NodeID, Source: src,
 	}}})
@@ -249,8 +254,18 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 // stage proposes what is not staged yet.
 func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image) (chunks, records uint64, err error) {
 	id := op.op.OperationId
-	err = image.Chunks(ctx, func(c router.StageChunk) error {
-		chunks, records = c.Sequence+1, records+c.Records
+	live := r.c.State.Latest()
+	stage, err := live.Stage()
+	if err = errors.Join(err, live.Close()); err != nil {
+		return 0, 0, err
+	}
+	if stage.GetOperationId() != id {
+		return 0, 0, errors.New("recovery: what was staged is gone")
+	}
+	done := stage.Records
+	v := image.View()
+	defer v.Close()
+	return v.Chunks(ctx, stage.Chunks, func(c router.Chunk) error {
 		if err := r.check(id); err != nil {
 			return err
 		}
@@ -260,10 +275,10 @@ func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image
 		if err != nil {
 			return err
 		}
-		op.progress(ctx, records)
+		done += c.Records
+		op.progress(ctx, done)
 		return nil
 	})
-	return chunks, records, err
 }
 
 // readyPoll is how often a restore that waits for replicas looks again.
@@ -307,23 +322,21 @@ func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
 	}
 }
 
-// swap puts the staged state in force. It is repeated until it is known: a
-// repeat finds the operation ended.
+// swap puts the staged state in force. A repeat of one that got through changes
+// nothing.
 func (r *Recovery) swap(ctx context.Context, id string) error {
 	_, err := r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_SwapRestore{
 		SwapRestore: &commandpb.SwapRestore{OperationId: id},
 	}})
-	if code(err) != 0 {
-		// Perhaps the first attempt got through and its answer did not.
-		if _, rerr := r.c.Node.ReadIndex(ctx); rerr != nil {
-			return errors.Join(err, rerr)
-		}
-		op, rerr := readOperation(r.c.State, id)
-		if rerr == nil && op != nil && op.State == commandpb.OperationState_OPERATION_STATE_DONE {
-			return nil
-		}
-	}
 	return err
+}
+
+// swapped reports whether the state of operation id is in force.
+func (r *Recovery) swapped(id string) (bool, error) {
+	v := r.c.State.Latest()
+	defer v.Close()
+	last, err := v.LastRestore()
+	return last.GetOperationId() == id, err
 }
 
 // clip bounds a text that becomes part of the state.

@@ -45,13 +45,12 @@ func (r *Recovery) describe(dir string, rec *shelf.Record) error {
 	if err != nil {
 		return err
 	}
-	src, counts := image.Source(), router.Counts{}
 	v := image.View()
-	counts, err = v.Counts()
+	counts, err := v.Counts()
+	rec.Revision, rec.Epoch = v.Revision(), v.Epoch()
 	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
 		return err
 	}
-	rec.Revision, rec.Epoch = src.GetClock().GetRevision(), src.GetClock().GetEpoch()
 	rec.Counts = counts.ByName()
 	rec.Version = r.c.Version
 	if rec.Origin != shelf.Uploaded {
@@ -78,8 +77,8 @@ func (r *Recovery) hash(ctx context.Context, s *shelf.Reader) (string, error) {
 		return "", err
 	}
 	v := image.View()
-	sum, err := v.ContentHash()
-	if err = errors.Join(err, v.Close(), image.Close(), ctx.Err()); err != nil {
+	sum, err := v.ContentHash(ctx)
+	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
 		return "", err
 	}
 	hash := hex.EncodeToString(sum)

@@ -37,6 +37,22 @@ type Counts struct {
 	Operations uint64
 }
 
+// ByName returns the counts that are not zero by the names users know the kinds
+// by.
+func (c *Counts) ByName() map[string]uint64 {
+	out := map[string]uint64{}
+	for name, n := range map[string]uint64{
+		"pipelines": c.Pipelines, "sidecars": c.Sidecars, "services": c.Services, "groups": c.Groups,
+		"source_offsets": c.SourceOffsets, "watermarks": c.Watermarks, "group_offsets": c.GroupOffsets,
+		"checkpoints": c.Checkpoints, "assignments": c.Assignments,
+	} {
+		if n > 0 {
+			out[name] = n
+		}
+	}
+	return out
+}
+
 // checkpointCount is a count of checkpoints and the checkpoint revision it
 // holds for.
 type checkpointCount struct {

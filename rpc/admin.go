@@ -93,7 +93,7 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, expecte
 	spec := specFromAPI(cfg)
 	if v := router.ValidatePipeline(spec); len(v) > 0 {
 		revision := a.cfg.State.Revision()
-		a.reader.SetHeader(ctx, revision)
+		a.reader.SetHeader(ctx, revision, a.cfg.State.Epoch())
 		return &putResult{violations: v, revision: revision}, nil
 	}
 	current, revision, err := a.pipeline(ctx, spec.Id)
@@ -147,7 +147,7 @@ func (a *adminAPI) pipeline(ctx context.Context, id string) (*commandpb.Pipeline
 	if err != nil {
 		return nil, 0, err
 	}
-	a.reader.SetHeader(ctx, v.Revision())
+	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return p, v.Revision(), nil
 }
 

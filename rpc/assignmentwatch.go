@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 
 	"conveyor.etl/router/router"
@@ -23,21 +24,36 @@ type assignmentWatch struct {
 	sent    map[string]uint64 // generation by pipeline, of those in force
 	resumed uint64            // > 0: the client has the state of this revision
 	full    bool              // the first state is out
+	epoch   uint64            // restore epoch of what was sent
 	reached uint64            // newest revision sent
 }
 
 // resync tells the client to start over.
 func (w *assignmentWatch) resync(reason string) error {
 	return w.send(&sidecarpb.PipelineAssignmentEvent{
-		EventType: sidecarpb.EventType_EVENT_TYPE_RESYNC, Reason: reason,
+		EventType: sidecarpb.EventType_EVENT_TYPE_RESYNC, Reason: reason, Epoch: w.epoch,
 	})
+}
+
+// restoredReason says why what a client knows counts no more.
+func restoredReason(known, current uint64) string {
+	return fmt.Sprintf("the state was restored from a backup: what you know is of epoch %d, this is epoch %d", known, current)
+}
+
+// startOver begins again in another epoch: generations and revisions of the two
+// say nothing about each other.
+func (w *assignmentWatch) startOver(epoch uint64) error {
+	reason := restoredReason(w.epoch, epoch)
+	clear(w.sent)
+	w.epoch, w.resumed, w.full, w.reached = epoch, 0, false, 0
+	return w.resync(reason)
 }
 
 // synced tells the client that it has everything up to revision.
 func (w *assignmentWatch) synced(revision uint64) error {
 	w.full, w.reached, w.resumed = true, revision, 0
 	return w.send(&sidecarpb.PipelineAssignmentEvent{
-		EventType: sidecarpb.EventType_EVENT_TYPE_SYNCED, Revision: revision,
+		EventType: sidecarpb.EventType_EVENT_TYPE_SYNCED, Revision: revision, Epoch: w.epoch,
 	})
 }
 
@@ -76,7 +92,7 @@ func (w *assignmentWatch) push(v *router.View) error {
 		return cmp.Or(cmp.Compare(x.at, y.at), cmp.Compare(x.pipeline, y.pipeline))
 	})
 	for i, ev := range events {
-		out := &sidecarpb.PipelineAssignmentEvent{EventType: ev.kind}
+		out := &sidecarpb.PipelineAssignmentEvent{EventType: ev.kind, Epoch: w.epoch}
 		if ev.a != nil {
 			out.Assignment = assignmentToAPI(ev.a)
 		} else {

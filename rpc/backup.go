@@ -330,10 +330,10 @@ func (a *backupAPI) validate(ctx context.Context, r *recovery.Recovery, id strin
 	resp := &backuppb.RestoreSnapshotResponse{Success: true, State: metadataOf(&found.Record), Epoch: a.cfg.State.Epoch(), Revision: a.cfg.State.Revision()}
 	var records, changes uint64
 	for _, d := range found.Diff {
-		records += d.Snapshot
+		records += d.InSnapshot
 		changes += d.Added + d.Removed + d.Changed
 		resp.Difference = append(resp.Difference, &backuppb.TableDifference{
-			Table: d.Table, InSnapshot: d.Snapshot, Live: d.Live, Added: d.Added, Removed: d.Removed, Changed: d.Changed,
+			Table: d.Table, InSnapshot: d.InSnapshot, Live: d.Live, Added: d.Added, Removed: d.Removed, Changed: d.Changed,
 			Examples: d.Examples[:min(len(d.Examples), maxExamples)],
 		})
 	}

@@ -46,7 +46,7 @@ func (a *clusterAPI) GetStateHash(ctx context.Context, _ *clusterpb.GetStateHash
 	if err != nil {
 		return nil, err
 	}
-	a.reader.SetHeader(ctx, v.Revision())
+	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return &clusterpb.GetStateHashResponse{
 		NodeId: a.cfg.NodeID, AppliedIndex: v.Applied(), Revision: v.Revision(), Hash: hash,
 	}, nil
@@ -238,7 +238,12 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 	if err := a.reader.Wait(ctx); err != nil {
 		return err
 	}
-	from := req.GetFromRevision()
+	// Read before the subscription: if a restore comes between, the hub refuses the
+	// revision, and if it comes after, the subscription ends.
+	epoch, from := a.cfg.State.Epoch(), req.GetFromRevision()
+	if known := req.GetFromEpoch(); known != 0 && from != 0 && known != epoch {
+		return &EpochError{Known: known, Current: epoch}
+	}
 	if from == 0 {
 		from = a.cfg.State.Revision()
 	}
@@ -247,7 +252,7 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 		return err
 	}
 	defer sub.Close()
-	a.reader.SetHeader(ctx, from)
+	a.reader.SetHeader(ctx, from, epoch)
 	// Tells the caller from where on it is watching, before anything happens.
 	if err := stream.SendHeader(nil); err != nil {
 		return err
@@ -271,6 +276,7 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 				Key:      strings.ReplaceAll(c.Key, "\x00", " "),
 				Deleted:  c.Next == nil,
 				Summary:  summarize(c),
+				Epoch:    epoch,
 			})
 			if err != nil {
 				return err

@@ -25,7 +25,7 @@ const relayTimeout = time.Second
 func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterStatusRequest) (*adminpb.GetClusterStatusResponse, error) {
 	st := a.cfg.Node.Status()
 	own := a.clusterStatus(st)
-	a.reader.SetHeader(ctx, own.Revision)
+	a.reader.SetHeader(ctx, own.Revision, a.cfg.State.Epoch())
 	if st.Leader == st.ID || len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
 		return own, nil
 	}

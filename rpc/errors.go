@@ -31,6 +31,9 @@ var (
 	// ErrFutureRevision: the caller asked for a revision that no command of
 	// this cluster has reached. It is a *FutureRevisionError.
 	ErrFutureRevision = errors.New("rpc: this revision does not exist yet")
+	// ErrEpoch: the state was replaced by a backup since the caller read it. It is
+	// an *EpochError.
+	ErrEpoch = errors.New("rpc: the state was restored from a backup")
 	// ErrRefused: the other node refused the handshake, or was refused. It is
 	// a *RefusedError.
 	ErrRefused = errors.New("rpc: handshake refused")
@@ -46,6 +49,22 @@ var (
 	// ErrClosed: the component was closed. Nothing was done.
 	ErrClosed = errors.New("rpc: closed")
 )
+
+// EpochError refuses a call by somebody who knows a state that a backup has
+// replaced since. Nothing was done. It matches ErrEpoch.
+type EpochError struct {
+	// Known is the epoch of the request, Current that of the state.
+	Known, Current uint64
+}
+
+// Error implements error.
+func (e *EpochError) Error() string {
+	return fmt.Sprintf("rpc: the call is about restore epoch %d, the state is at epoch %d: "+
+		"it was replaced by a backup; nothing was done, read everything again", e.Known, e.Current)
+}
+
+// Is makes errors.Is(err, ErrEpoch) true.
+func (e *EpochError) Is(target error) bool { return target == ErrEpoch }
 
 // FutureRevisionError refuses a read at a revision that no command of this
 // cluster has reached. Nothing was read. It matches ErrFutureRevision.

@@ -24,6 +24,11 @@ const (
 	MetadataRevision = "conveyor-revision"
 	// MetadataClusterID: in replies, the id of the cluster, 16 hex digits.
 	MetadataClusterID = "conveyor-cluster-id"
+	// MetadataEpoch: in replies, how often the state was replaced by a backup; a
+	// revision means something only together with it. In requests, the epoch the
+	// caller knows: when it is no longer that, the call is refused and the caller
+	// has to read everything again.
+	MetadataEpoch = "conveyor-epoch"
 	// MetadataRequestID: in requests, the id under which a repeated command
 	// gets the result of the first.
 	MetadataRequestID = "conveyor-request-id"
@@ -48,6 +53,7 @@ type Reader struct {
 	clusterID string
 	maxWait   time.Duration
 	base      func() uint64 // what is added to an index to get a revision
+	epoch     func() uint64 // of the local state
 	// header is that of the newest revision answered: many replies in a row
 	// have the same.
 	header atomic.Pointer[replyHeader]
@@ -55,8 +61,8 @@ type Reader struct {
 
 // replyHeader is what replies of one revision carry. It is never changed.
 type replyHeader struct {
-	revision uint64
-	md       metadata.MD
+	revision, epoch uint64
+	md              metadata.MD
 }
 
 // NewReader returns a Reader over node. clusterID goes into reply headers;
@@ -67,15 +73,22 @@ func NewReader(node ReadNode, clusterID uint64, maxWait time.Duration) *Reader {
 	}
 	return &Reader{
 		node: node, clusterID: fmt.Sprintf("%016x", clusterID), maxWait: maxWait,
-		base: func() uint64 { return 0 },
+		base: func() uint64 { return 0 }, epoch: func() uint64 { return 0 },
 	}
 }
 
-// WithRevisionBase tells r what is to be added to a log index to get a revision,
-// which a restore may change, and returns r. It is for before the first Wait.
-// Without it revisions are log indexes.
-func (r *Reader) WithRevisionBase(base func() uint64) *Reader {
-	r.base = base
+// Epochs is what a Reader has to know of restores. *router.FSM implements it.
+type Epochs interface {
+	// Epoch is how often the state was replaced by a backup.
+	Epoch() uint64
+	// RevisionBase is what is added to a log index to get a revision.
+	RevisionBase() uint64
+}
+
+// WithEpochs tells r where to look for what a restore changes, and returns r. It
+// is for before the first Wait. Without it there are no restores.
+func (r *Reader) WithEpochs(e Epochs) *Reader {
+	r.base, r.epoch = e.RevisionBase, e.Epoch
 	return r
 }
 
@@ -83,6 +96,7 @@ func (r *Reader) WithRevisionBase(base func() uint64) *Reader {
 type readOptions struct {
 	stale       bool
 	minRevision uint64
+	epoch       *uint64
 }
 
 func parseReadOptions(ctx context.Context) (readOptions, error) {
@@ -99,6 +113,9 @@ func parseReadOptions(ctx context.Context) (readOptions, error) {
 		return o, fmt.Errorf("%w: %s is %.40q, must be \"linearizable\" or \"stale\"; nothing was read",
 			ErrInvalidMetadata, MetadataConsistency, value)
 	}
+	if o.epoch, err = requestEpoch(ctx); err != nil {
+		return o, err
+	}
 	if value, err = oneValue(ctx, MetadataMinRevision); err != nil || value == "" {
 		return o, err
 	}
@@ -107,6 +124,20 @@ func parseReadOptions(ctx context.Context) (readOptions, error) {
 			ErrInvalidMetadata, MetadataMinRevision, value)
 	}
 	return o, nil
+}
+
+// requestEpoch returns the epoch the caller knows, nil when it does not say.
+func requestEpoch(ctx context.Context) (*uint64, error) {
+	value, err := oneValue(ctx, MetadataEpoch)
+	if err != nil || value == "" {
+		return nil, err
+	}
+	epoch, err := strconv.ParseUint(value, 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s is %.40q, must be a decimal number; nothing was done",
+			ErrInvalidMetadata, MetadataEpoch, value)
+	}
+	return &epoch, nil
 }
 
 // oneValue returns the value of key, "" when absent. Several values would
@@ -135,7 +166,7 @@ func (r *Reader) Wait(ctx context.Context) error {
 		return err
 	}
 	if o.stale && o.minRevision == 0 {
-		return nil
+		return r.checkEpoch(o)
 	}
 	limit := r.maxWait
 	if c, ok := ctx.(*callContext); ok {
@@ -154,16 +185,34 @@ func (r *Reader) Wait(ctx context.Context) error {
 		if current := index + r.base(); o.minRevision > current {
 			// A revision is the index of an applied command, and index covers
 			// all that were acknowledged: nobody can have been told this one.
+			if err := r.checkEpoch(o); err != nil {
+				return err
+			}
 			return &FutureRevisionError{Asked: o.minRevision, Current: current}
 		}
-		return nil
+		return r.checkEpoch(o)
 	}
 	err = r.waitRevision(wait, o.minRevision)
 	if err != nil && wait.Err() != nil && ctx.Err() == nil {
 		return fmt.Errorf("%w: revision %d was not applied here within %v; nothing was read: "+
 			"try again, or ask another node", ErrBehind, o.minRevision, limit)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return r.checkEpoch(o)
+}
+
+// checkEpoch refuses a caller that knows another epoch than the local state is
+// of, which is up to date by now as far as the caller asked for it.
+func (r *Reader) checkEpoch(o readOptions) error {
+	if o.epoch == nil {
+		return nil
+	}
+	if current := r.epoch(); *o.epoch != current {
+		return &EpochError{Known: *o.epoch, Current: current}
+	}
+	return nil
 }
 
 // rebasePause is how often a waiting read looks whether a restore has brought
@@ -228,14 +277,15 @@ func (r *Reader) readIndex(ctx, wait context.Context, limit time.Duration) (uint
 	}
 }
 
-// SetHeader puts the revision of the answer, and the cluster it comes from,
-// into the headers of the reply. A failure (no gRPC call in ctx, or headers
+// SetHeader puts the revision of the answer, its epoch, and the cluster it comes
+// from, into the headers of the reply. A failure (no gRPC call in ctx, or headers
 // already sent) leaves a reply without them, which is no reason to fail it.
-func (r *Reader) SetHeader(ctx context.Context, revision uint64) {
+func (r *Reader) SetHeader(ctx context.Context, revision, epoch uint64) {
 	h := r.header.Load()
-	if h == nil || h.revision != revision {
-		h = &replyHeader{revision, metadata.Pairs(
+	if h == nil || h.revision != revision || h.epoch != epoch {
+		h = &replyHeader{revision, epoch, metadata.Pairs(
 			MetadataRevision, strconv.FormatUint(revision, 10),
+			MetadataEpoch, strconv.FormatUint(epoch, 10),
 			MetadataClusterID, r.clusterID)}
 		r.header.Store(h)
 	}

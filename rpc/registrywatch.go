@@ -42,8 +42,15 @@ func (a *registryAPI) WatchServices(req *registrypb.WatchServicesRequest, stream
 	if err := a.reader.Wait(ctx); err != nil {
 		return err
 	}
-	a.reader.SetHeader(ctx, a.cfg.State.Revision())
+	a.reader.SetHeader(ctx, a.cfg.State.Revision(), a.cfg.State.Epoch())
 	from := req.GetFromRevision()
+	w.epoch = a.cfg.State.Epoch()
+	if known := req.GetFromEpoch(); from > 0 && known != 0 && known != w.epoch {
+		if err := w.resync(restoredReason(known, w.epoch)); err != nil {
+			return err
+		}
+		from = 0
+	}
 	for {
 		if from == 0 {
 			if from, err = w.sendState(); err != nil {
@@ -53,10 +60,11 @@ func (a *registryAPI) WatchServices(req *registrypb.WatchServicesRequest, stream
 		err := w.follow(ctx, from, a.cfg.SyncEvery)
 		switch {
 		case errors.Is(err, router.ErrCompacted), errors.Is(err, router.ErrFutureRevision), errors.Is(err, router.ErrResync):
-			if err := w.send(&registrypb.ServiceEvent{
-				EventType: registrypb.EventType_EVENT_TYPE_RESYNC,
-				Reason:    fmt.Sprintf("the changes after revision %d cannot be told one by one: %v", max(from, w.reached), err),
-			}); err != nil {
+			reason := fmt.Sprintf("the changes after revision %d cannot be told one by one: %v", max(from, w.reached), err)
+			if now := a.cfg.State.Epoch(); now != w.epoch {
+				reason = restoredReason(w.epoch, now)
+			}
+			if err := w.resync(reason); err != nil {
 				return err
 			}
 			from, w.reached = 0, 0
@@ -72,6 +80,12 @@ type serviceWatch struct {
 	state   *router.FSM
 	send    func(*registrypb.ServiceEvent) error
 	reached uint64 // newest revision the client can resume from
+	epoch   uint64 // restore epoch of what is sent
+}
+
+// resync tells the client to forget everything.
+func (w *serviceWatch) resync(reason string) error {
+	return w.send(&registrypb.ServiceEvent{EventType: registrypb.EventType_EVENT_TYPE_RESYNC, Reason: reason, Epoch: w.epoch})
 }
 
 // sendState sends every service that is shown, then SYNCED, and returns the
@@ -80,6 +94,7 @@ type serviceWatch struct {
 func (w *serviceWatch) sendState() (uint64, error) {
 	v := w.state.View()
 	defer v.Close()
+	w.epoch = v.Epoch()
 	idx, err := indexPartitions(v)
 	if err != nil {
 		return 0, err
@@ -104,7 +119,7 @@ func (w *serviceWatch) sendState() (uint64, error) {
 
 func (w *serviceWatch) synced(revision uint64) error {
 	w.reached = revision
-	return w.send(&registrypb.ServiceEvent{EventType: registrypb.EventType_EVENT_TYPE_SYNCED, Revision: revision})
+	return w.send(&registrypb.ServiceEvent{EventType: registrypb.EventType_EVENT_TYPE_SYNCED, Revision: revision, Epoch: w.epoch})
 }
 
 // follow sends the changes after revision from until an error.
@@ -157,7 +172,7 @@ func (w *serviceWatch) sendChanges(changes []router.Change) error {
 			return err
 		}
 		for _, ev := range events {
-			ev.Revision = changes[i].Revision
+			ev.Revision, ev.Epoch = changes[i].Revision, w.epoch
 			if pending != nil {
 				if pending.Revision == ev.Revision {
 					pending.Revision--

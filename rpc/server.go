@@ -233,7 +233,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	s := &Server{
 		cfg:    cfg,
 		log:    cfg.Logger,
-		reader: NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithRevisionBase(cfg.State.RevisionBase),
+		reader: NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithEpochs(cfg.State),
 		feed:   newFeed(cfg.State, cfg.Logger),
 		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		relay:  newLeaderRelay(cfg),
@@ -338,13 +338,16 @@ func (s *Server) submit(ctx context.Context, cmd *commandpb.Command) (*commandpb
 	if err != nil {
 		return nil, err
 	}
+	if cmd.ExpectedEpoch, err = requestEpoch(ctx); err != nil {
+		return nil, err
+	}
 	cmd.RequestId = id
 	cmd.TimeMs = uint64(s.cfg.Now().UnixMilli())
 	res, err := s.cfg.Submitter.Submit(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
-	s.reader.SetHeader(ctx, res.GetRevision())
+	s.reader.SetHeader(ctx, res.GetRevision(), res.GetEpoch())
 	return res, nil
 }
 
@@ -355,7 +358,7 @@ func (s *Server) view(ctx context.Context) (*router.View, error) {
 		return nil, err
 	}
 	v := s.cfg.State.View()
-	s.reader.SetHeader(ctx, v.Revision())
+	s.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return v, nil
 }
 
@@ -365,7 +368,7 @@ func (s *Server) latest(ctx context.Context) (*router.View, error) {
 		return nil, err
 	}
 	v := s.cfg.State.Latest()
-	s.reader.SetHeader(ctx, v.Revision())
+	s.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return v, nil
 }
 

@@ -186,7 +186,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		}
 		if sc == nil {
 			resp.Revision = a.cfg.State.Revision()
-			a.reader.SetHeader(ctx, resp.Revision)
+			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
 			return resp, nil
 		}
 	}
@@ -214,7 +214,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	} else {
 		resp.Revision = a.cfg.State.Revision()
 	}
-	a.reader.SetHeader(ctx, resp.Revision)
+	a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
 	a.noteHealth(id, entry, req.GetServiceHealth())
 	return resp, nil
 }
@@ -314,10 +314,12 @@ func (a *sidecarAPI) WatchPipelineAssignments(req *sidecarpb.WatchAssignmentsReq
 		v.Close()
 		return err
 	}
-	w := assignmentWatch{sidecar: id, send: stream.Send, sent: make(map[string]uint64)}
+	w := assignmentWatch{sidecar: id, send: stream.Send, sent: make(map[string]uint64), epoch: v.Epoch()}
 	if from := req.GetFromRevision(); from > 0 {
 		floor, ferr := a.feed.resumeFloor(ctx, v.Revision())
 		switch {
+		case req.FromEpoch != 0 && req.FromEpoch != v.Epoch():
+			err = w.resync(restoredReason(req.FromEpoch, v.Epoch()))
 		case ferr != nil:
 			err = ferr
 		case from > v.Revision():
@@ -354,7 +356,14 @@ func (a *sidecarAPI) followAssignments(ctx context.Context, w *assignmentWatch, 
 			mark = true
 		}
 		v := a.cfg.State.View()
-		err := w.push(v)
+		var err error
+		if v.Epoch() != w.epoch {
+			err = w.startOver(v.Epoch())
+			mark = true
+		}
+		if err == nil {
+			err = w.push(v)
+		}
 		if err == nil && mark && v.Revision() > w.reached {
 			err = w.synced(v.Revision())
 		}

@@ -76,6 +76,7 @@ func statusTable() []statusRow {
 		{raftnode.ErrStateBehindLog, codes.Unavailable, "STATE_BEHIND_LOG", NotDone, later},
 
 		{ErrInvalidMetadata, codes.InvalidArgument, "INVALID_METADATA", NotDone, 0},
+		{ErrEpoch, codes.OutOfRange, "EPOCH", NotDone, 0},
 		{ErrFutureRevision, codes.OutOfRange, "FUTURE_REVISION", NotDone, 0},
 		{ErrBehind, codes.Unavailable, "BEHIND", NotDone, soon},
 		{ErrRefused, codes.PermissionDenied, "HANDSHAKE_REFUSED", NotDone, 0},
