@@ -14,6 +14,10 @@ var (
 	// of order, or not what was announced. No replica can prepare them.
 	ErrBadChunk = errors.New("router: the staged records are damaged or not what was announced; nothing was changed: abandon the restore and check the backup")
 
+	// ErrStateExists means that a state was to be made where there is something
+	// already. Nothing was changed; use an empty directory.
+	ErrStateExists = errors.New("router: there is a state already, or something else; use an empty directory")
+
 	// ErrClosed means that the state machine or the view was closed before the
 	// call; nothing was done.
 	ErrClosed = errors.New("router: state is closed")

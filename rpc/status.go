@@ -114,6 +114,9 @@ func statusTable() []statusRow {
 		{router.ErrCompacted, codes.OutOfRange, "COMPACTED", NotDone, 0},
 		{router.ErrFutureRevision, codes.OutOfRange, "FUTURE_REVISION", NotDone, 0},
 		{router.ErrResync, codes.OutOfRange, "RESYNC", NotDone, 0},
+		{router.ErrNotStaged, codes.FailedPrecondition, "NOT_STAGED", NotDone, 0},
+		{router.ErrBadChunk, codes.DataLoss, "STAGE_CORRUPT", NotDone, 0},
+		{router.ErrStateExists, codes.FailedPrecondition, "STATE_EXISTS", NotDone, 0},
 		{router.ErrNewerFormat, codes.FailedPrecondition, "STATE_NEWER_FORMAT", NotDone, 0},
 		// These stop the node; what it had proposed, others may apply.
 		{raftnode.ErrDiverged, codes.DataLoss, "DIVERGED", Unknown, 0},

@@ -63,6 +63,9 @@ func statusCases() map[string]struct {
 		"router.ErrCompacted":      {&router.RevisionError{Kind: router.ErrCompacted, Requested: 1, Current: 5}, codes.OutOfRange, NotDone},
 		"router.ErrFutureRevision": {&router.RevisionError{Kind: router.ErrFutureRevision, Requested: 9, Current: 5}, codes.OutOfRange, NotDone},
 		"router.ErrResync":         {&router.RevisionError{Kind: router.ErrResync, Current: 5}, codes.OutOfRange, NotDone},
+		"router.ErrNotStaged":      {router.ErrNotStaged, codes.FailedPrecondition, NotDone},
+		"router.ErrBadChunk":       {router.ErrBadChunk, codes.DataLoss, NotDone},
+		"router.ErrStateExists":    {router.ErrStateExists, codes.FailedPrecondition, NotDone},
 		"router.ErrNewerFormat":    {router.ErrNewerFormat, codes.FailedPrecondition, NotDone},
 		"router.ErrUnknownCommand": {router.ErrUnknownCommand, codes.DataLoss, Unknown},
 		"router.ErrNoSpace":        {router.ErrNoSpace, codes.ResourceExhausted, Unknown},
@@ -190,6 +193,7 @@ func TestFromRejection(t *testing.T) {
 		commandpb.Code_CODE_REGRESSION:   codes.FailedPrecondition,
 		commandpb.Code_CODE_FENCED:       codes.Aborted,
 		commandpb.Code_CODE_LIMIT:        codes.ResourceExhausted,
+		commandpb.Code_CODE_EPOCH:        codes.OutOfRange,
 	}
 	for n := range commandpb.Code_name {
 		code := commandpb.Code(n)

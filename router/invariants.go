@@ -1,0 +1,431 @@
+package router
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"conveyor.etl/router/router/commandpb"
+)
+
+// maxFaults is where a check ends: what is wrong in one place often is in many.
+const maxFaults = 20
+
+// Check reads the whole image and verifies every invariant of a state: each
+// record can be read and says what its key says, ids are legal, counters equal
+// rows, index entries and records belong together, partitions have one owner
+// each, pipelines are valid graphs, and the sums are those of the records. An
+// error that unwraps to ErrCorrupt lists what is wrong.
+func (im *Image) Check(ctx context.Context) error {
+	v := im.View()
+	defer v.Close()
+	return v.check(ctx, true)
+}
+
+// check is Check of any view. Graphs are the proposer's concern: apply does not
+// look at them.
+func (v *View) check(ctx context.Context, graphs bool) error {
+	if err := v.read(func(r pebble.Reader) error {
+		c := &checker{ctx: ctx, r: r, graphs: graphs}
+		return c.run()
+	}); err != nil {
+		return err
+	}
+	return v.CheckSums(ctx)
+}
+
+type checker struct {
+	ctx    context.Context
+	r      pebble.Reader
+	graphs bool
+	clock  *commandpb.Clock
+	faults []string
+	rows   [256]uint64
+	// entries is how many index entries the records ask for, by table.
+	entries [256]uint64
+	// Of the sidecar whose assignments are being read.
+	sidecar          string
+	revoked          uint64
+	assigned, queued uint64
+	revokedAll       uint64
+}
+
+var errEnough = errors.New("enough faults")
+
+func (c *checker) fault(format string, args ...any) {
+	if len(c.faults) < maxFaults {
+		c.faults = append(c.faults, fmt.Sprintf(format, args...))
+	}
+}
+
+func (c *checker) run() error {
+	var err error
+	if c.clock, err = readClock(c.r); err != nil {
+		return err
+	}
+	pos, err := readPosition(c.r)
+	if err != nil {
+		return err
+	}
+	if c.clock.Revision > pos.Index+c.clock.RevisionBase {
+		c.fault("revision %d is later than entry %d allows", c.clock.Revision, pos.Index)
+	}
+	if err = c.tables(); err == nil || errors.Is(err, errEnough) {
+		if err == nil {
+			c.totals()
+		}
+		if len(c.faults) > 0 {
+			return fmt.Errorf("%w: %s", ErrCorrupt, strings.Join(c.faults, "; "))
+		}
+	}
+	return err
+}
+
+// tables reads every key there is.
+func (c *checker) tables() error {
+	checks := map[byte]func(k, v []byte) error{
+		prefixMeta: func(_, _ []byte) error { return nil }, prefixStage: func(_, _ []byte) error { return nil },
+		prefixPipeline: c.pipeline, prefixSidecar: c.sidecarRecord, prefixService: c.service, prefixGroup: c.group,
+		prefixGroupPast: c.groupPast, prefixSourceOffset: c.offset, prefixWatermark: c.watermark, prefixGroupOffset: c.groupOffset,
+		prefixCheckpoint: c.checkpoint, prefixAssignment: c.assignment, prefixRevokedCount: c.revokedCount,
+		prefixRevokedQueue: c.revokedRef, prefixRequest: c.request, prefixRequestQueue: c.requestRef,
+		prefixOperation: c.operation, prefixOperationEnd: c.operationEnd,
+		prefixByPipeline: c.index, prefixByName: c.index, prefixBySidecar: c.index, prefixLocalName: c.index, prefixMembership: c.index,
+	}
+	n := 0
+	return scanKeys(c.r, nil, nil, func(k, v []byte) (bool, error) {
+		if n++; n%4096 == 0 && c.ctx.Err() != nil {
+			return false, c.ctx.Err()
+		}
+		if len(c.faults) >= maxFaults {
+			return false, errEnough
+		}
+		check := checks[k[0]]
+		if check == nil {
+			c.fault("the key %q is of no table", k)
+			return true, nil
+		}
+		c.rows[k[0]]++
+		if err := check(k, v); err != nil {
+			c.fault("record %q: %v", k, err)
+		}
+		return true, nil
+	})
+}
+
+// totals compares what was counted while reading.
+func (c *checker) totals() {
+	c.endSidecar()
+	if err := checkRows(c.clock, &c.rows); err != nil {
+		c.fault("%v", err)
+	}
+	for _, x := range []struct {
+		what     string
+		is, want uint64
+	}{
+		{"assignments", c.assigned, c.clock.Counts[countAssignments]},
+		{"revoked assignments", c.revokedAll, c.clock.Counts[countRevoked]},
+		{"revoked assignments in the queue", c.queued, c.revokedAll},
+		{"revocation counts", c.rows[prefixRevokedCount], c.entries[prefixRevokedCount]},
+		{"operations", c.rows[prefixOperation], c.clock.Counts[countOperations]},
+		{"ended operations", c.rows[prefixOperationEnd], c.clock.OperationTail - c.clock.OperationHead},
+		{"assignments by pipeline", c.rows[prefixByPipeline], c.entries[prefixByPipeline]},
+		{"services by name", c.rows[prefixByName], c.entries[prefixByName]},
+		{"services by sidecar", c.rows[prefixBySidecar], c.entries[prefixBySidecar]},
+		{"local services by name", c.rows[prefixLocalName], c.entries[prefixLocalName]},
+		{"memberships", c.rows[prefixMembership], c.entries[prefixMembership]},
+	} {
+		if x.is != x.want {
+			c.fault("there are %d %s, there should be %d", x.is, x.what, x.want)
+		}
+	}
+}
+
+// has looks for the index entry a record asks for.
+func (c *checker) has(k key) {
+	c.entries[k[0]]++
+	v, err := getCopy(c.r, k)
+	if err != nil || v == nil {
+		c.fault("the index entry %q is missing", []byte(k))
+	}
+}
+
+func (c *checker) index(k, v []byte) error {
+	if _, _, err := decodePair(k); err != nil {
+		return err
+	}
+	if len(v) != 0 {
+		return errors.New("an index entry has a value")
+	}
+	return nil
+}
+
+// legal checks ids and that the first is the one of the key.
+func legal(inKey string, ids ...string) error {
+	for _, id := range append(ids, inKey) {
+		if why := CheckID(id); why != "" {
+			return fmt.Errorf("the id %q %s", id, why)
+		}
+	}
+	if len(ids) > 0 && ids[0] != inKey {
+		return fmt.Errorf("it says that its id is %q", ids[0])
+	}
+	return nil
+}
+
+// made checks the revisions of a record.
+func (c *checker) made(create, mod uint64) error {
+	if create > mod || mod > c.clock.Revision {
+		return fmt.Errorf("it was made at revision %d and changed at %d, the state is at %d", create, mod, c.clock.Revision)
+	}
+	return nil
+}
+
+func (c *checker) pipeline(k, v []byte) error {
+	var p commandpb.Pipeline
+	if err := p.UnmarshalVT(v); err != nil {
+		return err
+	}
+	if p.Spec == nil || p.Version == 0 {
+		return errors.New("it has no content or no version")
+	}
+	if len(p.Spec.Stages) > maxStages || len(p.Spec.Edges) > maxEdges || deepConditions(p.Spec) {
+		return errors.New("it is larger than a pipeline may be")
+	}
+	if c.graphs {
+		if faults := ValidatePipeline(p.Spec); len(faults) > 0 {
+			return errors.New(faults[0])
+		}
+	}
+	return errors.Join(legal(string(k[1:]), p.Spec.Id), c.made(p.CreateRevision, p.ModRevision))
+}
+
+func (c *checker) sidecarRecord(k, v []byte) error {
+	var s commandpb.Sidecar
+	if err := s.UnmarshalVT(v); err != nil {
+		return err
+	}
+	for _, n := range localNames(&s) {
+		c.has(key(nil).pair(prefixLocalName, n, s.SidecarId))
+	}
+	if s.Generation == 0 {
+		return errors.New("it has no generation")
+	}
+	return errors.Join(legal(string(k[1:]), s.SidecarId), c.made(s.CreateRevision, s.ModRevision))
+}
+
+func (c *checker) service(k, v []byte) error {
+	var s commandpb.Service
+	if err := s.UnmarshalVT(v); err != nil {
+		return err
+	}
+	c.has(key(nil).pair(prefixByName, NormalizeName(s.Name), s.ServiceId))
+	if s.SidecarId != "" {
+		c.has(key(nil).pair(prefixBySidecar, s.SidecarId, s.ServiceId))
+	}
+	return errors.Join(legal(string(k[1:]), s.ServiceId, s.Name), c.made(s.CreateRevision, s.ModRevision))
+}
+
+func (c *checker) group(k, v []byte) error {
+	var g commandpb.Group
+	if err := g.UnmarshalVT(v); err != nil {
+		return err
+	}
+	if len(g.Members) == 0 || g.PartitionCount == 0 || g.PartitionCount > maxPartitions {
+		return fmt.Errorf("it has %d members and %d partitions", len(g.Members), g.PartitionCount)
+	}
+	owned := make([]bool, g.PartitionCount)
+	total := 0
+	for i, m := range g.Members {
+		if err := legal(m.GetServiceId()); err != nil {
+			return err
+		}
+		if i > 0 && g.Members[i-1].ServiceId >= m.ServiceId {
+			return fmt.Errorf("its members are not in order at %q", m.ServiceId)
+		}
+		if !slices.IsSorted(m.Partitions) {
+			return fmt.Errorf("the partitions of %q are not in order", m.ServiceId)
+		}
+		for _, p := range m.Partitions {
+			if p >= g.PartitionCount || owned[p] {
+				return fmt.Errorf("partition %d of %q does not exist or has another owner, too", p, m.ServiceId)
+			}
+			owned[p] = true
+			total++
+		}
+		c.has(key(nil).pair(prefixMembership, m.ServiceId, g.GroupId))
+	}
+	if total != len(owned) {
+		return fmt.Errorf("%d of its %d partitions have no owner", len(owned)-total, len(owned))
+	}
+	if past, err := getCopy(c.r, key(nil).single(prefixGroupPast, g.GroupId)); past != nil || err != nil {
+		return errors.Join(errors.New("it has members and is gone at once"), err)
+	}
+	return errors.Join(legal(string(k[1:]), g.GroupId), c.made(g.CreateRevision, g.ModRevision))
+}
+
+func (c *checker) groupPast(k, v []byte) error {
+	var p commandpb.GroupPast
+	return errors.Join(p.UnmarshalVT(v), legal(string(k[1:])))
+}
+
+func (c *checker) offset(k, v []byte) error {
+	source, _, err := decodePartition(k)
+	if err != nil {
+		return err
+	}
+	var o commandpb.Offset
+	return errors.Join(o.UnmarshalVT(v), legal(source))
+}
+
+func (c *checker) watermark(k, v []byte) error {
+	source, _, err := decodePartition(k)
+	if err != nil {
+		return err
+	}
+	var w commandpb.Watermark
+	return errors.Join(w.UnmarshalVT(v), legal(source))
+}
+
+func (c *checker) groupOffset(k, v []byte) error {
+	group, source, _, err := decodeGroupOffset(k)
+	if err != nil {
+		return err
+	}
+	var o commandpb.Offset
+	return errors.Join(o.UnmarshalVT(v), legal(group), legal(source))
+}
+
+func (c *checker) checkpoint(k, v []byte) error {
+	var p commandpb.Checkpoint
+	if err := p.UnmarshalVT(v); err != nil {
+		return err
+	}
+	if len(p.Data) > maxCheckpointBytes || len(p.SourceOffsets) > maxSourceOffsets {
+		return errors.New("it is larger than a checkpoint may be")
+	}
+	return errors.Join(legal(string(k[1:]), p.ServiceId, p.CheckpointId), c.made(p.ModRevision, p.ModRevision))
+}
+
+func (c *checker) assignment(k, v []byte) error {
+	sidecar, pipeline, err := decodePair(k)
+	if err != nil {
+		return err
+	}
+	var a commandpb.Assignment
+	if err := a.UnmarshalVT(v); err != nil {
+		return err
+	}
+	if sidecar != c.sidecar {
+		c.endSidecar()
+		c.sidecar = sidecar
+	}
+	if a.Revoked {
+		c.revoked++
+	} else {
+		c.assigned++
+	}
+	c.has(key(nil).pair(prefixByPipeline, pipeline, sidecar))
+	return errors.Join(legal(sidecar, a.SidecarId), legal(pipeline, a.PipelineId), c.made(a.ModRevision, a.ModRevision))
+}
+
+// endSidecar compares the revocations of a sidecar with their count.
+func (c *checker) endSidecar() {
+	if c.revoked > 0 {
+		c.entries[prefixRevokedCount]++
+		v, err := getCopy(c.r, key(nil).single(prefixRevokedCount, c.sidecar))
+		if n, _ := binary.Uvarint(v); err != nil || n != c.revoked {
+			c.fault("sidecar %q has %d revoked assignments, the counter says %d", c.sidecar, c.revoked, n)
+		}
+	}
+	c.revokedAll += c.revoked
+	c.revoked = 0
+}
+
+func (c *checker) revokedCount(k, v []byte) error {
+	n, w := binary.Uvarint(v)
+	if w != len(v) || n == 0 {
+		return errors.New("it is no count")
+	}
+	return legal(string(k[1:]))
+}
+
+// sequence checks the place of a queue's entry.
+func sequence(k []byte, head, tail uint64) (uint64, error) {
+	if len(k) != 9 {
+		return 0, errBadKey
+	}
+	n := binary.BigEndian.Uint64(k[1:])
+	if n < head || n >= tail {
+		return n, fmt.Errorf("it is number %d of a queue from %d to %d", n, head, tail)
+	}
+	return n, nil
+}
+
+func (c *checker) revokedRef(k, v []byte) error {
+	var ref commandpb.RevokedRef
+	_, err := sequence(k, c.clock.RevokedHead, c.clock.RevokedTail)
+	if err = errors.Join(err, ref.UnmarshalVT(v)); err != nil {
+		return err
+	}
+	b, err := getCopy(c.r, key(nil).pair(prefixAssignment, ref.SidecarId, ref.PipelineId))
+	if b == nil || err != nil {
+		return err
+	}
+	var a commandpb.Assignment
+	if err := a.UnmarshalVT(b); err != nil {
+		return err
+	}
+	if a.Revoked && a.Generation == ref.Generation {
+		c.queued++
+	}
+	return nil
+}
+
+func (c *checker) request(k, v []byte) error {
+	var r commandpb.RequestRecord
+	if err := r.UnmarshalVT(v); err != nil {
+		return err
+	}
+	b, err := getCopy(c.r, key(nil).sequence(prefixRequestQueue, r.Sequence))
+	if err != nil {
+		return err
+	}
+	var ref commandpb.RequestRef
+	if err := ref.UnmarshalVT(b); err != nil || ref.RequestId != string(k[1:]) {
+		return errors.New("its place in the queue is another one's")
+	}
+	return legal(string(k[1:]))
+}
+
+func (c *checker) requestRef(k, v []byte) error {
+	var r commandpb.RequestRef
+	_, err := sequence(k, c.clock.RequestHead, c.clock.RequestTail)
+	return errors.Join(err, r.UnmarshalVT(v))
+}
+
+func (c *checker) operation(k, v []byte) error {
+	var o commandpb.Operation
+	if err := o.UnmarshalVT(v); err != nil {
+		return err
+	}
+	return errors.Join(legal(string(k[1:]), o.OperationId), c.made(o.CreateRevision, o.ModRevision))
+}
+
+func (c *checker) operationEnd(k, v []byte) error {
+	_, err := sequence(k, c.clock.OperationHead, c.clock.OperationTail)
+	if err != nil {
+		return err
+	}
+	b, err := getCopy(c.r, key(nil).single(prefixOperation, string(bytes.Clone(v))))
+	if err == nil && b == nil {
+		err = fmt.Errorf("there is no operation %q", v)
+	}
+	return err
+}
