@@ -107,7 +107,8 @@ func everyWrite(t *testing.T, run func(t *testing.T, inj *nthWrite, crashed func
 			inj := &nthWrite{at: at, do: func(op errorfs.Op) error {
 				// Pebble ends the process when its own files cannot be written,
 				// or runs into its own compaction while it gives up an Open.
-				if strings.Contains(op.Path, dbPrefix) && !strings.HasSuffix(op.Path, ".sst") {
+				its := strings.Contains(op.Path, dbPrefix) || strings.Contains(op.Path, undoPrefix) && op.Kind != errorfs.OpRename
+				if its && !strings.HasSuffix(op.Path, ".sst") {
 					return nil
 				}
 				return errorfs.ErrInjected
