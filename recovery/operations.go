@@ -86,6 +86,10 @@ func (r *Recovery) begin(ctx context.Context, op *commandpb.Operation) (*operati
 	if err != nil && code(err) != commandpb.Code_CODE_EXISTS {
 		return nil, err
 	}
+	// Whoever asks this node for the operation must find it.
+	if err := r.catchUp(ctx); err != nil {
+		return nil, err
+	}
 	return &operation{r: r, op: op, last: r.c.Now()}, nil
 }
 

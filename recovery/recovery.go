@@ -89,6 +89,10 @@ type Recovery struct {
 
 	transfers chan struct{}
 
+	// undoMu is held while the undo point is put among the snapshots, so that who
+	// asks for it finds it there.
+	undoMu sync.Mutex
+
 	// ctx ends when Run does; restores of this node run in it.
 	mu      sync.Mutex
 	ctx     context.Context
@@ -137,22 +141,37 @@ func (r *Recovery) Run(ctx context.Context) {
 	r.wg.Wait()
 }
 
-// spawn runs fn as the one that carries out operation id in this process. It
-// reports false when the process does so already, or is about to end.
-func (r *Recovery) spawn(id string, fn func(ctx context.Context)) bool {
+// claim makes the caller the one that carries out operation id in this process;
+// false when somebody does so already. It comes before the operation can be seen
+// in the state, or follow would take it for one to go on with.
+func (r *Recovery) claim(id string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.ctx == nil || r.running[id] {
+	if r.running[id] {
 		return false
 	}
 	r.running[id] = true
+	return true
+}
+
+func (r *Recovery) release(id string) {
+	r.mu.Lock()
+	delete(r.running, id)
+	r.mu.Unlock()
+}
+
+// spawn runs fn for a claimed operation and releases it afterwards. It reports
+// false, and releases at once, when the process is about to end.
+func (r *Recovery) spawn(id string, fn func(ctx context.Context)) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ctx == nil {
+		delete(r.running, id)
+		return false
+	}
 	ctx := r.ctx
 	r.wg.Go(func() {
-		defer func() {
-			r.mu.Lock()
-			delete(r.running, id)
-			r.mu.Unlock()
-		}()
+		defer r.release(id)
 		fn(ctx)
 	})
 	return true

@@ -67,7 +67,9 @@ func (r *Recovery) look(ctx context.Context) {
 		r.resume(ctx, op)
 	}
 	if stage.GetPhase() == commandpb.StagePhase_STAGE_PHASE_SEALED && !contains(stage.Ready, r.c.NodeID) {
-		r.spawn("prepare "+stage.OperationId, func(ctx context.Context) { r.prepare(ctx, stage.OperationId) })
+		if id := "prepare " + stage.OperationId; r.claim(id) {
+			r.spawn(id, func(ctx context.Context) { r.prepare(ctx, stage.OperationId) })
+		}
 	}
 }
 
@@ -104,10 +106,7 @@ func (r *Recovery) prepare(ctx context.Context, id string) {
 // restarted.
 func (r *Recovery) resume(ctx context.Context, op *commandpb.Operation) {
 	id := op.OperationId
-	r.mu.Lock()
-	already := r.running[id]
-	r.mu.Unlock()
-	if already {
+	if !r.claim(id) {
 		return
 	}
 	snapshot := strings.TrimPrefix(op.Subject, "snapshot ")

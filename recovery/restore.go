@@ -112,13 +112,15 @@ func (r *Recovery) Restore(ctx context.Context, id string) (string, error) {
 	if err := r.alone(); err != nil {
 		return "", errors.Join(err, s.Close())
 	}
+	opID := "restore-" + uuid.NewString()
+	r.claim(opID)
 	op, err := r.begin(ctx, &commandpb.Operation{
-		OperationId: "restore-" + uuid.NewString(), Kind: KindRestore, Subject: "snapshot " + id, Phase: phaseVerify,
+		OperationId: opID, Kind: KindRestore, Subject: "snapshot " + id, Phase: phaseVerify,
 	})
 	if err != nil {
+		r.release(opID)
 		return "", errors.Join(err, s.Close())
 	}
-	opID := op.op.OperationId
 	if !r.spawn(opID, func(ctx context.Context) { r.drive(ctx, op, s) }) {
 		err := op.end(ctx, commandpb.OperationState_OPERATION_STATE_FAILED, "node "+fmt.Sprint(r.c.NodeID)+" is stopping")
 		return "", errors.Join(raftStopping(), err, s.Close())
@@ -186,8 +188,12 @@ func abandon(id, reason string) *commandpb.Command {
 
 var errCancelled = errors.New("recovery: cancelled")
 
-// check returns errCancelled when a user wants the operation to end.
-func (r *Recovery) check(id string) error {
+// check returns errCancelled when a user wants the operation to end. What this
+// node has applied may be behind what it was answered, so it catches up first.
+func (r *Recovery) check(ctx context.Context, id string) error {
+	if err := r.catchUp(ctx); err != nil {
+		return err
+	}
 	op, err := readOperation(r.c.State, id)
 	switch {
 	case err != nil:
@@ -202,8 +208,24 @@ func (r *Recovery) check(id string) error {
 	return nil
 }
 
+// catchUp returns when everything acknowledged before is applied here.
+func (r *Recovery) catchUp(ctx context.Context) error {
+	for pause := 20 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		_, err := r.c.Node.ReadIndex(ctx)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if !sleep(ctx, pause) {
+			return ctx.Err()
+		}
+	}
+}
+
 func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader) error {
 	id := op.op.OperationId
+	if err := r.catchUp(ctx); err != nil {
+		return err
+	}
 	if swapped, err := r.swapped(id); swapped || err != nil {
 		return err // a node that was restarted after the swap
 	}
@@ -212,7 +234,7 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 		return err
 	}
 	defer image.Close()
-	if err := r.check(id); err != nil {
+	if err := r.check(ctx, id); err != nil {
 		return err
 	}
 	rec := s.Record()
@@ -254,6 +276,9 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 // stage proposes what is not staged yet.
 func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image) (chunks, records uint64, err error) {
 	id := op.op.OperationId
+	if err := r.catchUp(ctx); err != nil {
+		return 0, 0, err
+	}
 	live := r.c.State.Latest()
 	stage, err := live.Stage()
 	if err = errors.Join(err, live.Close()); err != nil {
@@ -266,7 +291,7 @@ func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image
 	v := image.View()
 	defer v.Close()
 	return v.Chunks(ctx, stage.Chunks, func(c router.Chunk) error {
-		if err := r.check(id); err != nil {
+		if err := r.check(ctx, id); err != nil {
 			return err
 		}
 		_, err := r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_StageRestore{StageRestore: &commandpb.StageRestore{
@@ -292,7 +317,7 @@ func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
 	id := op.op.OperationId
 	begun := r.c.Now()
 	for {
-		if err := r.check(id); err != nil {
+		if err := r.check(ctx, id); err != nil {
 			return err
 		}
 		v := r.c.State.View()

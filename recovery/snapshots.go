@@ -190,6 +190,8 @@ func undoID(epoch uint64) string { return fmt.Sprintf("undo-%d", epoch) }
 // node, where it can be looked at, downloaded and restored, and lets go of the
 // one before it.
 func (r *Recovery) keepUndo(ctx context.Context) error {
+	r.undoMu.Lock()
+	defer r.undoMu.Unlock()
 	undo, ok := r.c.State.UndoPoint()
 	if !ok {
 		return nil
@@ -201,7 +203,7 @@ func (r *Recovery) keepUndo(ctx context.Context) error {
 	_, err := r.c.Shelf.Create(ctx, id, shelf.Undo, func(dir string) (snap.Meta, error) {
 		return snap.Meta{Index: undo.Index, Term: undo.Term}, linkAll(r.c.FS, undo.Dir, dir)
 	}, func(dir string, rec *shelf.Record) error { return r.describe(dir, rec) })
-	if err != nil && !errors.Is(err, shelf.ErrExists) {
+	if err != nil {
 		return fmt.Errorf("recovery: keep the state that was replaced: %w", err)
 	}
 	for _, rec := range r.c.Shelf.List() {

@@ -242,7 +242,7 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 	// revision, and if it comes after, the subscription ends.
 	epoch, from := a.cfg.State.Epoch(), req.GetFromRevision()
 	if known := req.GetFromEpoch(); known != 0 && from != 0 && known != epoch {
-		return &EpochError{Known: known, Current: epoch}
+		return &EpochError{Known: known, Current: epoch, Revision: a.cfg.State.Revision()}
 	}
 	if from == 0 {
 		from = a.cfg.State.Revision()

@@ -53,8 +53,9 @@ var (
 // EpochError refuses a call by somebody who knows a state that a backup has
 // replaced since. Nothing was done. It matches ErrEpoch.
 type EpochError struct {
-	// Known is the epoch of the request, Current that of the state.
-	Known, Current uint64
+	// Known is the epoch of the request, Current that of the state, Revision the
+	// state's newest.
+	Known, Current, Revision uint64
 }
 
 // Error implements error.

@@ -54,6 +54,7 @@ type Reader struct {
 	maxWait   time.Duration
 	base      func() uint64 // what is added to an index to get a revision
 	epoch     func() uint64 // of the local state
+	revision  func() uint64 // of the local state
 	// header is that of the newest revision answered: many replies in a row
 	// have the same.
 	header atomic.Pointer[replyHeader]
@@ -74,6 +75,7 @@ func NewReader(node ReadNode, clusterID uint64, maxWait time.Duration) *Reader {
 	return &Reader{
 		node: node, clusterID: fmt.Sprintf("%016x", clusterID), maxWait: maxWait,
 		base: func() uint64 { return 0 }, epoch: func() uint64 { return 0 },
+		revision: func() uint64 { return 0 },
 	}
 }
 
@@ -83,12 +85,14 @@ type Epochs interface {
 	Epoch() uint64
 	// RevisionBase is what is added to a log index to get a revision.
 	RevisionBase() uint64
+	// Revision is that of the newest change.
+	Revision() uint64
 }
 
 // WithEpochs tells r where to look for what a restore changes, and returns r. It
 // is for before the first Wait. Without it there are no restores.
 func (r *Reader) WithEpochs(e Epochs) *Reader {
-	r.base, r.epoch = e.RevisionBase, e.Epoch
+	r.base, r.epoch, r.revision = e.RevisionBase, e.Epoch, e.Revision
 	return r
 }
 
@@ -210,7 +214,7 @@ func (r *Reader) checkEpoch(o readOptions) error {
 		return nil
 	}
 	if current := r.epoch(); *o.epoch != current {
-		return &EpochError{Known: *o.epoch, Current: current}
+		return &EpochError{Known: *o.epoch, Current: current, Revision: r.revision()}
 	}
 	return nil
 }

@@ -170,7 +170,13 @@ func Status(err error) *status.Status {
 func revisionOf(err error) map[string]string {
 	var future *FutureRevisionError
 	var revision *router.RevisionError
+	var epoch *EpochError
 	switch {
+	case errors.As(err, &epoch):
+		return map[string]string{
+			"current_revision": strconv.FormatUint(epoch.Revision, 10),
+			"current_epoch":    strconv.FormatUint(epoch.Current, 10),
+		}
 	case errors.As(err, &future):
 		return map[string]string{"current_revision": strconv.FormatUint(future.Current, 10)}
 	case errors.As(err, &revision):

@@ -78,8 +78,9 @@ var importRules = []importRule{{
 }, {
 	from:      "./rpc",
 	forbidden: []string{"./...", pebblePkg, "go.etcd.io/etcd/..."},
-	except:    []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./rpc/peerpb", "./rpc/routerpb/..."},
-	reason:    "the edge translates; it never touches a disk and decides nothing",
+	except: []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./rpc/peerpb", "./rpc/routerpb/...",
+		"./recovery", "./backup/archive", "./backup/shelf"},
+	reason: "the edge translates; it never touches a disk and decides nothing",
 }, {
 	from:      "./rpc/client",
 	forbidden: []string{"./...", pebblePkg, "go.etcd.io/..."},
@@ -99,6 +100,16 @@ var importRules = []importRule{{
 	forbidden: []string{"./...", pebblePkg, grpcPkg},
 	except:    []string{"./raftnode", "./router", "./router/commandpb"},
 	reason:    "the leader's loops propose commands like any other caller; they reach neither disk nor network",
+}, {
+	from:      "./recovery",
+	forbidden: []string{"./...", pebblePkg, grpcPkg},
+	except:    []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./backup/archive", "./backup/shelf", vfsPkg},
+	reason:    "restores are carried out through commands, by any caller; how a client asks for one is the edge's business",
+}, {
+	from:      "./backup/...",
+	forbidden: []string{"./...", pebblePkg, grpcPkg, "go.etcd.io/etcd/..."},
+	except:    []string{"./snap", "./backup/...", vfsPkg},
+	reason:    "an archive is an image with a cover, and a place is where it lies; neither knows the state or the cluster",
 }, {
 	from:      "./config",
 	forbidden: []string{"./...", pebblePkg, grpcPkg},
