@@ -270,7 +270,10 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 	if err := op.phase(ctx, phaseSwap, "", 0); err != nil {
 		return err
 	}
-	return r.swap(ctx, id)
+	if err := r.swap(ctx, id); err != nil {
+		return err
+	}
+	return r.catchUp(ctx)
 }
 
 // stage proposes what is not staged yet.
