@@ -13,8 +13,9 @@ import (
 // subdirectories) on the store's file system, and returns what they hold.
 // Hard links are welcome; the files must not change any more.
 //
-// Create reads everything once for the checksums, so it is slow in proportion
-// to the image; it holds up nothing else meanwhile. On an error, or a crash at
+// Create reads for the checksums what was in no image before and was not warmed
+// (see Warm), so it is slow in proportion to that; it holds up nothing else
+// meanwhile. On an error, or a crash at
 // any point, no image appears. Cancelling ctx ends it early.
 //
 // When exactly this image exists already, Create returns that one.
@@ -76,13 +77,14 @@ func (s *Store) seal(ctx context.Context, dir string) ([]File, error) {
 			ErrTooLarge, len(names), s.opts.MaxFiles)
 	}
 	slices.Sort(names)
+	s.opts.Sums.begin()
 	files := make([]File, 0, len(names))
 	buf := make([]byte, readBlock)
 	for _, name := range names {
 		if why := badFileName(name); why != "" {
 			return nil, fmt.Errorf("snap: create: file name %q cannot be in an image: %s", clip(name), why)
 		}
-		f, err := s.sealFile(ctx, s.fs.PathJoin(dir, name), buf)
+		f, err := s.sealFile(ctx, s.fs.PathJoin(dir, name), name, buf)
 		if err != nil {
 			return nil, err
 		}
@@ -92,7 +94,7 @@ func (s *Store) seal(ctx context.Context, dir string) ([]File, error) {
 	return files, nil
 }
 
-func (s *Store) sealFile(ctx context.Context, path string, buf []byte) (file File, err error) {
+func (s *Store) sealFile(ctx context.Context, path, name string, buf []byte) (file File, err error) {
 	f, err := s.fs.Open(path)
 	if err != nil {
 		return File{}, fmt.Errorf("snap: create: open %s: %w", path, err)
@@ -110,7 +112,7 @@ func (s *Store) sealFile(ctx context.Context, path string, buf []byte) (file Fil
 	if err := f.Sync(); err != nil {
 		return File{}, fmt.Errorf("snap: create: fsync %s: %w", path, err)
 	}
-	file.Size, file.CRC, err = checksum(ctx, f, math.MaxInt64, buf)
+	file, _, err = s.opts.Sums.sum(ctx, f, name, math.MaxInt64, buf)
 	if err != nil {
 		return File{}, fmt.Errorf("snap: create: read %s: %w", path, err)
 	}

@@ -14,6 +14,9 @@ type Options struct {
 	// Now is the clock that stamps images and ages partial receives.
 	// Default: time.Now.
 	Now func() time.Time
+	// Sums remembers the checksums of tables. Stores of images of one state
+	// may share it. Default: one of its own.
+	Sums *SumCache
 
 	// MaxManifestBytes bounds a manifest, which is held in memory.
 	// Default 16 MiB: MaxFiles entries of at most 160 bytes in usual images.
@@ -47,6 +50,9 @@ func (o *Options) EnsureDefaults() *Options {
 	}
 	if o.Now == nil {
 		o.Now = time.Now
+	}
+	if o.Sums == nil {
+		o.Sums = NewSumCache()
 	}
 	setDefault(&o.MaxManifestBytes, 16<<20)
 	setDefault(&o.MaxFiles, 100_000)

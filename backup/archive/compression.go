@@ -48,7 +48,7 @@ func ParseCompression(name string) (Compression, error) {
 
 // zstdWindow is how far back a match may lie. Tables are compressed in blocks
 // of a few KiB already and a larger one found next to nothing more.
-const zstdWindow = 1 << 20
+const zstdWindow = 256 << 10
 
 // compressor packs what is written to it. Close ends the stream.
 type compressor interface {
