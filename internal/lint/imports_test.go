@@ -50,6 +50,25 @@ var importRules = []importRule{{
 	except:    []string{vfsPkg},
 	reason:    "images are made and opened by the state machine; only the file system abstraction is shared",
 }, {
+	from:      "./backup/...",
+	forbidden: []string{"./...", grpcPkg},
+	except:    []string{"./snap", "./backup/..."},
+	tests:     true,
+	reason:    "a backup is an image and a description; who makes, sends and restores it depends on it, never the other way round",
+}, {
+	from:      "./backup/archive",
+	forbidden: []string{"./backup/...", pebblePkg, "gocloud.dev/..."},
+	except:    []string{vfsPkg, "./backup/archive"},
+	reason:    "the format of backups is read by every node; the places they are kept in, and what these pull in, are no concern of it",
+}, {
+	from:      "./backup",
+	forbidden: []string{"./backup/..."},
+	reason:    "a store keeps bytes; it neither knows the format of an archive nor pulls in the drivers of object stores",
+}, {
+	from:      "./server",
+	forbidden: []string{"./backup/stores"},
+	reason:    "the drivers of object stores are heavy; the command pulls them in, and whoever embeds a node need not",
+}, {
 	from:      "./raftnode",
 	forbidden: []string{"./...", grpcPkg},
 	except:    []string{"./wal", "./snap"},
