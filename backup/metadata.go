@@ -10,6 +10,7 @@ import (
 	"conveyor.etl/router/snap"
 )
 
+// The names and bounds of the objects of a backup.
 const (
 	// ArchiveName and MetadataName are the objects of a backup. Existing tools
 	// write and read these names, whatever the compression.

@@ -40,7 +40,7 @@ func (s *Store) Import(ctx context.Context, fill func(dir string) error) (Info, 
 	}
 	buf := make([]byte, readBlock)
 	for _, want := range info.Files {
-		have, err := s.sealFile(ctx, s.fs.PathJoin(dir, want.Name), buf)
+		have, err := s.sealFile(ctx, s.fs.PathJoin(dir, want.Name), want.Name, buf)
 		if err != nil {
 			return Info{}, err
 		}
