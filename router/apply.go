@@ -23,7 +23,7 @@ func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
 		return nil, err
 	}
 	results := make([][]*commandpb.Result, len(entries))
-	t := s.newTx(d)
+	t, pending := s.newTx(d), false
 	for i := range entries {
 		e := &entries[i]
 		if e.Index != t.pos.Index+1 {
@@ -43,7 +43,7 @@ func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
 			}
 		}
 		t.endEntry()
-		t.pos.Index, t.pos.Term = e.Index, e.Term
+		t.pos.Index, t.pos.Term, pending = e.Index, e.Term, true
 		if t.swap != nil || t.bytes > s.o.BatchBytes || e.Index%sumEvery == 0 {
 			if err := s.commit(t); err != nil {
 				return nil, s.breakdown(err)
@@ -53,11 +53,13 @@ func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
 					return nil, s.breakdown(err)
 				}
 			}
-			t = s.newTx(d)
+			t, pending = s.newTx(d), false
 		}
 	}
-	if err := s.commit(t); err != nil {
-		return nil, s.breakdown(err)
+	if pending {
+		if err := s.commit(t); err != nil {
+			return nil, s.breakdown(err)
+		}
 	}
 	return results, nil
 }

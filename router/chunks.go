@@ -44,6 +44,7 @@ var coders = sync.OnceValues(func() (*zstd.Encoder, *zstd.Decoder) {
 // ChunkWriter gathers records into chunks. It is for one goroutine.
 type ChunkWriter struct {
 	skip     uint64
+	limit    int // of the bytes in a chunk
 	yield    func(Chunk) error
 	plain    []byte
 	records  uint64
@@ -55,14 +56,14 @@ type ChunkWriter struct {
 // The first skip chunks are not made: where chunks end follows from the records
 // alone, so that whoever takes over a stage goes on with the next one.
 func NewChunkWriter(skip uint64, yield func(Chunk) error) *ChunkWriter {
-	return &ChunkWriter{skip: skip, yield: yield}
+	return &ChunkWriter{skip: skip, limit: chunkBytes, yield: yield}
 }
 
 // Add appends a record; keys must ascend. It fails with what yield returns, or
 // when the record is too large for a command.
 func (w *ChunkWriter) Add(k, v []byte) error {
 	size := len(k) + len(v) + 2*binary.MaxVarintLen32
-	if w.records > 0 && len(w.plain)+size > chunkBytes {
+	if w.records > 0 && len(w.plain)+size > w.limit {
 		if err := w.end(); err != nil {
 			return err
 		}
@@ -139,7 +140,10 @@ func ReadChunk(data []byte, fn func(k, v []byte) error) error {
 // skip, and returns how many chunks and records there are in all. It reads the
 // whole state.
 func (v *View) Chunks(ctx context.Context, skip uint64, yield func(Chunk) error) (chunks, records uint64, err error) {
-	w := NewChunkWriter(skip, yield)
+	return v.chunksTo(ctx, NewChunkWriter(skip, yield))
+}
+
+func (v *View) chunksTo(ctx context.Context, w *ChunkWriter) (chunks, records uint64, err error) {
 	err = v.read(func(r pebble.Reader) error { return scanData(ctx, r, w.Add) })
 	if err != nil {
 		return 0, 0, err

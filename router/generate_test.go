@@ -120,6 +120,43 @@ func (g *commands) preferences() []uint32 {
 	return out
 }
 
+// operation makes a command about an operation.
+func (g *commands) operation() *pb.Command {
+	id := g.pick("operation", 8)
+	if g.r.Intn(5) == 0 {
+		return &pb.Command{Op: &pb.Command_CancelOperation{CancelOperation: &pb.CancelOperation{OperationId: id}}}
+	}
+	return &pb.Command{Op: &pb.Command_PutOperation{PutOperation: &pb.PutOperation{Create: g.r.Intn(2) == 0, Operation: &pb.Operation{
+		OperationId: id, Kind: "backup", State: pb.OperationState(g.r.Intn(4)), Done: uint64(g.r.Intn(3)), Message: fmt.Sprint(g.r.Intn(2)),
+	}}}}
+}
+
+// restore makes a command about a restore that is never carried out.
+func (g *commands) restore() *pb.Command {
+	id := g.pick("restore", 2)
+	switch g.r.Intn(6) {
+	case 0:
+		return &pb.Command{Op: &pb.Command_BeginRestore{BeginRestore: &pb.BeginRestore{OperationId: id, SnapshotId: "s", Source: &pb.RestoreSource{
+			ContentHash: make([]byte, 32), Clock: &pb.Clock{Revision: uint64(g.r.Intn(2))},
+		}}}}
+	case 1, 2:
+		c := &pb.StageRestore{OperationId: id, Sequence: uint64(g.r.Intn(4)), Data: make([]byte, 1+g.r.Intn(300)), Records: 3}
+		g.r.Read(c.Data)
+		return &pb.Command{Op: &pb.Command_StageRestore{StageRestore: c}}
+	case 3:
+		n := uint64(g.r.Intn(3))
+		return &pb.Command{Op: &pb.Command_SealRestore{SealRestore: &pb.SealRestore{OperationId: id, Chunks: n, Records: 3 * n}}}
+	case 4:
+		// Always a failure: nobody can prepare this stage.
+		return &pb.Command{Op: &pb.Command_ReportRestore{ReportRestore: &pb.ReportRestore{OperationId: id, NodeId: uint64(g.r.Intn(3)), Error: "bad"}}}
+	}
+	return g.abandon(id)
+}
+
+func (g *commands) abandon(id string) *pb.Command {
+	return &pb.Command{Op: &pb.Command_AbandonRestore{AbandonRestore: &pb.AbandonRestore{OperationId: id}}}
+}
+
 // next makes one command.
 func (g *commands) next() *pb.Command {
 	g.time += uint64(g.r.Intn(20_000))
@@ -127,7 +164,15 @@ func (g *commands) next() *pb.Command {
 	if g.r.Intn(4) == 0 {
 		c.RequestId = g.pick("request", 30)
 	}
-	switch g.r.Intn(20) {
+	if g.r.Intn(10) == 0 {
+		epoch := uint64(g.r.Intn(2))
+		c.ExpectedEpoch = &epoch
+	}
+	switch g.r.Intn(22) {
+	case 20:
+		c.Op = g.operation().Op
+	case 21:
+		c.Op = g.restore().Op
 	case 0:
 		c.Op = &pb.Command_RegisterService{RegisterService: &pb.RegisterService{Service: g.service()}}
 	case 1:
@@ -178,6 +223,21 @@ func (g *commands) next() *pb.Command {
 		}
 	}
 	return c
+}
+
+// restoring puts the stages of a real restore into a log, the first half of them
+// before its middle, and the swap a while later.
+func (g *commands) restoring(t testing.TB, log []Entry, stages []*pb.Command, id string) {
+	add := func(at int, c *pb.Command) { log[at].Commands = append(log[at].Commands, marshal(t, c)) }
+	half := len(log) / 2
+	begin := half - len(stages)/2
+	add(begin, g.abandon("restore-0"))
+	add(begin, g.abandon("restore-1"))
+	for i, c := range stages {
+		add(begin+i, c)
+	}
+	add(begin+len(stages), report(id, 2))
+	add(half+len(log)/10, swap(id))
 }
 
 // log makes n entries of a few commands each.

@@ -21,10 +21,23 @@ func TestSameLogSameState(t *testing.T) {
 	r := randomness(t)
 	g := &commands{r: r, time: 1_000_000}
 	log := g.log(t, 2, 1200)
+	backups := vfs.NewMem()
+	backup := withBackup(t, backups, &commands{r: r, time: 1_000_000}, 1300)
+	g.restoring(t, log, stageCommands(t, backups, "image", "real"), "real")
 
 	ref := openMem(t)
 	want := results(t, ref, log, 1)
 	refDump, refHash := dump(t, ref), hash(t, ref)
+	if ref.Epoch() != 1 {
+		t.Fatalf("epoch %d: the restore was not carried out", ref.Epoch())
+	}
+	refSums := ref.RecentSums()
+	if n := len(refSums); n < 9 {
+		t.Fatalf("sums of %d indexes only", n)
+	}
+	if u, ok := ref.UndoPoint(); !ok || contentHash(t, ref) == backup {
+		t.Fatalf("undo point %+v, %v, or nothing was applied after the restore", u, ok)
+	}
 
 	check := func(t *testing.T, s *FSM) {
 		t.Helper()
@@ -35,6 +48,18 @@ func TestSameLogSameState(t *testing.T) {
 			t.Fatal("hash differs although the records are the same")
 		}
 		checkCounts(t, s)
+		sound(t, s)
+		sums := s.RecentSums()
+		if got, want := sums[len(sums)-1], refSums[len(refSums)-1]; len(got.Differ(want)) > 0 {
+			t.Fatalf("at the end: %v differ", got.Differ(want))
+		}
+		for _, a := range sums {
+			for _, b := range refSums {
+				if a.Index == b.Index && a.Epoch == b.Epoch && len(a.Differ(b)) > 0 {
+					t.Fatalf("at %d: %v differ", a.Index, a.Differ(b))
+				}
+			}
+		}
 	}
 	for _, size := range []int{2, 7, 100, len(log)} {
 		t.Run(fmt.Sprint("batches of ", size), func(t *testing.T) {
@@ -46,6 +71,9 @@ func TestSameLogSameState(t *testing.T) {
 				}
 			}
 			check(t, s)
+			if n := len(s.RecentSums()); n != len(refSums) {
+				t.Fatalf("sums of %d indexes, want %d", n, len(refSums))
+			}
 		})
 	}
 	t.Run("nobody waits", func(t *testing.T) {
@@ -113,6 +141,11 @@ func TestSameLogSameState(t *testing.T) {
 		if hash(t, other) != hash(t, s) {
 			t.Fatal("the installed state has another hash")
 		}
+		v := other.View()
+		if stage, err := v.Stage(); err != nil || stage.GetChunks() == 0 {
+			t.Fatalf("the image is not of the middle of a stage: %v, %v", stage, err)
+		}
+		noError(t, v.Close())
 		_, err = other.Apply(log[half:])
 		noError(t, err)
 		check(t, other)
@@ -230,6 +263,10 @@ func checkCounts(t *testing.T, s *FSM) {
 		if !found {
 			t.Fatalf("assignment of %s to %s is not found by its pipeline", a.PipelineId, a.SidecarId)
 		}
+		return true
+	}))
+	noError(t, v.Operations(func(*commandpb.Operation) bool {
+		n.Operations++
 		return true
 	}))
 	n.Requests = c.Requests

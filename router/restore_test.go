@@ -30,12 +30,15 @@ func stageCommands(t testing.TB, fs vfs.FS, dir, operation string) []*commandpb.
 	}}}}
 	v := im.View()
 	defer func() { noError(t, v.Close()) }()
-	chunks, records, err := v.Chunks(t.Context(), 0, func(c Chunk) error {
+	// Chunks of the usual size would be one or two.
+	w := NewChunkWriter(0, func(c Chunk) error {
 		out = append(out, &commandpb.Command{Op: &commandpb.Command_StageRestore{StageRestore: &commandpb.StageRestore{
 			OperationId: operation, Sequence: c.Sequence, Data: c.Data, Records: c.Records,
 		}}})
 		return nil
 	})
+	w.limit = 2 << 10
+	chunks, records, err := v.chunksTo(t.Context(), w)
 	noError(t, err)
 	return append(out, &commandpb.Command{Op: &commandpb.Command_SealRestore{SealRestore: &commandpb.SealRestore{
 		OperationId: operation, Chunks: chunks, Records: records,
@@ -357,35 +360,29 @@ func TestSwapSurvivesACrashAnywhere(t *testing.T) {
 	at := setup.Applied().Index
 	old := contentHash(t, setup)
 	noError(t, setup.Close())
-	for _, prepare := range []bool{true, false} {
-		t.Run(fmt.Sprint("prepared ", prepare), func(t *testing.T) {
-			everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
-				fs := crash(base, 0, 1)
-				crashed(fs)
-				s, err := Open(errorfs.Wrap(fs, inj), "state", testOptions())
-				if err == nil {
-					if prepare {
-						err = s.Prepare(context.Background(), "op")
-					}
-					if err == nil {
-						_, err = s.Apply([]Entry{{Index: at + 1, Term: 1, Commands: [][]byte{marshal(t, swap("op"))}}})
-					}
-					if err == nil && !inj.fired.Load() {
-						inj.off.Store(true)
-						checkSwapped(t, inj, crash(fs, 0, 1), at, old, backup, true)
-						inj.off.Store(false)
-					}
-				}
-				for _, c := range crashed(fs) {
-					checkSwapped(t, inj, c, at, old, backup, false)
-				}
+	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
+		fs := crash(base, 0, 1)
+		crashed(fs)
+		s, err := Open(errorfs.Wrap(fs, inj), "state", testOptions())
+		if err == nil {
+			if err = s.Prepare(context.Background(), "op"); err == nil {
+				_, err = s.Apply([]Entry{{Index: at + 1, Term: 1, Commands: [][]byte{marshal(t, swap("op"))}}})
+			}
+			if err == nil && !inj.fired.Load() {
+				// Power is lost right after Apply returned.
 				inj.off.Store(true)
-				if s != nil {
-					_ = s.Close()
-				}
-			})
-		})
-	}
+				checkSwapped(t, inj, crash(fs, 0, 1), at, old, backup, true)
+				inj.off.Store(false)
+			}
+		}
+		for _, c := range crashed(fs) {
+			checkSwapped(t, inj, c, at, old, backup, false)
+		}
+		inj.off.Store(true)
+		if s != nil {
+			_ = s.Close()
+		}
+	})
 }
 
 // checkSwapped opens what a crash left and brings the swap to its end.
@@ -461,7 +458,6 @@ func TestFinishingASwapSurvivesACrashAnywhere(t *testing.T) {
 		}
 	})
 	// An image of that moment, installed elsewhere, becomes the new state.
-	fs := crash(due, 0, 1)
 	im := open(t, due, "state") // finishes it, and keeps the undo point of that moment
 	u, _ := im.UndoPoint()
 	noError(t, im.Close())
@@ -473,5 +469,4 @@ func TestFinishingASwapSurvivesACrashAnywhere(t *testing.T) {
 		t.Fatalf("installed: %s", dump(t, other))
 	}
 	noError(t, other.Close())
-	_ = fs
 }
