@@ -3,14 +3,10 @@
 // stops them in order. It is a package of its own, and not part of the serve
 // command, so that the demo cluster and the tests run the very same node.
 //
-// # Data directory
+// Package datadir describes the data directory.
 //
-//	IDENTITY   whose data this is; written once, checked at every start
-//	LOCK       held by the one process that uses the directory
-//	wal/       the replicated log
-//	state/     the replicated state
-//	images/    images of the state, received or to be sent
-//	backups/   snapshots of the state that people made or uploaded
+// Package datadir describes the data directory.
+//
 //
 // # Start and stop
 //

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
@@ -217,7 +218,7 @@ func TestDataDirectoryRefusals(t *testing.T) {
 		other.NodeID = 2
 		refuse(t, other, ErrForeign, "node 1", "as 2", "--node-id")
 	})
-	name := filepath.Join(c.DataDir, identityName)
+	name := filepath.Join(c.DataDir, datadir.IdentityName)
 	intact, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
@@ -238,7 +239,7 @@ func TestDataDirectoryRefusals(t *testing.T) {
 		refuse(t, c, ErrNewer, "format 2", "newer binary")
 	})
 	t.Run("another cluster's log", func(t *testing.T) {
-		id, err := openIdentity(c.DataDir, &crashpoint.Points{}, identity{ClusterName: c.ClusterName, NodeID: 1})
+		id, err := openIdentity(c.DataDir, &crashpoint.Points{}, datadir.Identity{ClusterName: c.ClusterName, NodeID: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -247,18 +248,18 @@ func TestDataDirectoryRefusals(t *testing.T) {
 	})
 	t.Run("a damaged identity", func(t *testing.T) {
 		write(t, intact[:len(intact)/2])
-		refuse(t, c, ErrIncomplete, identityName)
+		refuse(t, c, ErrIncomplete, datadir.IdentityName)
 	})
 	t.Run("an empty identity", func(t *testing.T) {
 		write(t, nil)
-		refuse(t, c, ErrIncomplete, identityName)
+		refuse(t, c, ErrIncomplete, datadir.IdentityName)
 	})
 	t.Run("no identity", func(t *testing.T) {
 		write(t, intact) // restores it afterwards
 		if err := os.Remove(name); err != nil {
 			t.Fatal(err)
 		}
-		refuse(t, c, ErrIncomplete, identityName)
+		refuse(t, c, ErrIncomplete, datadir.IdentityName)
 	})
 	t.Run("no log", func(t *testing.T) {
 		log := filepath.Join(c.DataDir, "wal")
@@ -300,12 +301,12 @@ func TestInterruptedFirstStart(t *testing.T) {
 		name string
 		make func(dir string) error
 	}{
-		{"the lock only", func(dir string) error { return os.WriteFile(filepath.Join(dir, lockName), nil, 0o600) }},
+		{"the lock only", func(dir string) error { return os.WriteFile(filepath.Join(dir, datadir.LockName), nil, 0o600) }},
 		{"half an identity", func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, identityName+".tmp"), []byte(`{"format_`), 0o600)
+			return os.WriteFile(filepath.Join(dir, datadir.IdentityName+".tmp"), []byte(`{"format_`), 0o600)
 		}},
 		{"the identity only", func(dir string) error {
-			return createIdentity(dir, identity{FormatVersion: 1, ClusterID: clusterID("conveyor", []uint64{1}), ClusterName: "conveyor", NodeID: 1, Members: []uint64{1}})
+			return createIdentity(dir, datadir.Identity{FormatVersion: 1, ClusterID: datadir.ClusterID("conveyor", []uint64{1}), ClusterName: "conveyor", NodeID: 1, Members: []uint64{1}})
 		}},
 		{"everything but the last word", func(dir string) error {
 			c := settings(t, t.TempDir(), 1)[0]
@@ -315,7 +316,7 @@ func TestInterruptedFirstStart(t *testing.T) {
 				return err
 			}
 			s.id.Initialized = false
-			return errors.Join(writeIdentity(dir, s.id), s.close())
+			return errors.Join(datadir.WriteIdentity(dir, s.id), s.close())
 		}},
 	} {
 		t.Run(left.name, func(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
@@ -32,8 +33,8 @@ const (
 type storage struct {
 	dir       string
 	points    *crashpoint.Points
-	lock      *dirLock
-	id        identity
+	lock      *datadir.DirLock
+	id        datadir.Identity
 	log       *wal.Log
 	recovered wal.Recovered
 	fsm       *router.FSM
@@ -45,7 +46,7 @@ type storage struct {
 // openStorage opens the data directory of a node, creating it when it is
 // absent. On an error everything opened so far is closed again.
 func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*storage, error) {
-	if err := makeDataDir(c.DataDir); err != nil {
+	if err := datadir.Make(c.DataDir); err != nil {
 		return nil, fmt.Errorf("create the data directory: %w", err)
 	}
 	points, err := crashpoint.New(os.Environ())
@@ -64,12 +65,19 @@ func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*sto
 
 func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time) error {
 	var err error
-	if s.lock, err = lockDir(s.dir); err != nil {
+	if s.lock, err = datadir.Lock(s.dir); err != nil {
 		return err
 	}
-	s.id, err = openIdentity(s.dir, s.points, identity{
-		FormatVersion: formatVersion,
-		ClusterID:     clusterID(c.ClusterName, c.Members()),
+	finished, err := datadir.FinishReplacement(s.dir)
+	if err != nil {
+		return err
+	}
+	if finished {
+		log.Warn("finished what an interrupted recovery or restore had decided", "data_dir", s.dir)
+	}
+	s.id, err = openIdentity(s.dir, s.points, datadir.Identity{
+		FormatVersion: datadir.FormatVersion,
+		ClusterID:     datadir.ClusterID(c.ClusterName, c.Members()),
 		ClusterName:   c.ClusterName,
 		NodeID:        c.NodeID,
 		Members:       c.Members(),
@@ -78,9 +86,9 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return err
 	}
-	walDir := filepath.Join(s.dir, "wal")
+	walDir := filepath.Join(s.dir, datadir.WALName)
 	if s.id.Initialized {
-		lost, err := emptyOrGone(walDir)
+		lost, err := datadir.EmptyOrGone(walDir)
 		if err != nil {
 			return fmt.Errorf("look at the log: %w", err)
 		}
@@ -103,7 +111,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return err
 	}
-	s.fsm, err = router.Open(s.points.FS(vfs.Default), filepath.Join(s.dir, "state"), router.Options{
+	s.fsm, err = router.Open(s.points.FS(vfs.Default), filepath.Join(s.dir, datadir.StateName), router.Options{
 		Bootstrap:     boot,
 		Logger:        log.With("part", "state"),
 		MemTableBytes: c.Store.MemTableBytes,
@@ -120,7 +128,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 		return err
 	}
 	s.machine = s.points.Machine(machine)
-	s.images, err = snap.OpenStore(s.points.FS(vfs.Default), filepath.Join(s.dir, "images"), snap.Options{
+	s.images, err = snap.OpenStore(s.points.FS(vfs.Default), filepath.Join(s.dir, datadir.ImagesName), snap.Options{
 		Logger: log.With("part", "images"), Now: now,
 	})
 	if err != nil {
@@ -136,12 +144,12 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if !s.id.Initialized {
 		// The names wal and state in the directory must last before the word
 		// that they are there.
-		if err := syncDir(s.dir); err != nil {
+		if err := datadir.SyncDir(s.dir); err != nil {
 			return fmt.Errorf("sync the data directory: %w", err)
 		}
 		s.id.Initialized = true
 		s.points.Pass("initialized:before")
-		if err := writeIdentity(s.dir, s.id); err != nil {
+		if err := datadir.WriteIdentity(s.dir, s.id); err != nil {
 			return err
 		}
 		s.points.Pass("initialized:after")
@@ -184,7 +192,7 @@ func (s *storage) close() error {
 		errs = append(errs, s.log.Close())
 	}
 	if s.lock != nil {
-		errs = append(errs, s.lock.release())
+		errs = append(errs, s.lock.Release())
 	}
 	return errors.Join(errs...)
 }
