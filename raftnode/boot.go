@@ -56,21 +56,12 @@ func reconcile(cfg *Config, sm StateMachine, log Log, images *snap.Store) (*raft
 			hs.Term, hs.Vote = new(term), new(uint64(0))
 		}
 	}
-	fits := pos.Index <= last
-	if fits {
-		term, err := log.Term(pos.Index)
-		if err != nil {
-			return nil, fmt.Errorf("raftnode: read the term of entry %d: %w", pos.Index, err)
-		}
-		fits = term == pos.Term
-		if !fits && pos.Index <= hs.GetCommit() {
-			return nil, fmt.Errorf("%w: entry %d has term %d in the log and term %d in the state; "+
-				"the data directory mixes files of different nodes or times, rejoin the node with an empty one",
-				ErrDiverged, pos.Index, term, pos.Term)
-		}
+	fit, err := JudgeFit(pos, first, last, hs.GetCommit(), log.Term)
+	if err != nil {
+		return nil, err
 	}
 	raiseTerm(pos.Term)
-	if !fits {
+	if fit == FitInstalled {
 		cfg.Logger.Warn("finishing the installation of an image that a crash interrupted",
 			"index", pos.Index, "term", pos.Term, "log_last", last)
 		if sm.Durable() < pos.Index {
@@ -86,9 +77,6 @@ func reconcile(cfg *Config, sm StateMachine, log Log, images *snap.Store) (*raft
 	}
 	if hs.GetCommit() < pos.Index {
 		hs.Commit = new(pos.Index)
-	}
-	if hs.GetCommit() > last {
-		return nil, fmt.Errorf("%w: the commit index %d lies behind the log's last entry %d", ErrDiverged, hs.GetCommit(), last)
 	}
 	// No log holds an entry of a term its node has not been in.
 	lastTerm, err := log.Term(last)

@@ -51,6 +51,11 @@ func Verify(dir string) (Report, error) {
 			break
 		}
 	}
+	return report(dir, s, err)
+}
+
+// report describes the outcome of a scan.
+func report(dir string, s *scanResult, err error) (Report, error) {
 	r := Report{Dir: dir, Identity: s.id, HardState: s.hs}
 	for _, seg := range s.segments {
 		r.Segments = append(r.Segments, SegmentReport{
