@@ -23,7 +23,7 @@ var _ raftnode.StateMachine = (*stateMachine)(nil)
 // NewStateMachine returns fsm as the state machine of a node. It fails when the
 // configuration stored in fsm cannot be decoded.
 func NewStateMachine(fsm *router.FSM) (raftnode.StateMachine, error) {
-	if _, err := decodePosition(fsm.Applied()); err != nil {
+	if _, err := DecodePosition(fsm.Applied()); err != nil {
 		return nil, err
 	}
 	return &stateMachine{FSM: fsm}, nil
@@ -43,7 +43,8 @@ func EncodePosition(p raftnode.Position) (router.Position, error) {
 	return router.Position{Index: p.Index, Term: p.Term, ConfState: cs, Members: members}, nil
 }
 
-func decodePosition(p router.Position) (raftnode.Position, error) {
+// DecodePosition undoes EncodePosition. Its errors match router.ErrCorrupt.
+func DecodePosition(p router.Position) (raftnode.Position, error) {
 	out := raftnode.Position{Index: p.Index, Term: p.Term, ConfState: &raftpb.ConfState{}}
 	if err := proto.Unmarshal(p.ConfState, out.ConfState); err != nil {
 		return out, fmt.Errorf("%w: the group configuration at index %d: %w", router.ErrCorrupt, p.Index, err)
@@ -58,7 +59,7 @@ func decodePosition(p router.Position) (raftnode.Position, error) {
 
 // Applied implements raftnode.StateMachine.
 func (s *stateMachine) Applied() raftnode.Position {
-	p, err := decodePosition(s.FSM.Applied())
+	p, err := DecodePosition(s.FSM.Applied())
 	if err != nil {
 		// Every position got in through NewStateMachine, ApplyMembership or
 		// Install, which decoded or encoded it.
@@ -106,7 +107,7 @@ func (s *stateMachine) Image(dir string) (raftnode.Position, error) {
 	if err != nil {
 		return raftnode.Position{}, err
 	}
-	return decodePosition(p)
+	return DecodePosition(p)
 }
 
 // Install implements raftnode.StateMachine.
@@ -115,5 +116,5 @@ func (s *stateMachine) Install(dir string) (raftnode.Position, error) {
 	if err != nil {
 		return raftnode.Position{}, err
 	}
-	return decodePosition(p)
+	return DecodePosition(p)
 }

@@ -100,13 +100,13 @@ func TestPositionRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := decodePosition(raw)
+		got, err := DecodePosition(raw)
 		if err != nil || !samePosition(got, p) {
 			t.Errorf("%+v came back as %+v, %v", p, got, err)
 		}
 	}
 	for _, bad := range []router.Position{{ConfState: []byte{0xff}}, {Members: []byte("{")}} {
-		if _, err := decodePosition(bad); !errors.Is(err, router.ErrCorrupt) {
+		if _, err := DecodePosition(bad); !errors.Is(err, router.ErrCorrupt) {
 			t.Errorf("%v: %v", bad, err)
 		}
 	}
