@@ -107,7 +107,7 @@ func (c *crashTest) compareWithBinary() {
 		c.t.Fatalf("the binary was built without the tag crashpoints: %s", out)
 	}
 	known := strings.Fields(list)
-	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints)
+	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints, recoverPoints)
 	slices.Sort(known)
 	slices.Sort(tested)
 	if !slices.Equal(known, tested) {

@@ -46,6 +46,12 @@ func Names() []string {
 	} {
 		names = append(names, "wal/"+p)
 	}
+	// A recovery, see package offline and datadir.Replacement.
+	for _, step := range []string{
+		"begin", "state", "log", "identity", "decide", "decided", "move-out", "move-in", "moved", "done",
+	} {
+		names = append(names, "recover/"+step)
+	}
 	return append(names, "raft:before") // all is open, raft has not run yet
 }
 

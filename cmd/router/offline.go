@@ -1,0 +1,38 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/offline"
+)
+
+// dataDirFlag adds the --data-dir of a command that works on a directory
+// without a node.
+func dataDirFlag(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "data-dir", "", "data directory of a node (required)")
+	_ = cmd.MarkFlagDirname("data-dir")
+	_ = cmd.MarkFlagRequired("data-dir")
+}
+
+// offlineError gives the refusals of a data directory their exit code.
+func offlineError(err error) error {
+	for _, conflict := range []error{
+		datadir.ErrInUse, datadir.ErrForeign, datadir.ErrBeforeKept, offline.ErrUnfinished,
+		offline.ErrNotBest, offline.ErrPlanChanged, offline.ErrNotEmpty,
+	} {
+		if errors.Is(err, conflict) {
+			return codedError{exitConflict, err}
+		}
+	}
+	return err
+}
+
+// quietLogger tells what a tool should not keep to itself, and nothing else.
+func quietLogger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
