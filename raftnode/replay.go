@@ -81,3 +81,10 @@ func (r *Replay) change(e *raftpb.Entry) error {
 	r.pos = pos
 	return nil
 }
+
+// CheckChange returns why the membership change e could not be applied by this
+// release, nil when it can.
+func CheckChange(e *raftpb.Entry) error {
+	_, _, err := decodeChange(e)
+	return err
+}

@@ -16,7 +16,12 @@ import (
 func dataDirFlag(cmd *cobra.Command, dir *string) {
 	cmd.Flags().StringVar(dir, "data-dir", "", "data directory of a node (required)")
 	_ = cmd.MarkFlagDirname("data-dir")
-	_ = cmd.MarkFlagRequired("data-dir")
+	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
+		if *dir == "" {
+			return usageError{cmd, errors.New("--data-dir is missing: name the data directory of the node")}
+		}
+		return nil
+	}
 }
 
 // offlineError gives the refusals of a data directory their exit code.

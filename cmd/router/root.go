@@ -46,6 +46,7 @@ func constructors() []func(*app) *cobra.Command {
 		newBenchCommand,
 		newWALCommand,
 		newSnapCommand,
+		newStateCommand,
 		newVersionCommand,
 	}
 }
