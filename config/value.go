@@ -336,6 +336,18 @@ func (v peers) show() string {
 	return strings.Join(parts, ",")
 }
 
+// ParsePeers parses entries of the --peers flag, for commands that take it
+// without being a node.
+func ParsePeers(entries []string) ([]Peer, error) {
+	var list []Peer
+	for _, text := range entries {
+		if err := (peers{&list}).parse(text); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
 // String returns p as the --peers flag takes it.
 func (p Peer) String() string { return strconv.FormatUint(p.ID, 10) + ":" + p.Addr }
 

@@ -24,6 +24,9 @@ type State struct {
 	FromImage string
 
 	close func() error
+	// fsm and scratch, the directory it lies in, are there after a replay only.
+	fsm     *router.FSM
+	scratch string
 }
 
 // Close gives everything back.
@@ -101,7 +104,7 @@ func (d *Directory) ReplayState(scratch string, log *slog.Logger) (_ *State, err
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("apply the log to a copy of the state: %w", err), release())
 	}
-	s := &State{View: fsm.View(), Position: sm.Applied(), FromImage: b.image, close: release}
+	s := &State{View: fsm.View(), Position: sm.Applied(), FromImage: b.image, close: release, fsm: fsm, scratch: dir}
 	if b.fit != raftnode.FitInstalled {
 		s.behind(d, s.Position)
 	}

@@ -18,3 +18,9 @@ func contentHash(v *router.View) (string, error) {
 	sum, err := v.Hash()
 	return hex.EncodeToString(sum), err
 }
+
+func epochOf(*router.View) uint64 { return 0 }
+
+func countsByName(c router.Counts) map[string]uint64 {
+	return map[string]uint64{"pipelines": c.Pipelines, "sidecars": c.Sidecars, "services": c.Services, "groups": c.Groups}
+}

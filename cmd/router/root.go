@@ -47,6 +47,7 @@ func constructors() []func(*app) *cobra.Command {
 		newWALCommand,
 		newSnapCommand,
 		newStateCommand,
+		newSnapshotCommand,
 		newVersionCommand,
 	}
 }

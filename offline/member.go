@@ -1,0 +1,91 @@
+package offline
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/raftnode"
+)
+
+// makeMember makes the content of an empty data directory: fill makes the state
+// and says whose it is and where it stands, the rest is made here. On an error nothing is left in it, and the directory itself
+// only if it was there before.
+func makeMember(dir string, s *Settings, fill func(dir string) (datadir.Identity, raftnode.Position, error)) (err error) {
+	_, statErr := os.Stat(dir)
+	created := errors.Is(statErr, os.ErrNotExist)
+	if !created {
+		// Before a lock file is put into it.
+		if pending, err := datadir.Unfinished(dir); err != nil {
+			return err
+		} else if !pending {
+			if err := demandEmpty(dir); err != nil {
+				return err
+			}
+		}
+	}
+	if err := datadir.Make(dir); err != nil {
+		return fmt.Errorf("create the data directory: %w", err)
+	}
+	lock, err := datadir.Lock(dir)
+	if err != nil {
+		return err
+	}
+	decided := false
+	defer func() {
+		if !decided {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, datadir.LockName)))
+			if created {
+				_ = os.Remove(dir) // somebody else may have put something in
+			}
+		}
+		err = errors.Join(err, lock.Release())
+	}()
+	if finished, err := datadir.FinishReplacement(dir); err != nil || finished {
+		decided = true
+		if err == nil {
+			err = fmt.Errorf("%w: %s was made by an earlier call that was interrupted at its end, and is complete now", ErrNotEmpty, dir)
+		}
+		return err
+	}
+	if err := demandEmpty(dir); err != nil {
+		decided = true // what is there is not ours
+		return err
+	}
+	r, err := datadir.BeginReplacement(dir, s.Point)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if !decided {
+			err = errors.Join(err, r.Discard())
+		}
+	}()
+	s.Point(stepBegin)
+	id, pos, err := fill(r.Dir())
+	if err != nil {
+		return err
+	}
+	s.Point(stepState)
+	if err := makeRest(r.Dir(), id, pos, s); err != nil {
+		return err
+	}
+	decided, err = r.Commit()
+	return err
+}
+
+// ErrNotEmpty: a new data directory must be empty.
+var ErrNotEmpty = errors.New("the data directory is not empty")
+
+func demandEmpty(dir string) error {
+	if _, err := os.Stat(filepath.Join(dir, datadir.IdentityName)); err == nil {
+		return fmt.Errorf("%w: %s holds the data of a node; nothing was changed, give another directory or move that one away", ErrNotEmpty, dir)
+	}
+	name, err := datadir.Foreign(dir)
+	if err == nil && name != "" {
+		err = fmt.Errorf("%w: %s holds %q; nothing was changed", ErrNotEmpty, dir, name)
+	}
+	return err
+}

@@ -1,0 +1,176 @@
+package offline
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/cespare/xxhash/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"conveyor.etl/router/backup/archive"
+	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
+)
+
+// ErrContent: an archive is whole, but what it holds is not what its header
+// says. Nothing was made.
+var ErrContent = errors.New("the content of the backup is not what it says")
+
+// RestoreOptions say what to make of a backup.
+type RestoreOptions struct {
+	Settings
+	// Dir is made, or must be empty.
+	Dir         string
+	ClusterName string
+	NodeID      uint64
+	// Members are the ids of all first voters of the new cluster; the same for
+	// each of them.
+	Members []uint64
+	// Token tells clusters apart that are made from one backup with the same
+	// name and members. The same for all members.
+	Token string
+	// MaxBytes bounds what is unpacked; 0 = the default of package archive.
+	MaxBytes int64
+}
+
+func (o *RestoreOptions) validate() error {
+	const longest = 256
+	if o.Dir == "" {
+		return errors.New("the data directory is missing")
+	}
+	if o.ClusterName == "" || len(o.ClusterName) > longest || len(o.Token) > longest {
+		return fmt.Errorf("the name of the cluster has 1 to %d bytes, the token at most %d", longest, longest)
+	}
+	slices.Sort(o.Members)
+	return checkMembers(o.Members, o.NodeID)
+}
+
+// Restored is the outcome of a restore.
+type Restored struct {
+	ClusterID   string   `json:"cluster_id"`
+	ClusterName string   `json:"cluster_name"`
+	NodeID      uint64   `json:"node_id"`
+	Members     []uint64 `json:"members"`
+	Index       uint64   `json:"index"`
+	Term        uint64   `json:"term"`
+	Revision    uint64   `json:"revision"`
+	// StateHash is of the content, computed from what was made.
+	StateHash string         `json:"state_hash"`
+	From      archive.Header `json:"from"`
+}
+
+// Restore makes the data directory of one member of a new cluster from the
+// archive in source. It depends on the archive and o alone, so that members made
+// on their own begin identically: same cluster id, same position, same state.
+// Everything is checked before it counts; on an error nothing is left.
+func Restore(ctx context.Context, source io.Reader, o RestoreOptions) (*Restored, error) {
+	o.ensureDefaults()
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	res := &Restored{ClusterName: o.ClusterName, NodeID: o.NodeID, Members: o.Members}
+	err := makeMember(o.Dir, &o.Settings, func(dir string) (id datadir.Identity, pos raftnode.Position, err error) {
+		unpacked := filepath.Join(dir, "archive")
+		limits := archive.Limits{MaxBytes: o.MaxBytes, ReserveBytes: spareBytes + 2*o.SegmentBytes}
+		if res.From, _, err = archive.Extract(ctx, source, limits, vfs.Default, unpacked); err != nil {
+			return id, pos, err
+		}
+		o.Point(stepUnpacked)
+		if err := checkArchive(unpacked, &res.From, res); err != nil {
+			return id, pos, err
+		}
+		id = datadir.Identity{
+			FormatVersion: datadir.FormatVersion, ClusterID: restoredID(&res.From, &o), ClusterName: o.ClusterName,
+			NodeID: o.NodeID, Members: o.Members, CreatedAt: time.Now().UTC().Truncate(time.Second), Initialized: true,
+		}
+		res.ClusterID = fmt.Sprintf("%016x", id.ClusterID)
+		pos, err = restoreState(dir, unpacked, res, &o)
+		if err == nil {
+			err = os.RemoveAll(unpacked)
+		}
+		return id, pos, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return res, nil
+}
+
+const stepUnpacked = "unpacked"
+
+// restoredID derives the id of a cluster that is made from the backup h, so that
+// every member comes to the same one and it differs from that of the backup.
+func restoredID(h *archive.Header, o *RestoreOptions) uint64 {
+	for n := 0; ; n++ {
+		b := fmt.Appendf(nil, "conveyor cluster %q of", o.ClusterName)
+		for _, id := range o.Members {
+			b = fmt.Appendf(b, " %d", id)
+		}
+		b = fmt.Appendf(b, " restored from %s at %d (term %d, epoch %d) %s token %q %d",
+			h.ClusterID, h.Index, h.Term, h.Epoch, h.StateHash, o.Token, n)
+		if id := datadir.NonZero(xxhash.Sum64(b)); fmt.Sprintf("%016x", id) != h.ClusterID {
+			return id
+		}
+	}
+}
+
+// checkArchive compares the content of an unpacked archive with its header.
+func checkArchive(dir string, h *archive.Header, res *Restored) error {
+	image, err := router.OpenImage(readOnly{vfs.Default}, dir, router.Options{})
+	if err != nil {
+		return err
+	}
+	v := image.View()
+	hash, err := contentHash(v)
+	res.StateHash, res.Revision = hash, v.Revision()
+	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
+		return err
+	}
+	if h.StateHash != "" && h.StateHash != hash {
+		return fmt.Errorf("%w: its header has the hash %.64s, its records have %s; take another backup", ErrContent, h.StateHash, hash)
+	}
+	return nil
+}
+
+// restoreState makes the state below dir from the image in unpacked, behind one
+// entry that stands for the new group.
+func restoreState(dir, unpacked string, res *Restored, o *RestoreOptions) (pos raftnode.Position, err error) {
+	fsm, sm, err := openState(dir, o.Logger)
+	if err != nil {
+		return pos, err
+	}
+	defer func() { err = errors.Join(err, fsm.Close()) }()
+	if _, err := fsm.Install(unpacked); err != nil {
+		return pos, err
+	}
+	var members []raftnode.Member
+	for _, id := range o.Members {
+		members = append(members, raftnode.Member{ID: id})
+	}
+	// The index goes on, so that revisions do; the term is above that of every
+	// entry the state came from.
+	pos = groupOf(res.From.Index+1, res.From.Term+1, members)
+	if err := sm.ApplyMembership(pos); err != nil {
+		return pos, err
+	}
+	if _, err := sm.Flush(); err != nil {
+		return pos, err
+	}
+	v := fsm.View()
+	hash, err := contentHash(v)
+	if err = errors.Join(err, v.Close()); err != nil {
+		return pos, err
+	}
+	if hash != res.StateHash {
+		return pos, fmt.Errorf("%w: %s was read from it, %s is in the state made from it", ErrContent, res.StateHash, hash)
+	}
+	res.Index, res.Term = pos.Index, pos.Term
+	return pos, nil
+}
