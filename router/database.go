@@ -134,6 +134,11 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 				d.report(err)
 			}
 		},
+		// Without this, Pebble calls Fatalf: a damaged block would end the
+		// process with a stack trace, tools included.
+		DataCorruption: func(i pebble.DataCorruptionInfo) {
+			d.report(fmt.Errorf("%w: %s: %w", ErrCorrupt, i.Path, i.Details))
+		},
 	}
 	db, err := pebble.Open(dir, po)
 	if err != nil {
@@ -161,6 +166,10 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       20,
 		MaxOpenFiles:                512,
+		// What reads the damaged block gets the error.
+		EventListener: &pebble.EventListener{DataCorruption: func(i pebble.DataCorruptionInfo) {
+			o.Logger.Error("state: a file is damaged", "file", i.Path, "error", i.Details)
+		}},
 	}
 	// Most reads ask whether a key exists, and for a new one the answer is no.
 	for i := range po.Levels {
