@@ -93,7 +93,7 @@ func openState(dir string, log *slog.Logger) (*router.FSM, raftnode.StateMachine
 // installInto makes the state below dir a copy of the one below state, which is
 // closed.
 func installInto(dir, state string, s *Settings) error {
-	from, err := router.CurrentDir(readOnly{vfs.Default}, state)
+	from, err := router.CurrentDir(vfs.Default, state)
 	if err != nil {
 		return err
 	}

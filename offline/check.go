@@ -182,27 +182,36 @@ func checkState(ctx context.Context, r *Report, d *Directory, _ CheckOptions) er
 	}
 	checkView(ctx, r, "state", s)
 	checkConfiguration(r, d, s.Position)
+	checkUndo(ctx, r, d)
 	return errors.Join(s.Close(), ctx.Err())
+}
+
+// checkUndo verifies the state that the last restore replaced.
+func checkUndo(ctx context.Context, r *Report, d *Directory) {
+	points, err := router.UndoDirs(d.fs, filepath.Dir(d.state))
+	if err != nil {
+		r.add("undo", VerdictFailed, "%v", err)
+	}
+	for _, dir := range points {
+		image, err := router.OpenImage(d.fs, dir, router.Options{Logger: slog.New(slog.DiscardHandler)})
+		if err == nil {
+			err = errors.Join(image.Check(ctx), image.Close())
+		}
+		if err != nil {
+			r.add("undo", VerdictFailed, "%s: %v", filepath.Base(dir), err)
+		} else {
+			r.add("undo", VerdictOK, "%s, the state before the last restore: every invariant holds", filepath.Base(dir))
+		}
+	}
 }
 
 // checkView verifies one state.
 func checkView(ctx context.Context, r *Report, part string, s *State) {
-	faults, err := verifyView(ctx, s.View)
-	if err != nil {
+	if err := s.Check(ctx); err != nil {
 		r.add(part, VerdictFailed, "%v", err)
 		return
 	}
-	for i, f := range faults {
-		if i == maxListed {
-			r.add(part, VerdictFailed, "%d more invariants do not hold", len(faults)-maxListed)
-			break
-		}
-		r.add(part, VerdictFailed, "%s", f)
-	}
-	if len(faults) > 0 {
-		return
-	}
-	hash, err := contentHash(s.View)
+	hash, err := contentHash(ctx, s.View)
 	if err != nil {
 		r.add(part, VerdictFailed, "%v", err)
 		return
@@ -212,8 +221,8 @@ func checkView(ctx context.Context, r *Report, part string, s *State) {
 		r.add(part, VerdictFailed, "%v", err)
 		return
 	}
-	r.add(part, VerdictOK, "at entry %d (term %d), revision %d; every invariant holds; %d pipelines, %d sidecars, %d services, %d groups, %d checkpoints, %d offsets; content %s",
-		s.Position.Index, s.Position.Term, s.Revision(), counts.Pipelines, counts.Sidecars, counts.Services, counts.Groups,
+	r.add(part, VerdictOK, "at entry %d (term %d), revision %d, epoch %d; every invariant holds; %d pipelines, %d sidecars, %d services, %d groups, %d checkpoints, %d offsets; content %s",
+		s.Position.Index, s.Position.Term, s.Revision(), s.Epoch(), counts.Pipelines, counts.Sidecars, counts.Services, counts.Groups,
 		counts.Checkpoints, counts.SourceOffsets+counts.GroupOffsets, hash)
 }
 

@@ -101,7 +101,7 @@ func look(path string, lock *datadir.DirLock) (*Directory, error) {
 	if pending {
 		return nil, fmt.Errorf("%w: %s; start its node, or repeat the command that was interrupted, to finish it", ErrUnfinished, path)
 	}
-	d := &Directory{Path: path, lock: lock, fs: readOnly{vfs.Default}}
+	d := &Directory{Path: path, lock: lock, fs: vfs.Default}
 	if d.Identity, err = datadir.ReadIdentity(path); err != nil {
 		return nil, err
 	}

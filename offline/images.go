@@ -41,7 +41,7 @@ func ListImages(dir string) ([]Image, error) {
 	}
 	var all []Image
 	for _, place := range imagePlaces {
-		list, err := listImages(readOnly{vfs.Default}, filepath.Join(dir, place))
+		list, err := listImages(vfs.Default, filepath.Join(dir, place))
 		if err != nil {
 			return nil, err
 		}
@@ -99,7 +99,7 @@ func CheckImage(im Image) (_ Image, gone bool) {
 	if im.Err != nil {
 		return im, false
 	}
-	fsys := readOnly{vfs.Default}
+	fsys := vfs.Default
 	im.Err = snap.Check(fsys, im.Dir)
 	if im.Err != nil {
 		if _, err := fsys.Stat(im.Dir); errors.Is(err, fs.ErrNotExist) {

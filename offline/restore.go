@@ -17,6 +17,7 @@ import (
 	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
+	"conveyor.etl/router/rpc"
 )
 
 // ErrContent: an archive is whole, but what it holds is not what its header
@@ -83,7 +84,7 @@ func Restore(ctx context.Context, source io.Reader, o RestoreOptions) (*Restored
 			return id, pos, err
 		}
 		o.Point(stepUnpacked)
-		if err := checkArchive(unpacked, &res.From, res); err != nil {
+		if err := checkArchive(ctx, unpacked, &res.From); err != nil {
 			return id, pos, err
 		}
 		id = datadir.Identity{
@@ -91,7 +92,7 @@ func Restore(ctx context.Context, source io.Reader, o RestoreOptions) (*Restored
 			NodeID: o.NodeID, Members: o.Members, CreatedAt: time.Now().UTC().Truncate(time.Second), Initialized: true,
 		}
 		res.ClusterID = fmt.Sprintf("%016x", id.ClusterID)
-		pos, err = restoreState(dir, unpacked, res, &o)
+		pos, err = restoreState(ctx, dir, unpacked, res, &o)
 		if err == nil {
 			err = os.RemoveAll(unpacked)
 		}
@@ -121,35 +122,37 @@ func restoredID(h *archive.Header, o *RestoreOptions) uint64 {
 	}
 }
 
-// checkArchive compares the content of an unpacked archive with its header.
-func checkArchive(dir string, h *archive.Header, res *Restored) error {
-	image, err := router.OpenImage(readOnly{vfs.Default}, dir, router.Options{})
+// checkArchive verifies the content of an unpacked archive, every invariant of a
+// state included, and compares it with its header.
+func checkArchive(ctx context.Context, dir string, h *archive.Header) error {
+	image, err := router.OpenImage(vfs.Default, dir, router.Options{})
 	if err != nil {
 		return err
 	}
-	v := image.View()
-	hash, err := contentHash(v)
-	res.StateHash, res.Revision = hash, v.Revision()
-	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
+	defer image.Close()
+	if err := image.Check(ctx); err != nil {
 		return err
 	}
-	if h.StateHash != "" && h.StateHash != hash {
-		return fmt.Errorf("%w: its header has the hash %.64s, its records have %s; take another backup", ErrContent, h.StateHash, hash)
+	hash, _, err := contentOf(ctx, image)
+	if err == nil && h.StateHash != "" && h.StateHash != hash {
+		err = fmt.Errorf("%w: its header has the hash %.64s, its records have %s; take another backup", ErrContent, h.StateHash, hash)
 	}
-	return nil
+	// An archive without a hash is taken for what it holds, and the members made
+	// from it still have to come to one cluster id.
+	h.StateHash = hash
+	return err
 }
 
-// restoreState makes the state below dir from the image in unpacked, behind one
-// entry that stands for the new group.
-func restoreState(dir, unpacked string, res *Restored, o *RestoreOptions) (pos raftnode.Position, err error) {
-	fsm, sm, err := openState(dir, o.Logger)
-	if err != nil {
-		return pos, err
-	}
-	defer func() { err = errors.Join(err, fsm.Close()) }()
-	if _, err := fsm.Install(unpacked); err != nil {
-		return pos, err
-	}
+// contentOf returns the hash of an image's content and its revision.
+func contentOf(ctx context.Context, image *router.Image) (hash string, revision uint64, err error) {
+	v := image.View()
+	hash, err = contentHash(ctx, v)
+	return hash, v.Revision(), errors.Join(err, v.Close())
+}
+
+// restoreState makes the state below dir from the image in unpacked, behind the
+// entry that the new cluster begins after.
+func restoreState(ctx context.Context, dir, unpacked string, res *Restored, o *RestoreOptions) (pos raftnode.Position, err error) {
 	var members []raftnode.Member
 	for _, id := range o.Members {
 		members = append(members, raftnode.Member{ID: id})
@@ -157,19 +160,28 @@ func restoreState(dir, unpacked string, res *Restored, o *RestoreOptions) (pos r
 	// The index goes on, so that revisions do; the term is above that of every
 	// entry the state came from.
 	pos = groupOf(res.From.Index+1, res.From.Term+1, members)
-	if err := sm.ApplyMembership(pos); err != nil {
+	raw, err := rpc.EncodePosition(pos)
+	if err != nil {
 		return pos, err
 	}
-	if _, err := sm.Flush(); err != nil {
+	root := filepath.Join(dir, datadir.StateName)
+	if err := router.CreateFrom(vfs.Default, root, unpacked, raw, router.Options{Logger: o.Logger}); err != nil {
 		return pos, err
 	}
-	v := fsm.View()
-	hash, err := contentHash(v)
-	if err = errors.Join(err, v.Close()); err != nil {
+	made, err := router.CurrentDir(vfs.Default, root)
+	if err != nil {
 		return pos, err
 	}
-	if hash != res.StateHash {
-		return pos, fmt.Errorf("%w: %s was read from it, %s is in the state made from it", ErrContent, res.StateHash, hash)
+	image, err := router.OpenImage(vfs.Default, made, router.Options{})
+	if err != nil {
+		return pos, err
+	}
+	defer image.Close()
+	if res.StateHash, res.Revision, err = contentOf(ctx, image); err != nil {
+		return pos, err
+	}
+	if res.StateHash != res.From.StateHash {
+		return pos, fmt.Errorf("%w: %s was read from it, %s is in the state made from it", ErrContent, res.From.StateHash, res.StateHash)
 	}
 	res.Index, res.Term = pos.Index, pos.Term
 	return pos, nil

@@ -47,7 +47,7 @@ func Save(ctx context.Context, d *Directory, out io.Writer, o SaveOptions) (_ *S
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	hash, err := contentHash(s.View)
+	hash, err := contentHash(ctx, s.View)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +74,7 @@ func Save(ctx context.Context, d *Directory, out io.Writer, o SaveOptions) (_ *S
 	defer func() { err = errors.Join(err, r.Close()) }()
 	res := &Saved{Uncommitted: s.Following, Header: archive.Header{
 		Format: archive.FormatVersion, ClusterID: fmt.Sprintf("%016x", d.Identity.ClusterID), ClusterName: d.Identity.ClusterName,
-		Epoch: epochOf(s.View), Revision: s.Revision(), Index: info.Index, Term: info.Term,
+		Epoch: s.Epoch(), Revision: s.Revision(), Index: info.Index, Term: info.Term,
 		StateHash: hash, Counts: countsByName(counts), CreatedUnixMsec: info.Created.UnixMilli(), RouterVersion: o.Version,
 	}}
 	a, err := archive.NewArchive(ctx, r, res.Header, o.Compression, 0)

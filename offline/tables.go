@@ -43,6 +43,7 @@ func Tables() []Table {
 		{"group-offsets", []string{"group", "source", "partition"}, listGroupOffsets},
 		{"checkpoints", []string{"service"}, single((*router.View).Checkpoints, (*router.View).Checkpoint, (*commandpb.Checkpoint).GetServiceId)},
 		{"assignments", []string{"sidecar", "pipeline"}, listAssignments},
+		{"operations", []string{"operation"}, listOperations},
 	}
 }
 
@@ -184,6 +185,22 @@ func listAssignments(v *router.View, prefix []string, fn visit) error {
 		return first(v.Assignments(prefix[0], add), stop)
 	}
 	return first(v.AllAssignments(add), stop)
+}
+
+func listOperations(v *router.View, prefix []string, fn visit) error {
+	if len(prefix) > 0 {
+		o, err := v.Operation(prefix[0])
+		if err != nil || o == nil {
+			return err
+		}
+		return fn(prefix, o)
+	}
+	var stop error
+	err := v.Operations(func(o *commandpb.Operation) bool {
+		stop = fn([]string{o.GetOperationId()}, o)
+		return stop == nil
+	})
+	return first(stop, err)
 }
 
 func number(p uint32) string { return strconv.FormatUint(uint64(p), 10) }

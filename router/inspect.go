@@ -1,10 +1,13 @@
 package router
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 
-	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"conveyor.etl/router/router/commandpb"
@@ -37,51 +40,32 @@ var ErrNoState = errors.New("router: there is no state yet")
 // ReadPosition returns the position of the database in dir, which may be an
 // image, without changing anything. Nobody may write it meanwhile.
 func ReadPosition(f vfs.FS, dir string) (Position, error) {
-	pos, err := peekPosition(f, dir, Options{}.EnsureDefaults())
+	im, err := OpenImage(f, dir, Options{})
 	if err != nil {
-		return Position{}, fmt.Errorf("router: read %s: %w", dir, err)
+		return Position{}, err
 	}
-	return pos, nil
+	return im.Position(), im.Close()
 }
 
-// Image is a database that is only read: that of an image, or of a node that
-// does not run.
-type Image struct {
-	s *FSM
-	d *database
-}
-
-// OpenImage opens the database in dir for reading. Nothing is changed, also not
-// by Close.
-func OpenImage(f vfs.FS, dir string, o Options) (*Image, error) {
-	o = o.EnsureDefaults()
-	cache := pebble.NewCache(o.CacheBytes)
-	defer cache.Unref()
-	po := pebbleOptions(f, o, cache)
-	po.ReadOnly = true
-	po.ErrorIfNotExists = true
-	po.FormatMajorVersion = pebble.FormatDefault // take it as it is
-	db, err := pebble.Open(dir, po)
+// UndoDirs returns the directories below the state directory root that hold what
+// restores replaced; each can be opened as an image. One that is being made or
+// removed is left out.
+func UndoDirs(f vfs.FS, root string) ([]string, error) {
+	names, err := f.List(root)
 	if err != nil {
-		return nil, fmt.Errorf("router: open image %s: %w", dir, formatError(err))
+		return nil, fmt.Errorf("router: list %s: %w", root, err)
 	}
-	d := &database{db: db, fs: f, dir: dir, log: o.Logger, trouble: make(chan struct{})}
-	d.refs.Store(1)
-	if err := checkFormat(db); err != nil {
-		return nil, errors.Join(fmt.Errorf("router: image %s: %w", dir, err), db.Close())
+	var out []string
+	for _, name := range names {
+		if epoch, ok := strings.CutPrefix(name, undoPrefix); ok {
+			if n, err := strconv.ParseUint(epoch, 10, 64); err == nil && name == undoName(n) {
+				out = append(out, f.PathJoin(root, name))
+			}
+		}
 	}
-	pos, err := readPosition(db)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("router: image %s: %w", dir, err), db.Close())
-	}
-	return &Image{s: &FSM{fs: f, o: o, cur: d, pos: pos, records: newRecordCache(o.RecordBytes)}, d: d}, nil
+	slices.Sort(out)
+	return out, nil
 }
-
-// View returns a view of the image; close it before the image.
-func (i *Image) View() *View { return i.s.View() }
-
-// Close closes the image.
-func (i *Image) Close() error { return i.d.release() }
 
 // AllGroupOffsets lists the offsets of all groups, also of those without
 // members.
@@ -96,3 +80,7 @@ func (v *View) AllGroupOffsets(fn func(group, source string, partition uint32, o
 	})
 	return errors.Join(err, bad)
 }
+
+// Check verifies every invariant of the state the view shows, as Image.Check
+// does.
+func (v *View) Check(ctx context.Context) error { return v.check(ctx, true) }
