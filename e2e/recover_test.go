@@ -204,3 +204,61 @@ func (n *Node) setDataDir(dir string) {
 		}
 	}
 }
+
+// TestClusterFromAStoppedNode saves a backup of one node of a stopped cluster and
+// makes a cluster of three from it. Goal: all three serve what was acknowledged,
+// agree on one state, and are of a new cluster. Method: the binary, from the
+// archive to reads on every node.
+func TestClusterFromAStoppedNode(t *testing.T) {
+	c := NewCluster(t, Options{})
+	fill := NewFiller(t, "kept", 64<<10)
+	fill.Fill(2<<20, 8, c.Nodes...)
+	source := c.Leader()
+	for _, n := range c.Followers(source) {
+		n.Stop()
+	}
+	oldID := statusOf(t, source).GetClusterId()
+	source.Stop()
+	archive := source.DataDir + ".tar.zst"
+	mustRun(t, source, "snapshot", "save", "--data-dir", source.DataDir, archive)
+
+	// LayOut again: other ports, other directories.
+	next := LayOut(t, Options{})
+	type outcome struct {
+		ClusterID string `json:"cluster_id"`
+		StateHash string `json:"state_hash"`
+		Index     uint64
+		From      struct {
+			StateHash string `json:"state_hash"`
+		}
+	}
+	made := make([]outcome, len(next.Nodes))
+	for i, n := range next.Nodes {
+		args := []string{"snapshot", "restore", "-o", "json", "--data-dir", n.DataDir, "--node-id", fmt.Sprint(n.ID)}
+		for _, p := range next.Nodes {
+			args = append(args, "--peers", fmt.Sprintf("%d:%s", p.ID, p.Raft))
+		}
+		out := mustRun(t, n, append(args, archive)...)
+		if err := json.Unmarshal([]byte(out), &made[i]); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		if m := made[i]; m.ClusterID == oldID || m.ClusterID != made[0].ClusterID || m.Index != made[0].Index ||
+			m.StateHash != made[0].StateHash || m.StateHash != m.From.StateHash {
+			t.Fatalf("member %d: %+v, member 1: %+v", n.ID, m, made[0])
+		}
+	}
+	for _, n := range next.Nodes {
+		n.Start()
+	}
+	next.WaitServing(next.Nodes...)
+	fill.Check(next.Nodes...)
+	for _, n := range next.Nodes {
+		if id := statusOf(t, n).GetClusterId(); id != made[0].ClusterID {
+			t.Errorf("node %d is of cluster %s, made was %s", n.ID, id, made[0].ClusterID)
+		}
+	}
+	if res, known := writeOffset(t, next.Leader(), "new", 1); known != Done || !res.GetSuccess() {
+		t.Errorf("the new cluster takes no writes: %v", known)
+	}
+	next.WaitSameState()
+}

@@ -265,3 +265,13 @@ func TestSaveFile(t *testing.T) {
 		t.Errorf("left in the scratch directory: %v", left)
 	}
 }
+
+func TestRoomIsDemanded(t *testing.T) {
+	dir := t.TempDir()
+	if err := demandRoom(dir, 1<<60); !errors.Is(err, ErrNoRoom) {
+		t.Error(err)
+	}
+	if err := demandRoom(filepath.Join(dir, "nosuch"), 0); err == nil {
+		t.Error("a directory that is not there has room")
+	}
+}

@@ -5,9 +5,6 @@
 //
 // Package datadir describes the data directory.
 //
-// Package datadir describes the data directory.
-//
-//
 // # Start and stop
 //
 // A node starts from the disk outwards: lock, identity, log, state, images,

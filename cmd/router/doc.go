@@ -3,7 +3,8 @@
 //
 // This package holds command definitions and wiring, no logic. What a command
 // does lives in the package it is about: config (settings), server (one node),
-// manifest (pipeline files), output (tables and documents), rpc/client (calls).
+// offline (a data directory without a node), manifest (pipeline files), output
+// (tables and documents), rpc/client (calls).
 //
 // # Exit codes
 //
@@ -15,5 +16,6 @@
 //	5  unavailable: no node answered or the cluster has no leader; not done
 //	6  denied
 //	7  deadline passed: the outcome of a change is unknown
-//	8  a check failed: config check, pipeline validate, wal verify
+//	8  a check failed: config check, pipeline validate, wal verify, state check,
+//	   snap check; a backup or data directory is damaged
 package main

@@ -134,6 +134,22 @@ var importRules = []importRule{{
 	forbidden: []string{"./...", pebblePkg, grpcPkg},
 	reason:    "settings are read before anything exists that they could configure",
 }, {
+	from:      "./datadir",
+	forbidden: []string{"./...", pebblePkg, grpcPkg, "go.etcd.io/..."},
+	tests:     true,
+	reason:    "nodes and tools must agree on a data directory before they know anything that is in it",
+}, {
+	from:      "./offline",
+	forbidden: []string{"./...", grpcPkg, "go.etcd.io/etcd/..."},
+	except: []string{"./datadir", "./wal", "./snap", "./raftnode", "./router", "./router/commandpb", "./rpc",
+		"./backup/archive"},
+	reason: "tools work on the files of a node that does not run, by the rules of the packages that own them; they are no part of a node",
+}, {
+	from:      "./offline",
+	forbidden: []string{pebblePkg},
+	except:    []string{vfsPkg},
+	reason:    "the state machine owns its storage; a tool that read it itself would miss a change of the layout",
+}, {
 	from:      "./output",
 	forbidden: []string{"./..."},
 	reason:    "printing tables needs no knowledge of what is in them",
