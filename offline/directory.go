@@ -106,16 +106,42 @@ func look(path string, lock *datadir.DirLock) (*Directory, error) {
 		return nil, err
 	}
 	d.Log, d.LogErr = wal.Inspect(filepath.Join(path, datadir.WALName))
-	if d.LogErr == nil && d.Log.Identity != (wal.Identity{ClusterID: d.Identity.ClusterID, NodeID: d.Identity.NodeID}) {
-		d.LogErr = fmt.Errorf("%w: the log was written by node %d of cluster %016x, the directory is that of node %d of cluster %016x",
-			datadir.ErrForeign, d.Log.Identity.NodeID, d.Log.Identity.ClusterID, d.Identity.NodeID, d.Identity.ClusterID)
-		d.Log = nil
+	if d.LogErr == nil {
+		if d.LogErr = d.ownLog(d.Log); d.LogErr != nil {
+			d.Log = nil
+		}
 	}
 	d.state, d.StateErr = router.CurrentDir(d.fs, filepath.Join(path, datadir.StateName))
 	if d.StateErr == nil {
 		d.State, d.StateErr = d.position(d.state)
 	}
 	return d, nil
+}
+
+// acceptDamage makes the part of a damaged log that lies before the damage
+// stand for the log.
+func (d *Directory) acceptDamage() error {
+	if d.LogErr == nil || !errors.Is(d.LogErr, wal.ErrCorrupt) {
+		return d.LogErr
+	}
+	log, err := wal.InspectDamaged(filepath.Join(d.Path, datadir.WALName))
+	if err != nil {
+		return err
+	}
+	if err := d.ownLog(log); err != nil {
+		return err
+	}
+	d.Log, d.LogErr = log, nil
+	return nil
+}
+
+// ownLog refuses the log of another node.
+func (d *Directory) ownLog(log *wal.Contents) error {
+	if log.Identity != (wal.Identity{ClusterID: d.Identity.ClusterID, NodeID: d.Identity.NodeID}) {
+		return fmt.Errorf("%w: the log was written by node %d of cluster %016x, the directory is that of node %d of cluster %016x",
+			datadir.ErrForeign, log.Identity.NodeID, log.Identity.ClusterID, d.Identity.NodeID, d.Identity.ClusterID)
+	}
+	return nil
 }
 
 // position reads where the database or image in dir stands.

@@ -30,6 +30,9 @@ type Copy struct {
 	FromImage string   `json:"from_image,omitempty"`
 	Voters    []uint64 `json:"voters"`
 	Learners  []uint64 `json:"learners,omitempty"`
+	// Damage says where the log is damaged; what lies behind is lost with this
+	// copy.
+	Damage string `json:"damage,omitempty"`
 	// Problem says why nothing can be recovered from this copy.
 	Problem string `json:"problem,omitempty"`
 
@@ -82,6 +85,8 @@ type RecoverOptions struct {
 	Also []NewMember
 	// Force recovers Dir even when another copy holds more.
 	Force bool
+	// DamagedLog takes what lies before the damage of a damaged log.
+	DamagedLog bool
 }
 
 // NewMember is a voter for which a data directory is made.
@@ -111,12 +116,12 @@ func plan(d *Directory, o *RecoverOptions) (*Plan, error) {
 		return nil, fmt.Errorf("at most %d directories can be compared", maxCopies)
 	}
 	p := &Plan{ClusterName: d.Identity.ClusterName, OldClusterID: fmt.Sprintf("%016x", d.Identity.ClusterID)}
-	p.Copies = append(p.Copies, describe(d))
+	p.Copies = append(p.Copies, describe(d, o.DamagedLog))
 	if err := p.Chosen().err; err != nil {
 		return p, fmt.Errorf("nothing can be recovered from %s: %w", o.Dir, err)
 	}
 	for _, dir := range o.Peers {
-		c, err := comparePeer(d, dir, p.Copies)
+		c, err := comparePeer(d, dir, p.Copies, o.DamagedLog)
 		if err != nil {
 			return nil, err
 		}
@@ -141,7 +146,7 @@ func plan(d *Directory, o *RecoverOptions) (*Plan, error) {
 	return p, err
 }
 
-func comparePeer(d *Directory, dir string, others []Copy) (c Copy, err error) {
+func comparePeer(d *Directory, dir string, others []Copy, damaged bool) (c Copy, err error) {
 	peer, err := Open(dir)
 	if err != nil {
 		return c, fmt.Errorf("compare with %s: %w", dir, err)
@@ -156,15 +161,24 @@ func comparePeer(d *Directory, dir string, others []Copy) (c Copy, err error) {
 			return c, fmt.Errorf("%s and %s are both of node %d; give one copy of each member", o.Dir, dir, o.NodeID)
 		}
 	}
-	return describe(peer), nil
+	return describe(peer, damaged), nil
 }
 
-// describe says what d holds. What is wrong with it is part of the result.
-func describe(d *Directory) Copy {
+// describe says what d holds. What is wrong with it is part of the result; with
+// damaged, a damaged log counts up to the damage.
+func describe(d *Directory, damaged bool) Copy {
 	c := Copy{Dir: d.Path, NodeID: d.Identity.NodeID, StateIndex: d.State.Index}
 	fail := func(err error) Copy {
 		c.err, c.Problem = err, err.Error()
 		return c
+	}
+	if damaged {
+		if err := d.acceptDamage(); err != nil {
+			return fail(err)
+		}
+		if d.Log.Damage != nil {
+			c.Damage = d.Log.Damage.Error()
+		}
 	}
 	if d.Log != nil {
 		c.FirstIndex, c.Term = d.Log.FirstIndex, d.Log.HardState.GetTerm()
@@ -210,14 +224,16 @@ func (p *Plan) judge() {
 	}
 	best := &p.Copies[p.Best]
 	p.Voters = best.Voters
-	has := func(id uint64) bool {
-		return slices.ContainsFunc(p.Copies, func(c Copy) bool { return c.NodeID == id && c.err == nil })
+	holds := func(id uint64, whole bool) bool {
+		return slices.ContainsFunc(p.Copies, func(c Copy) bool { return c.NodeID == id && c.err == nil && (c.Damage == "" || !whole) })
 	}
 	for _, id := range p.Voters {
-		if !has(id) {
+		if !holds(id, false) {
 			p.Lost = append(p.Lost, id)
 		}
 	}
+	// What a damaged log lost was perhaps in no other.
+	has := func(id uint64) bool { return holds(id, true) }
 	// In a joint configuration an entry needs a majority of either group; one
 	// of them being seen by all majorities is enough.
 	p.Complete = coversMajorities(best.conf.GetVoters(), has) || coversMajorities(best.conf.GetVotersOutgoing(), has)

@@ -240,6 +240,21 @@ func TestRecoverRefusals(t *testing.T) {
 		if p, err := PlanRecovery(RecoverOptions{Dir: dirs[2]}); err == nil {
 			t.Errorf("planned %+v", p)
 		}
+		// Up to the damage it can be had, when that is asked for.
+		half := crashed(t, dirs[2])
+		o := RecoverOptions{Settings: testSettings(), Dir: half, DamagedLog: true}
+		if p, err := PlanRecovery(o); err != nil || p.Complete || p.Chosen().Damage == "" || p.Chosen().LastIndex >= 51 {
+			t.Errorf("the damaged log: %+v, %v", p, err)
+		}
+		_, err = Recover(o, nil)
+		must(err)
+		if r := check(t, half); !r.Intact {
+			t.Errorf("recovered from a damaged log: %+v", r.Findings)
+		}
+		s := start(t, at(c[2], half))
+		commit(t, s, 1, 50)
+		expect(t, s, 50)
+		stop(t, s)
 		// As one of several it is only named.
 		p, err := PlanRecovery(RecoverOptions{Dir: dirs[1], Peers: dirs[2:]})
 		if err != nil || p.Copies[1].Problem == "" || !p.IsBest() || p.Complete {

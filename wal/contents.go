@@ -15,7 +15,10 @@ import (
 // for tools that hold the data directory.
 type Contents struct {
 	Report
-	scan *scanResult
+	// Damage is why reading ended before the end of the log; nil for a whole
+	// log. See InspectDamaged.
+	Damage error
+	scan   *scanResult
 }
 
 // Inspect reads the log in dir as Verify does and keeps what is needed to read
@@ -29,8 +32,24 @@ func Inspect(dir string) (*Contents, error) {
 	return &Contents{Report: r, scan: s}, nil
 }
 
-// Commit returns the commit index a node would start with.
-func (c *Contents) Commit() uint64 { return max(c.scan.hs.GetCommit(), c.Start.Index) }
+// InspectDamaged is Inspect for a log that may be damaged: the result then covers
+// what lies before the damage. No node may start from that, for what followed may
+// have been acknowledged; it is for saving what can be saved. It fails when there
+// is not even a position to start from.
+func InspectDamaged(dir string) (*Contents, error) {
+	s, err := scan(dir)
+	r, err := report(dir, s, err)
+	if err != nil && (!errors.Is(err, ErrCorrupt) || s.start == nil || s.base > s.start.GetIndex()) {
+		return nil, err
+	}
+	return &Contents{Report: r, Damage: err, scan: s}, nil
+}
+
+// Commit returns the commit index a node would start with. Of a damaged log it
+// is not behind the last entry.
+func (c *Contents) Commit() uint64 {
+	return max(min(c.scan.hs.GetCommit(), c.LastIndex), c.Start.Index)
+}
 
 // Term returns the term of entry i, which must lie between the start of the
 // log and its last entry.

@@ -13,6 +13,7 @@ import (
 	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/offline"
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/wal"
 )
 
 func newRecoverCommand(a *app) *cobra.Command {
@@ -67,6 +68,7 @@ cannot be recovered from.`,
 	flags.BoolVar(&planOnly, "plan", false, "show the plan and change nothing")
 	flags.BoolVarP(&yes, "yes", "y", false, "do not ask")
 	flags.BoolVar(&o.Force, "force", false, "recover this directory although another copy holds more")
+	flags.BoolVar(&o.DamagedLog, "damaged-log", false, "take what lies before the damage of a damaged log; what followed is lost")
 	flags.BoolVar(&purge, "purge", false, "remove what an earlier recovery kept in .before-recover, and do nothing else")
 	return cmd
 }
@@ -112,6 +114,9 @@ func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) erro
 		if perr := output.Document(a.stdout, a.format, plan); perr != nil {
 			return perr
 		}
+	}
+	if errors.Is(err, wal.ErrCorrupt) {
+		return checkFailed(fmt.Errorf("%w\nIf this is the best there is, --damaged-log takes what lies before the damage", err))
 	}
 	if err != nil {
 		return checkFailed(err)
@@ -198,6 +203,9 @@ func printPlan(w io.Writer, p *offline.Plan) {
 	default:
 		fmt.Fprintf(w, "MAY BE LOST: commands the lost members acknowledged among themselves behind entry %d, which never reached a directory compared here.\n",
 			p.Chosen().LastIndex)
+	}
+	if p.Chosen().Damage != "" {
+		fmt.Fprintf(w, "LOST: everything behind entry %d of this directory, whose log is damaged: %s\n", p.Chosen().LastIndex, p.Chosen().Damage)
 	}
 	if p.Uncommitted > 0 {
 		fmt.Fprintf(w, "The last %d entries are not known to have been committed. They are kept: some of their callers may have been told that they were done.\n", p.Uncommitted)
