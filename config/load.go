@@ -302,8 +302,8 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 	}
 	if every := c.Backup.Every; every > 0 && !faults.about("backup.every", "backup.to") {
 		switch {
-		case every < time.Second:
-			faults.add(l.source("backup.every", ""), "backup.every", "%s is shorter than a second", every)
+		case every < time.Minute:
+			faults.add(l.source("backup.every", ""), "backup.every", "%s is shorter than a minute", every)
 		case c.Backup.To == "":
 			faults.add(l.source("backup.every", ""), "backup.every", "is set without backup.to: it is not known where to")
 		}

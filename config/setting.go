@@ -143,7 +143,7 @@ func settings() []*setting {
 		{key: "backup.to", flag: "backup-to", usage: "where to: a directory, file://, s3://, gs:// or azblob:// address",
 			bind: func(c *Config) value { return destination{&c.Backup.To} }},
 		{key: "backup.keep", flag: "backup-keep", def: "10", usage: "how many of these backups are kept there; 0 = all",
-			bind: func(c *Config) value { return unsigned{&c.Backup.Keep, 0, 1_000_000} }},
+			bind: func(c *Config) value { return unsigned{&c.Backup.Keep, 0, 10_000} }},
 
 		{key: "grpc.max_message_size", def: "4194304", original: true, unused: notMessageSize, usage: "accepted for existing files",
 			bind: func(*Config) value { return ignoredInteger() }},

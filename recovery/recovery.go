@@ -10,6 +10,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
+	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
@@ -39,7 +40,11 @@ type Config struct {
 	ClusterName string
 	// Version is that of this program, for people.
 	Version string
-	Node    Node
+	// Endpoint is where clients reach this node; written into backups.
+	Endpoint string
+	// Schedule says when the leader backs the state up by itself.
+	Schedule backup.Schedule
+	Node     Node
 	State   *router.FSM
 	Submit  Submitter
 	Shelf   *shelf.Shelf
@@ -106,6 +111,9 @@ func New(c Config) (*Recovery, error) {
 	if c.Node == nil || c.State == nil || c.Submit == nil || c.Shelf == nil || c.FS == nil || c.NodeID == 0 {
 		return nil, errors.New("recovery: NodeID, Node, State, Submit, Shelf and FS are required")
 	}
+	if err := c.Schedule.Validate(); err != nil {
+		return nil, err
+	}
 	return &Recovery{
 		c: c, log: c.Logger, transfers: make(chan struct{}, c.MaxTransfers), running: map[string]bool{},
 	}, nil
@@ -133,6 +141,9 @@ func (r *Recovery) Run(ctx context.Context) {
 	r.mu.Unlock()
 	r.wg.Go(func() { r.follow(ctx) })
 	r.wg.Go(func() { r.watch(ctx) })
+	if r.c.Schedule.Enabled() {
+		r.wg.Go(func() { r.runSchedule(ctx) })
+	}
 	<-ctx.Done()
 	// Nothing is spawned from here on, so that Wait sees everything there is.
 	r.mu.Lock()

@@ -51,7 +51,7 @@ func (r *Recovery) look(ctx context.Context) {
 	var mine []*commandpb.Operation
 	if err == nil {
 		err = v.Operations(func(op *commandpb.Operation) bool {
-			if op.Kind == KindRestore && op.NodeId == r.c.NodeID && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
+			if (op.Kind == KindRestore || op.Kind == KindBackup) && op.NodeId == r.c.NodeID && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
 				mine = append(mine, op)
 			}
 			return true
@@ -64,7 +64,11 @@ func (r *Recovery) look(ctx context.Context) {
 		return
 	}
 	for _, op := range mine {
-		r.resume(ctx, op)
+		if op.Kind == KindBackup {
+			r.forget(op)
+		} else {
+			r.resume(ctx, op)
+		}
 	}
 	if stage.GetPhase() == commandpb.StagePhase_STAGE_PHASE_SEALED && !contains(stage.Ready, r.c.NodeID) {
 		if id := "prepare " + stage.OperationId; r.claim(id) {
@@ -100,6 +104,19 @@ func (r *Recovery) prepare(ctx context.Context, id string) {
 	if err != nil && ctx.Err() == nil {
 		r.log.Warn("the others could not be told that the staged state is prepared", "operation", id, "err", err)
 	}
+}
+
+// forget ends a backup that an earlier process of this node had begun. What it
+// has stored is no backup without its description; the next cleanup removes it.
+func (r *Recovery) forget(op *commandpb.Operation) {
+	if !r.claim(op.OperationId) {
+		return
+	}
+	r.spawn(op.OperationId, func(ctx context.Context) {
+		if err := r.fail(ctx, op, fmt.Sprintf("node %d was restarted", r.c.NodeID)); err != nil && ctx.Err() == nil {
+			r.log.Warn("the end of a backup could not be recorded", "operation", op.OperationId, "err", err)
+		}
+	})
 }
 
 // resume goes on with a restore that this node had begun before it was
@@ -156,7 +173,7 @@ func (r *Recovery) watch(ctx context.Context) {
 		v := r.c.State.View()
 		var still []*commandpb.Operation
 		err := v.Operations(func(op *commandpb.Operation) bool {
-			if op.Kind != KindRestore || op.State != commandpb.OperationState_OPERATION_STATE_RUNNING {
+			if op.Kind != KindRestore && op.Kind != KindBackup || op.State != commandpb.OperationState_OPERATION_STATE_RUNNING {
 				delete(seen, op.OperationId)
 				return true
 			}
@@ -184,7 +201,8 @@ func (r *Recovery) watch(ctx context.Context) {
 				continue
 			}
 			message := fmt.Sprintf("node %d, which carried it out, has not gone on for %v; the live state was not touched", op.NodeId, r.c.StallAfter)
-			r.log.Warn("giving up a restore that stands still", "event", "restore_given_up", "operation", op.OperationId, "node_of", op.NodeId)
+			r.log.Warn("giving up an operation that stands still", "event", "operation_given_up", "operation", op.OperationId, "node_of", op.NodeId)
+			// Changes nothing if it is no restore.
 			if _, err := r.submit(ctx, abandon(op.OperationId, message)); err != nil && code(err) == 0 {
 				continue
 			}

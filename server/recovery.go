@@ -6,6 +6,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
+	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/recovery"
 )
@@ -20,12 +21,23 @@ func (s *storage) openShelf(o shelf.Options) error {
 	return nil
 }
 
+// schedule returns when backups are made by themselves; the zero value when never.
+func (s *Server) schedule() backup.Schedule {
+	b := s.c.Backup
+	if b.Every == 0 {
+		return backup.Schedule{}
+	}
+	return backup.Schedule{Every: b.Every, Dest: b.To, Keep: int(b.Keep)}
+}
+
 // startRecovery makes what backs the state up and restores it.
 func (s *Server) startRecovery() error {
 	var err error
 	s.recovery, err = recovery.New(recovery.Config{
 		NodeID: s.c.NodeID, ClusterID: s.disk.id.ClusterID, ClusterName: s.disk.id.ClusterName, Version: ReadBuild().Version,
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Shelf: s.disk.shelf, FS: s.disk.points.FS(vfs.Default),
+		Endpoint: actual(s.c.AdvertiseAddr, s.clientLis),
+		Schedule: s.schedule(),
 		MaxUploadBytes: s.c.Backup.MaxBytes, Now: s.o.Now, Logger: s.log.With("part", "recovery"),
 	})
 	return err

@@ -122,7 +122,7 @@ var importRules = []importRule{{
 }, {
 	from:      "./recovery",
 	forbidden: []string{"./...", pebblePkg, grpcPkg},
-	except:    []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./backup/archive", "./backup/shelf", vfsPkg},
+	except:    []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./backup", "./backup/archive", "./backup/shelf", vfsPkg},
 	reason:    "restores are carried out through commands, by any caller; how a client asks for one is the edge's business",
 }, {
 	from:      "./backup/...",
