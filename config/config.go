@@ -17,6 +17,15 @@ type Config struct {
 	// Peers are all members of the cluster at its first start, the node itself
 	// included, sorted by id.
 	Peers []Peer
+	// Join are client addresses of members of a cluster that the node joins when
+	// its directory is empty; Peers is then the node itself at most, and NodeID 0
+	// lets the cluster choose.
+	Join []string
+	// ReadReplica: a node that joins stays a learner.
+	ReadReplica bool
+	// AutoPromote: as the leader, the node makes learners that have caught up
+	// voters.
+	AutoPromote bool
 
 	// ListenAddr is where clients connect, RaftAddr where other nodes do.
 	ListenAddr string

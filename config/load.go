@@ -74,6 +74,9 @@ func AddFlags(fs *pflag.FlagSet) {
 			fs.StringArrayP(s.flag, s.short, nil, usage)
 		} else {
 			fs.StringP(s.flag, s.short, "", usage)
+			if s.isBool {
+				fs.Lookup(s.flag).NoOptDefVal = "true"
+			}
 		}
 	}
 }
@@ -278,7 +281,15 @@ func (env variables) check(table map[string]*setting, faults *Faults) {
 // when they are seen together.
 func (l *Loaded) complete(in Input, faults *Faults) {
 	c := &l.Config
-	if c.NodeID == 0 && !faults.about("node_id") {
+	joins := len(c.Join) > 0
+	if joins && !faults.about("peers", "join") && slices.ContainsFunc(c.Peers, func(p Peer) bool { return p.ID != c.NodeID }) {
+		faults.add(l.source("join", ""), "join", "and peers are both given: a node that joins learns its peers from the cluster, "+
+			"a node that founds one has nothing to join")
+	}
+	if c.ReadReplica && !joins && !faults.about("read_replica", "join") {
+		faults.add(l.source("read_replica", ""), "read_replica", "needs --join: a node that founds a cluster votes")
+	}
+	if c.NodeID == 0 && !joins && !faults.about("node_id") {
 		faults.add(l.source("node_id", "flag --node-id"), "node_id",
 			"is missing: give every node its own id, 1 or more (in a StatefulSet it follows from POD_NAME and REPLICAS)")
 	}
@@ -311,7 +322,7 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 	if c.ListenAddr == c.RaftAddr && !strings.HasSuffix(c.ListenAddr, ":0") && !faults.about("listen_addr", "raft_addr") {
 		faults.add(l.source("raft_addr", ""), "raft_addr", "is the same address as listen_addr, %s", c.ListenAddr)
 	}
-	if c.NodeID == 0 || faults.about("peers", "listen_addr", "raft_addr", "advertise_addr", "advertise_raft_addr") {
+	if c.NodeID == 0 && !joins || faults.about("peers", "listen_addr", "raft_addr", "advertise_addr", "advertise_raft_addr") {
 		return
 	}
 	l.addresses(in)
@@ -336,7 +347,7 @@ func (l *Loaded) addresses(in Input) {
 	case c.AdvertiseRaftAddr == "":
 		c.AdvertiseRaftAddr = reachable(c.RaftAddr, in.Hostname)
 	}
-	if self < 0 {
+	if self < 0 && c.NodeID != 0 {
 		c.Peers = append(c.Peers, Peer{ID: c.NodeID, Addr: c.AdvertiseRaftAddr})
 	}
 	if c.AdvertiseAddr == "" {

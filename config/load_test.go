@@ -59,7 +59,7 @@ func TestDefaults(t *testing.T) {
 		Peers:      []Peer{{3, "127.0.0.1:50052"}},
 		ListenAddr: "127.0.0.1:50051", RaftAddr: "127.0.0.1:50052",
 		AdvertiseAddr: "127.0.0.1:50051", AdvertiseRaftAddr: "127.0.0.1:50052",
-		LogLevel: slog.LevelInfo, LogFormat: "text",
+		LogLevel: slog.LevelInfo, LogFormat: "text", AutoPromote: true,
 	}
 	got := l.Config
 	if got.Raft.ElectionTimeout != 150*time.Millisecond || got.Raft.HeartbeatInterval != 50*time.Millisecond {

@@ -18,6 +18,7 @@ type setting struct {
 	// unused is non-empty for a key that is accepted for the sake of existing
 	// files and has no effect; it says why.
 	unused string
+	isBool bool // the flag alone means true
 	list   bool // a repeatable flag, a YAML list, comma-separated in a variable
 	bind   func(*Config) value
 }
@@ -63,6 +64,12 @@ func settings() []*setting {
 			bind: func(c *Config) value { return dial{&c.AdvertiseRaftAddr} }},
 		{key: "peers", flag: "peers", list: true, usage: "ID:HOST:PORT of a member; repeat for each, with or without this node",
 			bind: func(c *Config) value { return peers{&c.Peers} }},
+		{key: "join", flag: "join", list: true, usage: "host:port of the client listener of a member; the node joins its cluster instead of founding one; repeat for more; of no meaning once it has joined",
+			bind: func(c *Config) value { return dials{&c.Join} }},
+		{key: "read_replica", flag: "read-replica", def: "false", isBool: true, usage: "with --join: stay a learner, which serves reads and does not vote",
+			bind: func(c *Config) value { return boolean{&c.ReadReplica} }},
+		{key: "auto_promote", flag: "auto-promote", def: "true", isBool: true, usage: "the leader makes learners that have caught up voters, except read replicas",
+			bind: func(c *Config) value { return boolean{&c.AutoPromote} }},
 		{key: "data_dir", flag: "data-dir", def: "./data", usage: "directory of everything this node keeps",
 			bind: func(c *Config) value { return path{&c.DataDir} }},
 		{key: "shutdown_timeout", flag: "shutdown-timeout", def: "20s", usage: "bound of an orderly stop",

@@ -298,6 +298,31 @@ func unspecified(host string) bool {
 	return host == "" || ip != nil && ip.IsUnspecified()
 }
 
+// dials is a list of addresses to connect to; parse gets one at a time.
+type dials struct{ p *[]string }
+
+func (v dials) parse(text string) error {
+	if err := isDial(text); err != nil {
+		return err
+	}
+	*v.p = append(*v.p, text)
+	return nil
+}
+
+func (v dials) show() string { return strings.Join(*v.p, ",") }
+
+type boolean struct{ p *bool }
+
+func (v boolean) parse(text string) error {
+	b, err := strconv.ParseBool(text)
+	if err != nil {
+		return fmt.Errorf("%q is neither true nor false", text)
+	}
+	*v.p = b
+	return nil
+}
+func (v boolean) show() string { return strconv.FormatBool(*v.p) }
+
 // peers is a list; parse gets one entry at a time and appends.
 type peers struct{ p *[]Peer }
 

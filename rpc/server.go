@@ -33,6 +33,7 @@ type ServerNode interface {
 	Status() raftnode.Status
 	Leadership() raftnode.Leadership
 	TransferLeader(ctx context.Context, to uint64) error
+	ChangeMembership(ctx context.Context, c raftnode.Change) (raftnode.Position, error)
 }
 
 // BeatSink takes the heartbeats this node receives; they never become
@@ -74,6 +75,10 @@ type ServerConfig struct {
 	Alarms func() []string
 	// Metrics returns further numbers for GetMetrics; optional.
 	Metrics func() map[string]float64
+
+	// StoredMembers returns the members as they are replicated, where Node.Status
+	// may show addresses that only this node was given; optional.
+	StoredMembers func() []raftnode.Member
 
 	// Explain indexes a view and returns what says why nobody runs a stage and
 	// what would help; the room that places stages knows best. Optional: without

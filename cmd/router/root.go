@@ -42,6 +42,7 @@ func constructors() []func(*app) *cobra.Command {
 		newOffsetCommand,
 		newCheckpointCommand,
 		newClusterCommand,
+		newMemberCommand,
 		newOperationCommand,
 		newBenchCommand,
 		newWALCommand,

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+)
+
+func newMemberCommand(a *app) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "member", Aliases: []string{"members"}, Short: "Show and change who is in the cluster",
+		Long: `Show and change who is in the cluster.
+
+A new node joins by itself: start it with 'router serve --join HOST:PORT' and the
+client address of any member. It becomes a learner, gets the state, and is made a
+voter by the leader once it has caught up. To take a node out, remove it; its id
+is never used again.`,
+	}
+	cmd.AddCommand(newMemberListCommand(a, "list"), newMemberAddCommand(a), newMemberPromoteCommand(a),
+		newMemberRemoveCommand(a), newMemberUpdateCommand(a))
+	return cmd
+}
+
+// newMemberListCommand is `member list` and `cluster members`.
+func newMemberListCommand(a *app, name string) *cobra.Command {
+	return &cobra.Command{
+		Use:   name,
+		Short: "Show the members: who votes, who learns, how far each is",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				reply, err := c.Cluster.ListMembers(ctx, &clusterpb.ListMembersRequest{})
+				if err != nil {
+					return err
+				}
+				if a.format != output.Table {
+					return output.Document(a.stdout, a.format, reply)
+				}
+				g := &output.Grid{Header: []string{"NODE", "ROLE", "HEALTHY", "LAG", "REPLICATION", "PEER ADDRESS", "CLIENT ADDRESS", "DISK"}}
+				for _, m := range reply.GetMembers() {
+					role := m.GetRole()
+					if m.GetReadReplica() {
+						role += ", read replica"
+					}
+					g.Add(m.GetNodeId(), role, yesNo(m.GetHealthy()), lag(m, reply), dash(m.GetState()),
+						dash(m.GetPeerAddr()), dash(m.GetClientAddr()), dash(m.GetDiskId()))
+				}
+				if err := g.Write(a.stdout); err != nil {
+					return err
+				}
+				if removed := reply.GetRemoved(); len(removed) > 0 {
+					fmt.Fprintf(a.stdout, "\nremoved, never to be used again: %s\n", idList(removed))
+				}
+				return nil
+			})
+		},
+	}
+}
+
+// lag shows how many entries a member lacks, when the leader has said so.
+func lag(m *clusterpb.Member, reply *clusterpb.ListMembersResponse) string {
+	if m.GetState() == "" && m.GetNodeId() != reply.GetLeaderId() {
+		return "-"
+	}
+	return strconv.FormatUint(m.GetLag(), 10)
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func idList(ids []uint64) string {
+	parts := make([]string, len(ids))
+	for i, id := range ids {
+		parts[i] = strconv.FormatUint(id, 10)
+	}
+	return strings.Join(parts, ", ")
+}
+
+func nodeArg(cmd *cobra.Command, text string) (uint64, error) {
+	id, err := strconv.ParseUint(text, 10, 64)
+	if err != nil || id == 0 {
+		return 0, usageError{cmd, fmt.Errorf("%q is not a node id", text)}
+	}
+	return id, nil
+}
+
+func newMemberAddCommand(a *app) *cobra.Command {
+	req := &clusterpb.AddMemberRequest{}
+	cmd := &cobra.Command{
+		Use:   "add PEER_ADDRESS",
+		Short: "Make room for a node before it is started",
+		Long: `Make room for a node before it is started: it becomes a learner, which receives
+the log and does not vote. Start it with 'router serve --join ... --node-id ID'.
+A node that is started with --join does not need this.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req.PeerAddr = args[0]
+			return a.changeMember(cmd, "added as a learner", func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+				return c.AddMember(ctx, req)
+			})
+		},
+	}
+	cmd.Flags().Uint64Var(&req.NodeId, "id", 0, "id of the node; 0 = the next that was never used")
+	cmd.Flags().BoolVar(&req.ReadReplica, "read-replica", false, "a learner on purpose: it serves reads and is never promoted by itself")
+	return cmd
+}
+
+func newMemberPromoteCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "promote NODE",
+		Short: "Make a learner that has caught up a voter",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := nodeArg(cmd, args[0])
+			if err != nil {
+				return err
+			}
+			return a.changeMember(cmd, "votes now", func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+				return c.PromoteMember(ctx, &clusterpb.PromoteMemberRequest{NodeId: id})
+			})
+		},
+	}
+}
+
+func newMemberRemoveCommand(a *app) *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "remove NODE",
+		Short: "Take a node out of the cluster for good",
+		Long: `Take a node out of the cluster for good. Its id is never used again. A leader
+hands leadership over first. A removal after which too few voters would be alive
+is refused. The node stops by itself; erase its data directory.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := nodeArg(cmd, args[0])
+			if err != nil {
+				return err
+			}
+			if !yes {
+				if err := a.confirm(fmt.Sprintf("Remove node %d for good?", id)); err != nil {
+					return err
+				}
+			}
+			return a.changeMember(cmd, "removed", func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+				return c.RemoveMember(ctx, &clusterpb.RemoveMemberRequest{NodeId: id})
+			})
+		},
+	}
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+func newMemberUpdateCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "update NODE PEER_ADDRESS",
+		Short: "Tell the others where a member is reached now",
+		Args:  cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := nodeArg(cmd, args[0])
+			if err != nil {
+				return err
+			}
+			return a.changeMember(cmd, "is reached at "+args[1]+" now", func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+				return c.UpdateMember(ctx, &clusterpb.UpdateMemberRequest{NodeId: id, PeerAddr: args[1]})
+			})
+		},
+	}
+}
+
+// changeMember makes a change and prints what the membership is now.
+func (a *app) changeMember(cmd *cobra.Command, done string,
+	change func(context.Context, clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error)) error {
+	return a.call(cmd, func(ctx context.Context, c *clients) error {
+		reply, err := change(ctx, c.Cluster)
+		if err != nil {
+			return err
+		}
+		if a.format != output.Table {
+			return output.Document(a.stdout, a.format, reply)
+		}
+		fmt.Fprintf(a.stdout, "node %d %s; voters %s", reply.GetMember().GetNodeId(), done, idList(reply.GetVoters()))
+		if len(reply.GetLearners()) > 0 {
+			fmt.Fprintf(a.stdout, "; learners %s", idList(reply.GetLearners()))
+		}
+		fmt.Fprintln(a.stdout)
+		return nil
+	})
+}

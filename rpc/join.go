@@ -1,0 +1,182 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+)
+
+// joinWait bounds how long a join waits for a change of the membership that is
+// under way: nodes that are started together ask at the same time.
+const joinWait = 10 * time.Second
+
+// JoinMember makes a node with an empty directory a learner, and says where it
+// gets its state from. A repeat by the same directory, as after a crash, changes
+// nothing.
+//
+// A member whose directory was lost asks with rejoin: its old self is removed,
+// with everything the leader believes it to hold, and it is added again.
+// Demoting it alone would keep that belief (raft's Match), and the leader would
+// wait for ever for entries to be acknowledged that it never sends. Taking out a
+// voter that is lost does not make the group weaker: it counted, and could not
+// answer.
+func (a *clusterAPI) JoinMember(ctx context.Context, req *clusterpb.JoinMemberRequest) (*clusterpb.JoinMemberResponse, error) {
+	if req.GetDiskId() == 0 {
+		return nil, invalid("disk_id", "is missing")
+	}
+	if req.GetClusterName() != a.cfg.ClusterName {
+		return nil, invalid("cluster_name", "the node was started for cluster %q, this is %q; correct --cluster-name or --join",
+			req.GetClusterName(), a.cfg.ClusterName)
+	}
+	if err := checkText("version", req.GetVersion(), MaxText); err != nil {
+		return nil, err
+	}
+	addr, err := hostPort("peer_addr", req.GetPeerAddr())
+	if err != nil {
+		return nil, err
+	}
+	req.PeerAddr = addr
+	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.JoinMemberResponse, error) {
+		return a.join(ctx, req)
+	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.JoinMemberResponse, error) {
+		return c.JoinMember(ctx, req)
+	})
+}
+
+// join runs on the leader.
+func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest) (*clusterpb.JoinMemberResponse, error) {
+	if l := a.cfg.Node.Leadership(); !l.Leading {
+		return nil, &raftnode.NotLeaderError{Leader: l.Leader, Term: l.Term}
+	}
+	// Everything decided before must be applied before it is judged.
+	if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
+		return nil, err
+	}
+	if err := a.tellAddresses(ctx); err != nil {
+		return nil, err
+	}
+	pos := a.cfg.Node.Status().Position
+	id := req.GetNodeId()
+	for _, m := range live(pos) {
+		if m.Disk == req.DiskId && (id == 0 || id == m.ID) {
+			return a.joined(pos, m.ID, pos.Index), nil // it has asked before
+		}
+	}
+	if id == 0 {
+		id = nextID(pos)
+	}
+	if err := checkNodeID("node_id", id); err != nil {
+		return nil, err
+	}
+	add := raftnode.Change{
+		Kind: raftnode.AddLearner, ID: id, Addr: req.PeerAddr, Disk: req.DiskId, ReadReplica: req.GetReadReplica(), Rejoin: req.GetRejoin(),
+	}
+	if m, ok := memberOf(pos, id); ok && !m.Removed {
+		expected := m.Disk == 0 && a.isLearner(pos, id)
+		switch {
+		case expected:
+			// It was announced with AddMember.
+			add = raftnode.Change{Kind: raftnode.UpdateAddr, ID: id, Addr: req.PeerAddr, Disk: req.DiskId}
+		case !req.GetRejoin():
+			return nil, fmt.Errorf("%w: node %d is a member with another data directory; give the new node an id of its own, "+
+				"or none to have one chosen", raftnode.ErrMembershipRefused, id)
+		case a.answers(id):
+			return nil, fmt.Errorf("%w: node %d is alive with another data directory; two nodes were given one id",
+				raftnode.ErrMembershipRefused, id)
+		default:
+			a.log.Warn("a member has lost its data directory; it is taken out and comes back as a learner", "event", "member_rejoins", "node_changed", id)
+			if _, err := a.await(ctx, raftnode.Change{Kind: raftnode.Remove, ID: id}); err != nil {
+				return nil, err
+			}
+			add.ReadReplica = add.ReadReplica || m.ReadReplica
+		}
+	}
+	pos, err := a.await(ctx, add)
+	if err != nil {
+		return nil, err
+	}
+	a.log.Info("a node joins", "event", "member_joins", "node_changed", id, "addr", req.PeerAddr, "version", req.GetVersion(), "index", pos.Index)
+	return a.joined(pos, id, pos.Index), nil
+}
+
+func (a *clusterAPI) joined(pos raftnode.Position, id, index uint64) *clusterpb.JoinMemberResponse {
+	resp := &clusterpb.JoinMemberResponse{ClusterId: a.cfg.ClusterID, NodeId: id, Index: index}
+	st := a.cfg.Node.Status()
+	for _, m := range live(pos) {
+		d := a.describeMember(st, m)
+		if d.PeerAddr == "" {
+			if known, ok := memberOf(st.Position, m.ID); ok {
+				d.PeerAddr = known.Addr
+			}
+		}
+		resp.Members = append(resp.Members, d)
+	}
+	return resp
+}
+
+// await makes a change, after the one that is under way.
+func (a *clusterAPI) await(ctx context.Context, c raftnode.Change) (raftnode.Position, error) {
+	deadline := time.Now().Add(joinWait)
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
+		pos, err := a.cfg.Node.ChangeMembership(ctx, c)
+		pending := errors.Is(err, raftnode.ErrMembershipPending) || errors.Is(err, raftnode.ErrBusy)
+		if !pending || time.Now().After(deadline) {
+			return pos, err
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		if ctx.Err() != nil {
+			return pos, err
+		}
+	}
+}
+
+func (a *clusterAPI) isLearner(pos raftnode.Position, id uint64) bool {
+	for _, l := range pos.ConfState.GetLearners() {
+		if l == id {
+			return true
+		}
+	}
+	return false
+}
+
+// answers says whether the member with an id is heard of.
+func (a *clusterAPI) answers(id uint64) bool {
+	for _, p := range a.cfg.Node.Status().Peers {
+		if p.ID == id {
+			return p.Answered && !p.Silent
+		}
+	}
+	return false
+}
+
+// tellAddresses puts the addresses of the members into the replicated list as
+// far as it lacks them: the first members know each other from their settings,
+// and a node that joins has none.
+func (a *clusterAPI) tellAddresses(ctx context.Context) error {
+	if a.cfg.StoredMembers == nil {
+		return nil
+	}
+	known := a.cfg.Node.Status().Position
+	for _, m := range a.cfg.StoredMembers() {
+		if m.Removed || m.Addr != "" {
+			continue
+		}
+		full, ok := memberOf(known, m.ID)
+		if !ok || full.Addr == "" {
+			continue
+		}
+		if _, err := a.await(ctx, raftnode.Change{Kind: raftnode.UpdateAddr, ID: m.ID, Addr: full.Addr}); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,250 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+)
+
+// Only the leader changes the membership. A call that comes to another node is
+// passed on, and again when leadership moves meanwhile, which it does by itself
+// when the leader is to be removed.
+
+// atLeader runs local when this node leads and remote with the leader's client
+// otherwise. An answer that says that nothing was done for want of a leader is
+// followed by another attempt until ctx is done or the waiting takes too long.
+func atLeader[T any](ctx context.Context, a *clusterAPI, local func(context.Context) (T, error),
+	remote func(context.Context, clusterpb.ClusterClient) (T, error)) (T, error) {
+	deadline := time.Now().Add(a.cfg.CallTimeout)
+	for pause := 20 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
+		changed := a.cfg.Node.Changed()
+		out, err := local(ctx)
+		if !elsewhere(err) || relayed(ctx) != "" {
+			return out, err
+		}
+		if conn, rctx, rerr := a.relay.connect(ctx); rerr == nil {
+			out, err = remote(rctx, clusterpb.NewClusterClient(conn))
+			if !elsewhere(err) {
+				return out, err
+			}
+		}
+		if time.Now().After(deadline) {
+			return out, err
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-changed:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		if ctx.Err() != nil {
+			return out, err
+		}
+	}
+}
+
+// elsewhere says whether err means that nothing was done because another node
+// has to be asked, or the same one a little later.
+func elsewhere(err error) bool {
+	if err == nil {
+		return false
+	}
+	var notLeader *raftnode.NotLeaderError
+	if errors.As(err, &notLeader) || errors.Is(err, raftnode.ErrNoLeader) {
+		return !errors.Is(err, raftnode.ErrAmbiguous)
+	}
+	st, ok := status.FromError(err)
+	return ok && st.Code() == codes.Unavailable && OutcomeOf(st) == NotDone
+}
+
+// live returns the members of p, without those that were removed.
+func live(p raftnode.Position) []raftnode.Member {
+	return slices.DeleteFunc(slices.Clone(p.Members), func(m raftnode.Member) bool { return m.Removed })
+}
+
+func memberOf(p raftnode.Position, id uint64) (raftnode.Member, bool) {
+	for _, m := range p.Members {
+		if m.ID == id {
+			return m, true
+		}
+	}
+	return raftnode.Member{}, false
+}
+
+// ListMembers lists the members as the leader sees them; a node that cannot
+// reach the leader answers with what it knows.
+func (a *clusterAPI) ListMembers(ctx context.Context, req *clusterpb.ListMembersRequest) (*clusterpb.ListMembersResponse, error) {
+	st := a.cfg.Node.Status()
+	own := a.listMembers(st)
+	if st.Leader == st.ID || relayed(ctx) != "" {
+		return own, nil
+	}
+	conn, rctx, err := a.relay.connect(ctx)
+	if err != nil {
+		return own, nil
+	}
+	rctx, cancel := context.WithTimeout(rctx, relayTimeout)
+	defer cancel()
+	theirs, err := clusterpb.NewClusterClient(conn).ListMembers(rctx, req)
+	if err != nil || theirs.GetClusterId() != own.ClusterId {
+		return own, nil
+	}
+	return theirs, nil
+}
+
+func (a *clusterAPI) listMembers(st raftnode.Status) *clusterpb.ListMembersResponse {
+	resp := &clusterpb.ListMembersResponse{
+		ClusterId: fmt.Sprintf("%016x", a.cfg.ClusterID), ClusterName: a.cfg.ClusterName, LeaderId: st.Leader, Term: st.Term,
+	}
+	for _, m := range st.Position.Members {
+		if m.Removed {
+			resp.Removed = append(resp.Removed, m.ID)
+			continue
+		}
+		resp.Members = append(resp.Members, a.describeMember(st, m))
+	}
+	for _, id := range st.Removed {
+		if !slices.Contains(resp.Removed, id) {
+			resp.Removed = append(resp.Removed, id)
+		}
+	}
+	slices.Sort(resp.Removed)
+	return resp
+}
+
+func (a *clusterAPI) describeMember(st raftnode.Status, m raftnode.Member) *clusterpb.Member {
+	out := &clusterpb.Member{
+		NodeId: m.ID, PeerAddr: m.Addr, ClientAddr: a.cfg.ClientAddr(m.ID), Role: "voter", ReadReplica: m.ReadReplica,
+	}
+	if m.Disk != 0 {
+		out.DiskId = fmt.Sprintf("%016x", m.Disk)
+	}
+	cs := st.Position.ConfState
+	switch {
+	case m.ID == st.Leader:
+		out.Role = "leader"
+	case slices.Contains(cs.GetLearners(), m.ID) || slices.Contains(cs.GetLearnersNext(), m.ID):
+		out.Role = "learner"
+	}
+	if m.ID == st.ID {
+		out.Healthy, out.MatchIndex, out.Version = true, st.LastIndex, a.cfg.Version
+		return out
+	}
+	for _, p := range st.Peers {
+		if p.ID == m.ID {
+			out.Healthy, out.MatchIndex, out.State = !p.Silent, p.Match, p.State
+			if p.Match < st.Commit {
+				out.Lag = st.Commit - p.Match
+			}
+			return out
+		}
+	}
+	out.Healthy = m.ID == st.Leader || a.cfg.Reachable(m.ID)
+	return out
+}
+
+// change makes one change of the membership on this node, which has to lead.
+func (a *clusterAPI) change(ctx context.Context, c raftnode.Change) (*clusterpb.ChangeMemberResponse, error) {
+	before := a.cfg.Node.Status()
+	pos, err := a.cfg.Node.ChangeMembership(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	a.log.Info("the membership was changed", "event", "membership_asked", "change", c.Kind.String(), "node_changed", c.ID, "index", pos.Index)
+	after := a.cfg.Node.Status()
+	after.Position = pos
+	resp := &clusterpb.ChangeMemberResponse{
+		Index: pos.Index, Voters: pos.ConfState.GetVoters(), Learners: pos.ConfState.GetLearners(),
+	}
+	if m, ok := memberOf(pos, c.ID); ok && !m.Removed {
+		resp.Member = a.describeMember(after, m)
+	} else if m, ok := memberOf(before.Position, c.ID); ok {
+		resp.Member = a.describeMember(before, m)
+	}
+	return resp, nil
+}
+
+func checkNodeID(field string, id uint64) error {
+	if id == 0 || id > 1<<63 {
+		return invalid(field, "%d is no node id", id)
+	}
+	return nil
+}
+
+// nextID returns an id that no node of the cluster has or has had.
+func nextID(p raftnode.Position) uint64 {
+	var highest uint64
+	for _, m := range p.Members {
+		highest = max(highest, m.ID)
+	}
+	return highest + 1
+}
+
+// AddMember makes room for a node that is not started yet: it becomes a learner.
+func (a *clusterAPI) AddMember(ctx context.Context, req *clusterpb.AddMemberRequest) (*clusterpb.ChangeMemberResponse, error) {
+	addr, err := hostPort("peer_addr", req.GetPeerAddr())
+	if err != nil {
+		return nil, err
+	}
+	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		id := req.GetNodeId()
+		if id == 0 {
+			id = nextID(a.cfg.Node.Status().Position)
+		}
+		if err := checkNodeID("node_id", id); err != nil {
+			return nil, err
+		}
+		return a.change(ctx, raftnode.Change{Kind: raftnode.AddLearner, ID: id, Addr: addr, ReadReplica: req.GetReadReplica()})
+	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+		return c.AddMember(ctx, req)
+	})
+}
+
+// PromoteMember makes a learner that has caught up a voter.
+func (a *clusterAPI) PromoteMember(ctx context.Context, req *clusterpb.PromoteMemberRequest) (*clusterpb.ChangeMemberResponse, error) {
+	if err := checkNodeID("node_id", req.GetNodeId()); err != nil {
+		return nil, err
+	}
+	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		return a.change(ctx, raftnode.Change{Kind: raftnode.Promote, ID: req.NodeId})
+	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+		return c.PromoteMember(ctx, req)
+	})
+}
+
+// RemoveMember takes a node out for good. A leader hands leadership over first.
+func (a *clusterAPI) RemoveMember(ctx context.Context, req *clusterpb.RemoveMemberRequest) (*clusterpb.ChangeMemberResponse, error) {
+	if err := checkNodeID("node_id", req.GetNodeId()); err != nil {
+		return nil, err
+	}
+	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		return a.change(ctx, raftnode.Change{Kind: raftnode.Remove, ID: req.NodeId})
+	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+		return c.RemoveMember(ctx, req)
+	})
+}
+
+// UpdateMember changes where the others reach a member.
+func (a *clusterAPI) UpdateMember(ctx context.Context, req *clusterpb.UpdateMemberRequest) (*clusterpb.ChangeMemberResponse, error) {
+	if err := checkNodeID("node_id", req.GetNodeId()); err != nil {
+		return nil, err
+	}
+	addr, err := hostPort("peer_addr", req.GetPeerAddr())
+	if err != nil {
+		return nil, err
+	}
+	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		return a.change(ctx, raftnode.Change{Kind: raftnode.UpdateAddr, ID: req.NodeId, Addr: addr})
+	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
+		return c.UpdateMember(ctx, req)
+	})
+}
