@@ -210,7 +210,7 @@ func (a *applier) apply() error {
 // configuration there).
 func (a *applier) applyChange(e *raftpb.Entry) error {
 	index, term := e.GetIndex(), e.GetTerm()
-	cc, set, err := decodeChange(e)
+	cc, more, err := decodeChange(e)
 	if err != nil {
 		return fmt.Errorf("raftnode: entry %d: %w", index, err)
 	}
@@ -221,7 +221,11 @@ func (a *applier) applyChange(e *raftpb.Entry) error {
 	pos.Index, pos.Term = index, term
 	// A change that makes no sense where it is applied is refused alike by
 	// every node, and the RawNode, which would panic, never hears of it.
-	cs, refused := nextConfState(pos.ConfState, cc, index)
+	refused := admit(pos.Members, cc, more)
+	var cs *raftpb.ConfState
+	if refused == nil {
+		cs, refused = nextConfState(pos.ConfState, cc, index)
+	}
 	if refused == nil {
 		inRaft, err := a.confChange(index, cc)
 		if err != nil {
@@ -231,7 +235,7 @@ func (a *applier) applyChange(e *raftpb.Entry) error {
 			return fmt.Errorf("raftnode: entry %d makes the configuration %v by the log and %v by raft", index, cs, inRaft)
 		}
 		pos.ConfState = cs
-		pos.Members = nextMembers(pos.Members, set, cs)
+		pos.Members = nextMembers(pos.Members, more.Members, cs)
 	}
 	if err := a.sm.ApplyMembership(pos.clone()); err != nil {
 		return fmt.Errorf("raftnode: the state machine failed at the membership change of entry %d: %w", index, err)
@@ -263,19 +267,19 @@ func (a *applier) finishJoint() {
 	}
 }
 
-func decodeChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, []Member, error) {
+func decodeChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, changeContext, error) {
 	cc := &raftpb.ConfChangeV2{}
 	if e.GetType() == raftpb.EntryConfChange {
 		var v1 raftpb.ConfChange
 		if err := proto.Unmarshal(e.GetData(), &v1); err != nil {
-			return nil, nil, fmt.Errorf("membership change: %w", err)
+			return nil, changeContext{}, fmt.Errorf("membership change: %w", err)
 		}
 		cc = v1.AsV2()
 	} else if err := proto.Unmarshal(e.GetData(), cc); err != nil {
-		return nil, nil, fmt.Errorf("membership change: %w", err)
+		return nil, changeContext{}, fmt.Errorf("membership change: %w", err)
 	}
-	set, err := decodeChangeContext(cc.GetContext())
-	return cc, set, err
+	more, err := decodeChangeContext(cc.GetContext())
+	return cc, more, err
 }
 
 // install replaces the state by the image a snapshot names.

@@ -26,6 +26,8 @@ type loop struct {
 	leaderChanged func(Leadership)
 	notLeaderErr  func() error
 	diskBusy      func() bool
+	// members lists those of the applied configuration, removed ones included.
+	members func() []Member
 
 	now   time.Time
 	lanes lanes

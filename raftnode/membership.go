@@ -20,7 +20,8 @@ const (
 	AddLearner ChangeKind = iota + 1
 	// Promote makes a learner that has caught up a voter.
 	Promote
-	// Remove takes a node out. Its id must never be used again.
+	// Remove takes a node out. Its id is never used again, but for the same
+	// member that lost its disk: see Change.Rejoin.
 	Remove
 	// UpdateAddr changes where a member is reached.
 	UpdateAddr
@@ -48,6 +49,16 @@ type Change struct {
 	ID uint64
 	// Addr is its peer address: for AddLearner and UpdateAddr.
 	Addr string
+	// Disk is the id of its data directory: of AddLearner; of UpdateAddr for a
+	// member of which it is not known; of Remove, so that it is remembered.
+	Disk uint64
+	// ReadReplica, with AddLearner, keeps it a learner.
+	ReadReplica bool
+	// Rejoin, with AddLearner, lets a removed member return under its id with
+	// another disk. A member whose disk was lost is brought back by Remove and
+	// then this. Demoting it would not do: raft would go on believing that it
+	// holds what it once acknowledged, and never send it again.
+	Rejoin bool
 	// Replaces, with Promote, removes this voter in the same step, so that the
 	// group is never smaller in between.
 	Replaces uint64
@@ -68,7 +79,7 @@ func (n *Node) ChangeMembership(ctx context.Context, c Change) (Position, error)
 		return Position{}, n.notLeader()
 	}
 	if removed := c.removed(); removed == n.cfg.ID {
-		if len(n.members()) <= 1 {
+		if len(Live(n.members())) <= 1 {
 			return Position{}, fmt.Errorf("%w: node %d is the only member", ErrMembershipRefused, removed)
 		}
 		if err := n.TransferLeader(ctx, 0); err != nil {
@@ -103,11 +114,12 @@ func (c Change) confChange() (*raftpb.ConfChangeV2, error) {
 		return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(id)}
 	}
 	cc := &raftpb.ConfChangeV2{}
-	var set []Member
+	var more changeContext
 	switch c.Kind {
 	case AddLearner:
 		cc.Changes = append(cc.Changes, single(raftpb.ConfChangeAddLearnerNode, c.ID))
-		set = []Member{{ID: c.ID, Addr: c.Addr}}
+		more.Members = []Member{{ID: c.ID, Addr: c.Addr, Disk: c.Disk, ReadReplica: c.ReadReplica}}
+		more.Rejoin = c.Rejoin
 	case Promote:
 		cc.Changes = append(cc.Changes, single(raftpb.ConfChangeAddNode, c.ID))
 		if c.Replaces != 0 {
@@ -117,11 +129,14 @@ func (c Change) confChange() (*raftpb.ConfChangeV2, error) {
 		}
 	case Remove:
 		cc.Changes = append(cc.Changes, single(raftpb.ConfChangeRemoveNode, c.ID))
+		if c.Disk != 0 {
+			more.Members = []Member{{ID: c.ID, Disk: c.Disk}}
+		}
 	case UpdateAddr:
 		cc.Changes = append(cc.Changes, single(raftpb.ConfChangeUpdateNode, c.ID))
-		set = []Member{{ID: c.ID, Addr: c.Addr}}
+		more.Members = []Member{{ID: c.ID, Addr: c.Addr, Disk: c.Disk}}
 	}
-	ctx, err := encodeChangeContext(set)
+	ctx, err := more.encode()
 	if err != nil {
 		return nil, err
 	}
@@ -148,8 +163,11 @@ func (l *loop) changeMembership(c Change, cl *call) {
 		return
 	}
 	cc, err := c.confChange()
+	if err == nil {
+		err = l.admit(cc)
+	}
 	if err != nil {
-		fail(fmt.Errorf("%w: %w", ErrMembershipRefused, err))
+		fail(fmt.Errorf("%w: cannot %v node %d: %w", ErrMembershipRefused, c.Kind, c.ID, err))
 		return
 	}
 	if err := l.rn.ProposeConfChange(cc); err != nil {
@@ -161,6 +179,15 @@ func (l *loop) changeMembership(c Change, cl *call) {
 	}
 	l.unplaced = append(l.unplaced, &batch{conf: true, waiters: []waiter{{call: cl}}})
 	l.drain()
+}
+
+// admit is what the applier will ask of cc, as far as it can be known here.
+func (l *loop) admit(cc *raftpb.ConfChangeV2) error {
+	ctx, err := decodeChangeContext(cc.GetContext())
+	if err != nil {
+		return err
+	}
+	return admit(l.members(), cc, ctx)
 }
 
 // checkChange refuses what is wrong with c as far as the leader can see. What

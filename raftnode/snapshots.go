@@ -229,7 +229,7 @@ func (s *snapshots) build(ctx context.Context) {
 
 func imageMeta(pos Position) snap.Meta {
 	meta := snap.Meta{Index: pos.Index, Term: pos.Term, ConfState: cloneConfState(pos.ConfState)}
-	for _, m := range pos.Members {
+	for _, m := range Live(pos.Members) {
 		meta.Members = append(meta.Members, snap.Member{ID: m.ID, Addr: m.Addr})
 	}
 	return meta

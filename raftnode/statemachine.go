@@ -4,12 +4,32 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 )
 
-// Member is one node of the group and where its peers reach it.
+// Member is one node of the group and where its peers reach it, or what is left
+// of one that was removed.
 type Member struct {
-	// ID is the raft id; never zero, never reused.
+	// ID is the raft id; never zero, never reused by another node.
 	ID uint64
 	// Addr is the host:port of the node's peer listener.
 	Addr string
+	// Disk is the random id of the data directory it joined with; zero for the
+	// first members of a group, who agreed on themselves without a log.
+	Disk uint64 `json:",omitempty"`
+	// ReadReplica: a learner on purpose, not to be promoted by a machine.
+	ReadReplica bool `json:",omitempty"`
+	// Removed: it was a member and is none; the id and the disk are kept so that
+	// neither comes back.
+	Removed bool `json:",omitempty"`
+}
+
+// Live returns those of members that take part in the group.
+func Live(members []Member) []Member {
+	out := make([]Member, 0, len(members))
+	for _, m := range members {
+		if !m.Removed {
+			out = append(out, m)
+		}
+	}
+	return out
 }
 
 // Position says which prefix of the log a state reflects, together with the
@@ -22,8 +42,20 @@ type Position struct {
 	Index     uint64
 	Term      uint64
 	ConfState *raftpb.ConfState
-	// Members lists the peer addresses known at Index, sorted by ID.
+	// Members lists the members known at Index, sorted by ID, those that were
+	// removed among them: see Live.
 	Members []Member
+}
+
+// Member returns what is known of a node, removed or not; false when it never
+// was a member.
+func (p Position) Member(id uint64) (Member, bool) {
+	for _, m := range p.Members {
+		if m.ID == id {
+			return m, true
+		}
+	}
+	return Member{}, false
 }
 
 // Batch is one committed log entry: the commands that were packed into it.

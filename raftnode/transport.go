@@ -23,6 +23,7 @@ type Transport interface {
 	// verified the image, ctx is done or the peer fails.
 	SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) error
 
-	// SetMembers replaces the set of peers to talk to. It does not block.
+	// SetMembers replaces the set of peers to talk to. Those marked Removed are
+	// not to be talked to, now and later. It does not block.
 	SetMembers(members []Member)
 }
