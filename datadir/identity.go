@@ -26,6 +26,10 @@ type Identity struct {
 	NodeID        uint64    `json:"node_id"`
 	Members       []uint64  `json:"initial_members"`
 	CreatedAt     time.Time `json:"created_at"`
+	// DiskID is random, drawn when the directory was made, never zero. The other
+	// nodes know this one by it: one that comes back with another has lost its
+	// promises. Releases before it leave it out; it is drawn at the next start.
+	DiskID uint64 `json:"disk_id,string,omitempty"`
 	// Initialized: the log and the state have been created. From then on a
 	// missing log is a loss, not a first start: beginning a new one would let the
 	// node vote against promises it does not remember.

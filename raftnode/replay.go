@@ -65,15 +65,17 @@ func (r *Replay) Flush() error {
 // change applies a membership change by the rules of the applier: one that
 // makes no sense changes nothing but the position.
 func (r *Replay) change(e *raftpb.Entry) error {
-	cc, set, err := decodeChange(e)
+	cc, more, err := decodeChange(e)
 	if err != nil {
 		return fmt.Errorf("raftnode: entry %d: %w", e.GetIndex(), err)
 	}
 	pos := r.pos.clone()
 	pos.Index, pos.Term = e.GetIndex(), e.GetTerm()
-	if cs, refused := nextConfState(pos.ConfState, cc, pos.Index); refused == nil {
-		pos.ConfState = cs
-		pos.Members = nextMembers(pos.Members, set, cs)
+	if admit(pos.Members, cc, more) == nil {
+		if cs, refused := nextConfState(pos.ConfState, cc, pos.Index); refused == nil {
+			pos.ConfState = cs
+			pos.Members = nextMembers(pos.Members, more.Members, cs)
+		}
 	}
 	if err := r.sm.ApplyMembership(pos.clone()); err != nil {
 		return fmt.Errorf("raftnode: the state machine failed at the membership change of entry %d: %w", pos.Index, err)

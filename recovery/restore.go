@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"conveyor.etl/router/backup/shelf"
+	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
@@ -261,7 +262,7 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 	if err != nil {
 		return err
 	}
-	if err := op.phase(ctx, phasePrepare, "nodes", uint64(len(r.c.Node.Status().Position.Members))); err != nil {
+	if err := op.phase(ctx, phasePrepare, "nodes", uint64(len(raftnode.Live(r.c.Node.Status().Position.Members)))); err != nil {
 		return err
 	}
 	if err := r.awaitReady(ctx, op); err != nil {
@@ -338,7 +339,7 @@ func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
 		op.progress(ctx, uint64(len(ready)))
 		lead := r.c.Node.Leadership().Leader
 		all := true
-		for _, m := range r.c.Node.Status().Position.Members {
+		for _, m := range raftnode.Live(r.c.Node.Status().Position.Members) {
 			all = all && ready[m.ID]
 		}
 		if all || ready[lead] && ready[r.c.NodeID] && r.c.Now().Sub(begun) >= r.c.ReadyWait {

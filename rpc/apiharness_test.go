@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"testing"
@@ -214,6 +215,10 @@ func (n *oneNode) Status() raftnode.Status {
 		Position: raftnode.Position{ConfState: &raftpb.ConfState{}, Members: n.members},
 		Peers:    n.peers,
 	}
+}
+
+func (n *oneNode) ChangeMembership(_ context.Context, c raftnode.Change) (raftnode.Position, error) {
+	return raftnode.Position{}, fmt.Errorf("%w: %v node %d", raftnode.ErrMembershipRefused, c.Kind, c.ID)
 }
 
 func (n *oneNode) TransferLeader(_ context.Context, to uint64) error {

@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"conveyor.etl/router/backup/shelf"
+	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/backuppb"
@@ -39,7 +40,7 @@ func (a *backupAPI) recovery() (*recovery.Recovery, error) {
 // others returns the members besides this node.
 func (a *backupAPI) others() []uint64 {
 	var out []uint64
-	for _, m := range a.cfg.Node.Status().Position.Members {
+	for _, m := range raftnode.Live(a.cfg.Node.Status().Position.Members) {
 		if m.ID != a.cfg.NodeID {
 			out = append(out, m.ID)
 		}

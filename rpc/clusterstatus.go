@@ -82,7 +82,7 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 	}
 	learners := st.Position.ConfState.GetLearners()
 	silent := 0
-	for _, m := range st.Position.Members {
+	for _, m := range raftnode.Live(st.Position.Members) {
 		n := &adminpb.NodeStatus{
 			NodeId:        m.ID,
 			Address:       m.Addr,

@@ -40,6 +40,9 @@ var (
 	// ErrSuperseded: the stream belongs to a connection whose node has made a
 	// later one. What it carried last was dropped, as best effort allows.
 	ErrSuperseded = errors.New("rpc: a later connection of the same node took over")
+	// ErrOtherDisk: a node asks to join under the id of a member that has another
+	// data directory. Nothing was changed.
+	ErrOtherDisk = errors.New("rpc: the member of this id has another data directory")
 	// ErrMalformed: a peer sent something that no version of this program
 	// sends. The stream was ended.
 	ErrMalformed = errors.New("rpc: malformed message from a peer")
@@ -92,6 +95,12 @@ type RefusedError struct {
 	Peer uint64
 	// Reason is a sentence for people.
 	Reason string
+	// Kind is set for what the refused node acts on; ClientAddr is then where the
+	// refusing node serves clients.
+	Kind       Refusal
+	ClientAddr string
+	// Told: it is this node that was refused.
+	Told bool
 }
 
 // Error implements error.

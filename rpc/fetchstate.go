@@ -24,6 +24,9 @@ type FetchOptions struct {
 	MinIndex uint64
 	// Store takes the image; required.
 	Store *snap.Store
+	// Progress is told how many bytes of how many are here; optional, called for
+	// every chunk.
+	Progress func(done, total int64)
 	// Dial and Credentials are those of TransportOptions.
 	Dial        Dialer
 	Credentials credentials.TransportCredentials
@@ -51,6 +54,9 @@ type fetched struct {
 func FetchState(ctx context.Context, o FetchOptions) (string, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Progress == nil {
+		o.Progress = func(int64, int64) {}
 	}
 	setDefault(&o.DialTimeout, time.Second)
 	setDefault(&o.BackoffMin, 50*time.Millisecond)
@@ -181,5 +187,6 @@ func (o *FetchOptions) fetchFrom(ctx context.Context, d peerDialer, p raftnode.M
 			broken = true
 			return "", err
 		}
+		o.Progress(r.Offset(), first.GetSize())
 	}
 }

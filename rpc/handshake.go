@@ -26,6 +26,8 @@ type Identity struct {
 	ClientAddr string
 	// Version is the version of the program, for people.
 	Version string
+	// DiskID is the random id of the data directory; zero = not told.
+	DiskID uint64
 }
 
 // Validate reports whether the identity can be used in a handshake.
@@ -51,6 +53,7 @@ func (id Identity) hello(to uint64) *peerpb.Hello {
 		ClientAddr: id.ClientAddr,
 		PeerAddr:   id.PeerAddr,
 		Version:    id.Version,
+		DiskId:     id.DiskID,
 	}
 }
 
@@ -90,7 +93,8 @@ func (id Identity) check(h *peerpb.Hello, peer uint64) error {
 // the stream is gone.
 func fromPeer(peer uint64, err error) error {
 	if s, ok := status.FromError(err); ok && s.Code() == codes.PermissionDenied {
-		return &RefusedError{Peer: peer, Reason: "node " + fmt.Sprint(peer) + " says: " + s.Message()}
+		kind, addr := refusalOf(s)
+		return &RefusedError{Peer: peer, Reason: "node " + fmt.Sprint(peer) + " says: " + s.Message(), Kind: kind, ClientAddr: addr, Told: true}
 	}
 	return err
 }

@@ -61,7 +61,7 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	}
 	pos := a.cfg.Node.Status().Position
 	id := req.GetNodeId()
-	for _, m := range live(pos) {
+	for _, m := range raftnode.Live(pos.Members) {
 		if m.Disk == req.DiskId && (id == 0 || id == m.ID) {
 			return a.joined(pos, m.ID, pos.Index), nil // it has asked before
 		}
@@ -75,15 +75,14 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	add := raftnode.Change{
 		Kind: raftnode.AddLearner, ID: id, Addr: req.PeerAddr, Disk: req.DiskId, ReadReplica: req.GetReadReplica(), Rejoin: req.GetRejoin(),
 	}
-	if m, ok := memberOf(pos, id); ok && !m.Removed {
+	if m, ok := pos.Member(id); ok && !m.Removed {
 		expected := m.Disk == 0 && a.isLearner(pos, id)
 		switch {
 		case expected:
 			// It was announced with AddMember.
 			add = raftnode.Change{Kind: raftnode.UpdateAddr, ID: id, Addr: req.PeerAddr, Disk: req.DiskId}
 		case !req.GetRejoin():
-			return nil, fmt.Errorf("%w: node %d is a member with another data directory; give the new node an id of its own, "+
-				"or none to have one chosen", raftnode.ErrMembershipRefused, id)
+			return nil, fmt.Errorf("%w: node %d; give a new node an id of its own, or none to have one chosen", ErrOtherDisk, id)
 		case a.answers(id):
 			return nil, fmt.Errorf("%w: node %d is alive with another data directory; two nodes were given one id",
 				raftnode.ErrMembershipRefused, id)
@@ -106,10 +105,10 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 func (a *clusterAPI) joined(pos raftnode.Position, id, index uint64) *clusterpb.JoinMemberResponse {
 	resp := &clusterpb.JoinMemberResponse{ClusterId: a.cfg.ClusterID, NodeId: id, Index: index}
 	st := a.cfg.Node.Status()
-	for _, m := range live(pos) {
+	for _, m := range raftnode.Live(pos.Members) {
 		d := a.describeMember(st, m)
 		if d.PeerAddr == "" {
-			if known, ok := memberOf(st.Position, m.ID); ok {
+			if known, ok := st.Position.Member(m.ID); ok {
 				d.PeerAddr = known.Addr
 			}
 		}
@@ -170,7 +169,7 @@ func (a *clusterAPI) tellAddresses(ctx context.Context) error {
 		if m.Removed || m.Addr != "" {
 			continue
 		}
-		full, ok := memberOf(known, m.ID)
+		full, ok := known.Member(m.ID)
 		if !ok || full.Addr == "" {
 			continue
 		}

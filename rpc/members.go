@@ -66,20 +66,6 @@ func elsewhere(err error) bool {
 	return ok && st.Code() == codes.Unavailable && OutcomeOf(st) == NotDone
 }
 
-// live returns the members of p, without those that were removed.
-func live(p raftnode.Position) []raftnode.Member {
-	return slices.DeleteFunc(slices.Clone(p.Members), func(m raftnode.Member) bool { return m.Removed })
-}
-
-func memberOf(p raftnode.Position, id uint64) (raftnode.Member, bool) {
-	for _, m := range p.Members {
-		if m.ID == id {
-			return m, true
-		}
-	}
-	return raftnode.Member{}, false
-}
-
 // ListMembers lists the members as the leader sees them; a node that cannot
 // reach the leader answers with what it knows.
 func (a *clusterAPI) ListMembers(ctx context.Context, req *clusterpb.ListMembersRequest) (*clusterpb.ListMembersResponse, error) {
@@ -112,12 +98,6 @@ func (a *clusterAPI) listMembers(st raftnode.Status) *clusterpb.ListMembersRespo
 		}
 		resp.Members = append(resp.Members, a.describeMember(st, m))
 	}
-	for _, id := range st.Removed {
-		if !slices.Contains(resp.Removed, id) {
-			resp.Removed = append(resp.Removed, id)
-		}
-	}
-	slices.Sort(resp.Removed)
 	return resp
 }
 
@@ -165,9 +145,9 @@ func (a *clusterAPI) change(ctx context.Context, c raftnode.Change) (*clusterpb.
 	resp := &clusterpb.ChangeMemberResponse{
 		Index: pos.Index, Voters: pos.ConfState.GetVoters(), Learners: pos.ConfState.GetLearners(),
 	}
-	if m, ok := memberOf(pos, c.ID); ok && !m.Removed {
+	if m, ok := pos.Member(c.ID); ok && !m.Removed {
 		resp.Member = a.describeMember(after, m)
-	} else if m, ok := memberOf(before.Position, c.ID); ok {
+	} else if m, ok := before.Position.Member(c.ID); ok {
 		resp.Member = a.describeMember(before, m)
 	}
 	return resp, nil

@@ -93,6 +93,7 @@ func (p *peer) run(ctx context.Context) {
 
 // failed logs why a session ended, but not again while the reason stays.
 func (p *peer) failed(err error, lost int) {
+	p.t.refused(err)
 	text := err.Error()
 	p.mu.Lock()
 	again := p.lastErr == text
@@ -189,6 +190,9 @@ func (p *peer) open(ctx context.Context, conn *grpc.ClientConn, session uint64) 
 		return nil, fromPeer(p.id, err)
 	}
 	if err := p.t.o.Identity.check(h, p.id); err != nil {
+		return nil, err
+	}
+	if err := p.t.checkDisk(p.id, h.GetDiskId()); err != nil {
 		return nil, err
 	}
 	p.t.learn(h)

@@ -81,6 +81,7 @@ func statusTable() []statusRow {
 		{ErrBehind, codes.Unavailable, "BEHIND", NotDone, soon},
 		{ErrRefused, codes.PermissionDenied, "HANDSHAKE_REFUSED", NotDone, 0},
 		{ErrSuperseded, codes.Aborted, "SUPERSEDED", NotDone, 0},
+		{ErrOtherDisk, codes.FailedPrecondition, ReasonOtherDisk, NotDone, 0},
 		{ErrMalformed, codes.InvalidArgument, "MALFORMED", NotDone, 0},
 
 		{shelf.ErrNotFound, codes.NotFound, "SNAPSHOT_NOT_FOUND", NotDone, 0},
@@ -171,7 +172,10 @@ func revisionOf(err error) map[string]string {
 	var future *FutureRevisionError
 	var revision *router.RevisionError
 	var epoch *EpochError
+	var refused *RefusedError
 	switch {
+	case errors.As(err, &refused) && refused.Kind != "":
+		return map[string]string{"refusal": string(refused.Kind), "client_addr": refused.ClientAddr}
 	case errors.As(err, &epoch):
 		return map[string]string{
 			"current_revision": strconv.FormatUint(epoch.Revision, 10),
@@ -250,6 +254,20 @@ func InvalidArgument(field, description string) *status.Status {
 		map[string]string{"field": field}, &errdetails.BadRequest{
 			FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: description}},
 		})
+}
+
+// ReasonOtherDisk is the reason of ErrOtherDisk, which a node that joins acts on.
+const ReasonOtherDisk = "OTHER_DISK"
+
+// ReasonOf returns the reason in the details of a status of this program, ""
+// when there is none.
+func ReasonOf(s *status.Status) string {
+	for _, d := range s.Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == errorDomain {
+			return info.GetReason()
+		}
+	}
+	return ""
 }
 
 // OutcomeOf returns what the failed call left behind as far as the status says,

@@ -58,6 +58,7 @@ func statusCases() map[string]struct {
 		"rpc.ErrSnapshotUnreachable": {ErrSnapshotUnreachable, codes.Unavailable, NotDone},
 		"rpc.ErrRefused":             {&RefusedError{Peer: 1, Reason: "r"}, codes.PermissionDenied, NotDone},
 		"rpc.ErrSuperseded":          {ErrSuperseded, codes.Aborted, NotDone},
+		"rpc.ErrOtherDisk":           {ErrOtherDisk, codes.FailedPrecondition, NotDone},
 		"rpc.ErrMalformed":           {ErrMalformed, codes.InvalidArgument, NotDone},
 		"rpc.ErrClosed":              {ErrClosed, codes.Unavailable, NotDone},
 

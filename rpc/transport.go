@@ -26,6 +26,11 @@ const maxGuests = 16
 type TransportOptions struct {
 	// Identity is this node; required.
 	Identity Identity
+	// Disks refuses nodes that come with another data directory; nil trusts all.
+	Disks Disks
+	// OnRefused is told when another node refuses this one for a reason to act
+	// on. It must not block.
+	OnRefused func(*RefusedError)
 	// Dial opens connections to peers. Default: TCP.
 	Dial Dialer
 	// Credentials secure them. Default: none.
@@ -205,6 +210,15 @@ func (t *PeerTransport) SetMembers(members []raftnode.Member) {
 	}
 	keep := make(map[uint64]bool, len(members))
 	for _, m := range members {
+		if m.Removed {
+			t.removed[m.ID] = true
+			if p := t.peers[m.ID]; p != nil {
+				p.cancel()
+				delete(t.peers, m.ID)
+				delete(t.clients, m.ID)
+			}
+			continue
+		}
 		delete(t.removed, m.ID)
 		if m.ID == t.o.Identity.NodeID || m.Addr == "" {
 			continue
@@ -262,6 +276,9 @@ func (t *PeerTransport) startLocked(id uint64, addr string) *peer {
 // answer says that the stream is one of raft messages, whose answers need a
 // stream of this node's own.
 func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err error) {
+	if err := t.checkDisk(h.GetNodeId(), h.GetDiskId()); err != nil {
+		return nil, err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	id := h.GetNodeId()
@@ -269,7 +286,7 @@ func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err 
 	case t.closed:
 		return nil, raftnode.ErrStopping
 	case t.removed[id]:
-		return nil, &RefusedError{Peer: id, Reason: fmt.Sprintf("node %d was removed from the cluster: "+
+		return nil, &RefusedError{Peer: id, Kind: Removed, Reason: fmt.Sprintf("node %d was removed from the cluster: "+
 			"erase its data directory and add it again with a new id", id)}
 	}
 	p := t.peers[id]

@@ -56,12 +56,17 @@ func (a addresses) compare(members []raftnode.Member, log *slog.Logger) {
 type addressedTransport struct {
 	*rpc.PeerTransport
 	known addresses
+	disks *disks
+	log   *slog.Logger
 }
 
 var _ raftnode.Transport = (*addressedTransport)(nil)
 
 // SetMembers implements raftnode.Transport.
 func (t *addressedTransport) SetMembers(members []raftnode.Member) {
+	if err := t.disks.learn(members); err != nil {
+		t.log.Error("what the group agreed on was not written down; the next start makes up for it", "err", err)
+	}
 	t.PeerTransport.SetMembers(t.known.fill(members))
 }
 

@@ -11,27 +11,32 @@ import (
 
 // openIdentity reads the identity of dir and checks it against what the node
 // was started as; an empty dir becomes that node's. Its errors match
-// ErrForeign, ErrNewer or ErrIncomplete.
-func openIdentity(dir string, points *crashpoint.Points, want datadir.Identity) (datadir.Identity, error) {
+// ErrForeign, ErrNewer or ErrIncomplete. fresh reports whether it was empty, or
+// was left by a first start that did not come to its end.
+func openIdentity(dir string, points *crashpoint.Points, want datadir.Identity) (id datadir.Identity, fresh bool, err error) {
 	have, err := datadir.ReadIdentity(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		points.Pass("identity:before")
 		err := createIdentity(dir, want)
 		points.Pass("identity:after")
-		return want, err
+		return want, true, err
 	}
 	if err != nil {
-		return datadir.Identity{}, err
+		return datadir.Identity{}, false, err
 	}
 	if have.ClusterName != want.ClusterName {
-		return datadir.Identity{}, fmt.Errorf("%w: %s holds data of cluster %q, this node was started for %q; "+
+		return datadir.Identity{}, false, fmt.Errorf("%w: %s holds data of cluster %q, this node was started for %q; "+
 			"correct --cluster-name or --data-dir", ErrForeign, dir, have.ClusterName, want.ClusterName)
 	}
 	if have.NodeID != want.NodeID {
-		return datadir.Identity{}, fmt.Errorf("%w: %s holds data of node %d, this node was started as %d; "+
+		return datadir.Identity{}, false, fmt.Errorf("%w: %s holds data of node %d, this node was started as %d; "+
 			"correct --node-id or --data-dir", ErrForeign, dir, have.NodeID, want.NodeID)
 	}
-	return have, nil
+	if have.DiskID == 0 { // of an earlier release
+		have.DiskID = want.DiskID
+		return have, !have.Initialized, datadir.WriteIdentity(dir, have)
+	}
+	return have, !have.Initialized, nil
 }
 
 // createIdentity writes the identity of a new data directory. A directory with

@@ -47,7 +47,7 @@ func (m *imageMaker) image(ctx context.Context, minIndex uint64) (*snap.Reader, 
 			return snap.Meta{}, err
 		}
 		meta := snap.Meta{Index: pos.Index, Term: pos.Term, ConfState: pos.ConfState}
-		for _, member := range pos.Members {
+		for _, member := range raftnode.Live(pos.Members) {
 			meta.Members = append(meta.Members, snap.Member{ID: member.ID, Addr: member.Addr})
 		}
 		return meta, nil

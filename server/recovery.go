@@ -36,8 +36,8 @@ func (s *Server) startRecovery() error {
 	s.recovery, err = recovery.New(recovery.Config{
 		NodeID: s.c.NodeID, ClusterID: s.disk.id.ClusterID, ClusterName: s.disk.id.ClusterName, Version: ReadBuild().Version,
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Shelf: s.disk.shelf, FS: s.disk.points.FS(vfs.Default),
-		Endpoint: actual(s.c.AdvertiseAddr, s.clientLis),
-		Schedule: s.schedule(),
+		Endpoint:       actual(s.c.AdvertiseAddr, s.clientLis),
+		Schedule:       s.schedule(),
 		MaxUploadBytes: s.c.Backup.MaxBytes, Now: s.o.Now, Logger: s.log.With("part", "recovery"),
 	})
 	return err

@@ -85,22 +85,24 @@ func (s *Server) Start(ctx context.Context) error {
 
 func (s *Server) start(ctx context.Context) error {
 	var err error
+	if err := s.join(ctx); err != nil {
+		return err
+	}
 	if s.disk, err = openStorage(&s.c, s.log, s.o.Now); err != nil {
 		return err
 	}
 	// Listening comes early, so that an address in use is noticed before
 	// anything else happens; accepting comes when there is something to say.
-	if s.peerLis, err = net.Listen("tcp", s.c.RaftAddr); err != nil {
-		return fmt.Errorf("listen for peers (--raft-addr): %w", err)
+	if err := s.listen(); err != nil {
+		return err
 	}
-	if s.clientLis, err = net.Listen("tcp", s.c.ListenAddr); err != nil {
-		return fmt.Errorf("listen for clients (--listen-addr): %w", err)
+	self := s.identity(s.disk.id.ClusterID, s.disk.id.DiskID)
+	if err := s.askBefore(ctx, self); err != nil {
+		return err
 	}
-	self := rpc.Identity{
-		ClusterID: s.disk.id.ClusterID, NodeID: s.c.NodeID, PeerAddr: actual(s.c.AdvertiseRaftAddr, s.peerLis),
-		ClientAddr: actual(s.c.AdvertiseAddr, s.clientLis), Version: ReadBuild().Version,
-	}
-	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{Identity: self, Logger: s.log.With("part", "peers")})
+	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
+		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"),
+	})
 	if err != nil {
 		return err
 	}
@@ -121,7 +123,7 @@ func (s *Server) start(ctx context.Context) error {
 // startNode puts raft together. A node whose state is older than its log gets
 // the state from a peer first: nobody else can rebuild it.
 func (s *Server) startNode(ctx context.Context, self rpc.Identity) error {
-	transport := &addressedTransport{s.transport, s.known}
+	transport := &addressedTransport{s.transport, s.known, s.disk.disks, s.log}
 	for attempt := 0; ; attempt++ {
 		var err error
 		s.node, err = raftnode.New(s.raftConfig(), s.disk.machine, s.disk.points.Log(s.disk.log), s.disk.recovered, s.disk.images, transport)
@@ -136,7 +138,7 @@ func (s *Server) startNode(ctx context.Context, self rpc.Identity) error {
 			return err
 		}
 	}
-	s.known.compare(s.disk.machine.Applied().Members, s.log)
+	s.known.compare(raftnode.Live(s.disk.machine.Applied().Members), s.log)
 	s.transport.Attach(s.node)
 	return nil
 }

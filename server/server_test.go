@@ -239,7 +239,7 @@ func TestDataDirectoryRefusals(t *testing.T) {
 		refuse(t, c, ErrNewer, "format 2", "newer binary")
 	})
 	t.Run("another cluster's log", func(t *testing.T) {
-		id, err := openIdentity(c.DataDir, &crashpoint.Points{}, datadir.Identity{ClusterName: c.ClusterName, NodeID: 1})
+		id, _, err := openIdentity(c.DataDir, &crashpoint.Points{}, datadir.Identity{ClusterName: c.ClusterName, NodeID: 1})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -41,6 +41,9 @@ type storage struct {
 	machine   raftnode.StateMachine
 	images    *snap.Store
 	shelf     *shelf.Shelf
+	disks     *disks
+	// fresh: the directory was empty, and this node founds a cluster with it.
+	fresh bool
 }
 
 // openStorage opens the data directory of a node, creating it when it is
@@ -75,7 +78,12 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if finished {
 		log.Warn("finished what an interrupted recovery or restore had decided", "data_dir", s.dir)
 	}
-	s.id, err = openIdentity(s.dir, s.points, datadir.Identity{
+	disk, err := datadir.NewDiskID()
+	if err != nil {
+		return err
+	}
+	s.id, s.fresh, err = openIdentity(s.dir, s.points, datadir.Identity{
+		DiskID:        disk,
 		FormatVersion: datadir.FormatVersion,
 		ClusterID:     datadir.ClusterID(c.ClusterName, c.Members()),
 		ClusterName:   c.ClusterName,
@@ -84,6 +92,9 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 		CreatedAt:     now().UTC().Truncate(time.Second),
 	})
 	if err != nil {
+		return err
+	}
+	if s.disks, err = openDisks(s.dir); err != nil {
 		return err
 	}
 	walDir := filepath.Join(s.dir, datadir.WALName)

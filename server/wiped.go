@@ -1,0 +1,78 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/rpc"
+)
+
+// The reasons a running node ends for what the others say of it.
+var (
+	// errRejoin: this node is a member whose data directory was lost; started
+	// again, it joins.
+	errRejoin = errors.New("server: the data directory of this member was lost; it has to join again")
+	// ErrRemoved: this node is no member any more. Its data directory is of no
+	// use.
+	ErrRemoved = errors.New("server: this node was removed from the cluster")
+)
+
+// askTimeout bounds how long a node that founds a cluster listens to the others
+// before it goes on: the others may not run yet.
+const askTimeout = time.Second
+
+// askBefore asks the others, before a node with a fresh directory becomes a
+// voter, whether they know it with another one. Those that are down do not
+// count: on a first start nobody is up before the first. What makes this safe is
+// not the question but that whoever knew the old directory never accepts a
+// message of the new one; asking first only saves a start.
+func (s *Server) askBefore(ctx context.Context, self rpc.Identity) error {
+	if !s.disk.fresh || len(s.c.Peers) < 2 {
+		return nil
+	}
+	var peers []raftnode.Member
+	for _, p := range s.c.Peers {
+		peers = append(peers, raftnode.Member{ID: p.ID, Addr: p.Addr})
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if r := rpc.AskRefusal(ctx, self, peers); r != nil && r.Kind == rpc.Wiped {
+		return s.rejoinAs(r)
+	}
+	return nil
+}
+
+// refused is told when another node does not talk to this one. It does not
+// block.
+func (s *Server) refused(r *rpc.RefusedError) {
+	switch r.Kind {
+	case rpc.Removed:
+		s.fail(fmt.Errorf("%w (%w); erase %s, and let a new node join with --join and another id", ErrRemoved, r, s.c.DataDir))
+	case rpc.Wiped:
+		if s.node == nil || s.node.Status().Commit > bootstrapIndex {
+			// It holds entries that were committed: it is not empty, and whatever
+			// the other one remembers, throwing this away could only lose.
+			s.log.Error("another node knows this one with another data directory, and this directory is not empty; "+
+				"if it was copied or restored, remove the node from the cluster and let it join again", "event", "disk_unknown", "err", r)
+			return
+		}
+		s.fail(s.rejoinAs(r))
+	}
+}
+
+// rejoinAs notes that this node has to join again, for its next start.
+func (s *Server) rejoinAs(r *rpc.RefusedError) error {
+	s.log.Warn("the data directory of this member was lost; it does not vote, and joins again as a learner", "event", "wiped", "told_by", r.Peer)
+	members := []string{r.ClientAddr}
+	if r.ClientAddr == "" {
+		members = nil
+	}
+	err := datadir.WriteJoining(s.c.DataDir, datadir.Joining{
+		DiskID: s.disk.id.DiskID, NodeID: s.c.NodeID, Rejoin: true, Members: members,
+	})
+	return errors.Join(errRejoin, err)
+}
