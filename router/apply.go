@@ -166,6 +166,9 @@ func (s *FSM) commit(t *tx) error {
 	if t.wipeStage {
 		s.stage.abandoned(s)
 	}
+	if t.swap == nil { // otherwise the state of this index is still to come
+		s.serveAwaited()
+	}
 	return nil
 }
 

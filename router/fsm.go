@@ -55,6 +55,11 @@ type FSM struct {
 	sums  sumHistory
 	stage staging
 	undo  atomic.Pointer[UndoPoint]
+
+	// awaited are views of indexes to come; guarded by applyMu. hashing is held
+	// while the whole state is hashed.
+	awaited []*awaitedView
+	hashing sync.Mutex
 }
 
 // Open opens the state in dir, or begins one at o.Bootstrap, durably, when
@@ -205,6 +210,7 @@ func (s *FSM) adopt(d *database) error {
 	s.cur, s.pos = d, pos
 	s.sums.now(pos.Index, clock, encoded)
 	s.mu.Unlock()
+	s.serveAwaited()
 	return nil
 }
 
