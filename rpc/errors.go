@@ -49,6 +49,10 @@ var (
 	// ErrSnapshotUnreachable: the snapshot may lie on a node that does not
 	// answer. Nothing was done.
 	ErrSnapshotUnreachable = errors.New("rpc: the snapshot cannot be reached")
+	// ErrQuarantined: the state of this node differs from that of the other
+	// members, or nobody knows whose is right. Nothing was read or changed;
+	// another node may answer.
+	ErrQuarantined = errors.New("rpc: this node does not answer from its state; nothing was done")
 	// ErrClosed: the component was closed. Nothing was done.
 	ErrClosed = errors.New("rpc: closed")
 )

@@ -22,6 +22,9 @@ func failureOf(id uint64, err error) forwardedResult {
 		r.failure = peerpb.Failure_FAILURE_AMBIGUOUS
 	case errors.As(err, &notLeader):
 		r.failure, r.leader = peerpb.Failure_FAILURE_NOT_LEADER, notLeader.Leader
+	case errors.Is(err, ErrQuarantined):
+		// As below; the reason is for the case that no other leader comes.
+		r.failure, r.message = peerpb.Failure_FAILURE_NO_LEADER, failureText(err)
 	case errors.Is(err, raftnode.ErrNoLeader), errors.Is(err, raftnode.ErrOverwritten):
 		// Both mean: certainly not done, and another leader may do it.
 		r.failure = peerpb.Failure_FAILURE_NO_LEADER
@@ -56,6 +59,9 @@ func errorOf(r *forwardedResult, leader uint64) error {
 		}
 		return &raftnode.NotLeaderError{Leader: r.leader}
 	case peerpb.Failure_FAILURE_NO_LEADER:
+		if r.message != "" {
+			return fmt.Errorf("%w: node %d says: %s", raftnode.ErrNoLeader, leader, r.message)
+		}
 		return raftnode.ErrNoLeader
 	case peerpb.Failure_FAILURE_BUSY:
 		return raftnode.ErrBusy

@@ -40,6 +40,18 @@ type FetchOptions struct {
 	BackoffMax time.Duration
 }
 
+func (o *FetchOptions) ensureDefaults() {
+	if o.Progress == nil {
+		o.Progress = func(int64, int64) {}
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	setDefault(&o.DialTimeout, time.Second)
+	setDefault(&o.BackoffMin, 50*time.Millisecond)
+	setDefault(&o.BackoffMax, 2*time.Second)
+}
+
 // fetched is how far an image has come, over all attempts.
 type fetched struct {
 	image  string
@@ -52,15 +64,7 @@ type fetched struct {
 // in turn, goes on where an interrupted attempt stopped, and tries until ctx is
 // done. Nothing but o.Store changes.
 func FetchState(ctx context.Context, o FetchOptions) (string, error) {
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.Progress == nil {
-		o.Progress = func(int64, int64) {}
-	}
-	setDefault(&o.DialTimeout, time.Second)
-	setDefault(&o.BackoffMin, 50*time.Millisecond)
-	setDefault(&o.BackoffMax, 2*time.Second)
+	o.ensureDefaults()
 	if err := o.Identity.Validate(); err != nil {
 		return "", err
 	}

@@ -31,6 +31,9 @@ type ForwarderConfig struct {
 	Transport *PeerTransport
 	// Guard refuses commands while the disk is nearly full; nil = never.
 	Guard *DiskGuard
+	// Gate refuses commands while the state of this node is in doubt; nil =
+	// never.
+	Gate *StateGate
 	// Logger receives connects to leaders. Default: discarded.
 	Logger *slog.Logger
 	// MaxWait bounds how long a command waits for a leader. Default
@@ -190,6 +193,10 @@ func (f *Forwarder) start(op *operation) {
 // dispatch sends op where the leader is. It must be called without locks: done
 // may be called before it returns.
 func (f *Forwarder) dispatch(op *operation) {
+	if err := f.c.Gate.Err(); err != nil {
+		f.finish(op, nil, 0, op.truthful(err))
+		return
+	}
 	lead := f.c.Node.Leadership()
 	switch {
 	case lead.Leading:
@@ -226,7 +233,7 @@ func (f *Forwarder) proposeHere(op *operation) {
 		return
 	}
 	f.c.Node.ProposeFunc(b, func(r raftnode.Result, err error) {
-		if err != nil {
+		if err = f.c.Gate.result(err); err != nil {
 			f.answered(op, nil, 0, err)
 			return
 		}

@@ -140,13 +140,17 @@ func (s *PeerServer) propose(out *outbox, c forwardedCommand) {
 		out.add(failureOf(c.id, fmt.Errorf("%w: %w", ErrInvalidCommand, err)), size)
 		return
 	}
+	if err := s.c.Gate.Err(); err != nil {
+		out.add(failureOf(c.id, err), size)
+		return
+	}
 	if err := s.c.Guard.AdmitBytes(c.command); err != nil {
 		out.add(failureOf(c.id, err), size)
 		return
 	}
 	id := c.id
 	s.c.Node.ProposeFunc(c.command, func(r raftnode.Result, err error) {
-		if err != nil {
+		if err = s.c.Gate.result(err); err != nil {
 			out.add(failureOf(id, err), size)
 			return
 		}

@@ -15,16 +15,17 @@ import (
 // A node serves once it has applied a read index, that is, everything that was
 // acknowledged before it started; before, it would answer from a state of the
 // past. It stops serving when there has been no leader for longer than an
-// election takes.
+// election takes, and while the state is not to be relied on.
 type healthReporter struct {
 	*health.Server
 	node  ServerNode
 	grace time.Duration
+	gate  *StateGate
 	names []string
 }
 
-func newHealthReporter(node ServerNode, grace time.Duration) *healthReporter {
-	return &healthReporter{Server: health.NewServer(), node: node, grace: grace}
+func newHealthReporter(node ServerNode, grace time.Duration, gate *StateGate) *healthReporter {
+	return &healthReporter{Server: health.NewServer(), node: node, grace: grace, gate: gate}
 }
 
 // announce sets the names that are answered for, not serving at first.
@@ -35,7 +36,7 @@ func (h *healthReporter) announce(names []string) {
 
 func (h *healthReporter) set(serving bool) {
 	st := healthgrpc.HealthCheckResponse_NOT_SERVING
-	if serving {
+	if serving && h.gate.Reason() == "" {
 		st = healthgrpc.HealthCheckResponse_SERVING
 	}
 	for _, name := range h.names {
@@ -54,7 +55,10 @@ func (h *healthReporter) follow(ctx context.Context) {
 	h.set(true)
 	for {
 		// Taken before looking, so that a change in between wakes us again.
-		changed := h.node.Changed()
+		changed, gate := h.node.Changed(), h.gate.Changed()
+		if h.gate.Reason() != "" {
+			h.set(false)
+		}
 		var expired <-chan time.Time
 		var timer *time.Timer
 		if h.node.Leadership().Leader == 0 {
@@ -76,6 +80,8 @@ func (h *healthReporter) follow(ctx context.Context) {
 						continue
 					}
 				}
+				waiting = false
+			case <-gate:
 				waiting = false
 			case <-expired:
 				h.set(false)

@@ -253,6 +253,10 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 		return err
 	}
 	defer done()
+	// Whoever asks has no state, or a wrong one: it must not get another.
+	if err := s.c.Gate.Final(); err != nil {
+		return Status(err).Err()
+	}
 	ctx := stream.Context()
 	image, offset, err := s.imageFor(ctx, req)
 	if err != nil {

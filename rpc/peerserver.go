@@ -9,6 +9,7 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/rpc/peerpb"
 	"conveyor.etl/router/snap"
 )
@@ -24,6 +25,16 @@ type PeerServerConfig struct {
 	Image func(ctx context.Context, minIndex uint64) (*snap.Reader, error)
 	// Guard refuses commands while the disk is nearly full; nil = never.
 	Guard *DiskGuard
+	// Gate refuses commands and images while the state of this node is in
+	// doubt; nil = never.
+	Gate *StateGate
+	// State is what the hashes are of; nil refuses to tell any.
+	State HashedState
+	// Suspect looks into the word of node from that the state of this node is
+	// not that of the majority, which was expected at an index; without sums in
+	// expected, that nobody knows whose is right. It says whether this node
+	// agrees, and why or why not; nil refuses. It must return when ctx is done.
+	Suspect func(ctx context.Context, from uint64, expected router.Sums, reason string) (agreed bool, message string)
 	// Beat takes the heartbeats that other nodes received; nil drops them. It
 	// must not block.
 	Beat func(sidecarID, serviceID string)

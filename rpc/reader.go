@@ -55,6 +55,8 @@ type Reader struct {
 	base      func() uint64 // what is added to an index to get a revision
 	epoch     func() uint64 // of the local state
 	revision  func() uint64 // of the local state
+	// gate refuses reads while the state is in doubt.
+	gate *StateGate
 	// header is that of the newest revision answered: many replies in a row
 	// have the same.
 	header atomic.Pointer[replyHeader]
@@ -165,6 +167,16 @@ func oneValue(ctx context.Context, key string) (string, error) {
 // both cases not before the revision of conveyor-min-revision. It waits at
 // most maxWait; an error means that nothing may be read.
 func (r *Reader) Wait(ctx context.Context) error {
+	if err := r.gate.Err(); err != nil {
+		return err
+	}
+	if err := r.await(ctx); err != nil {
+		return err
+	}
+	return r.gate.Err() // it may have been shut meanwhile
+}
+
+func (r *Reader) await(ctx context.Context) error {
 	o, err := parseReadOptions(ctx)
 	if err != nil {
 		return err

@@ -79,6 +79,11 @@ type ServerConfig struct {
 	// StoredMembers returns the members as they are replicated, where Node.Status
 	// may show addresses that only this node was given; optional.
 	StoredMembers func() []raftnode.Member
+	// Gate refuses reads while the state of this node is in doubt; optional.
+	Gate *StateGate
+	// CheckState compares the members while this node leads, and fails with a
+	// *raftnode.NotLeaderError or ErrNoLeader while it does not; optional.
+	CheckState func(ctx context.Context, full bool) (*clusterpb.CheckStateResponse, error)
 
 	// Explain indexes a view and returns what says why nobody runs a stage and
 	// what would help; the room that places stages knows best. Optional: without
@@ -243,6 +248,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		relay:  newLeaderRelay(cfg),
 	}
+	s.reader.gate = cfg.Gate
 	s.run, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(NewCodec()),
@@ -258,7 +264,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 	)
-	s.health = newHealthReporter(cfg.Node, cfg.LeaderGrace)
+	s.health = newHealthReporter(cfg.Node, cfg.LeaderGrace, cfg.Gate)
 	if err := s.register(); err != nil {
 		s.stop()
 		return nil, err

@@ -64,6 +64,7 @@ func statusTable() []statusRow {
 		{raftnode.ErrNoLeader, codes.Unavailable, "NO_LEADER", NotDone, soon},
 		{raftnode.ErrStopping, codes.Unavailable, "STOPPING", NotDone, soon},
 		{ErrUnreachable, codes.Unavailable, "LEADER_UNREACHABLE", NotDone, soon},
+		{ErrQuarantined, codes.Unavailable, "QUARANTINED", NotDone, later},
 		{ErrClosed, codes.Unavailable, "STOPPING", NotDone, soon},
 		{raftnode.ErrOverwritten, codes.Unavailable, "OVERWRITTEN", NotDone, soon},
 		{raftnode.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, soon},
@@ -118,6 +119,8 @@ func statusTable() []statusRow {
 		{router.ErrNotStaged, codes.FailedPrecondition, "NOT_STAGED", NotDone, 0},
 		{router.ErrBadChunk, codes.DataLoss, "STAGE_CORRUPT", NotDone, 0},
 		{router.ErrStateExists, codes.FailedPrecondition, "STATE_EXISTS", NotDone, 0},
+		{router.ErrIndexPassed, codes.FailedPrecondition, "INDEX_PASSED", NotDone, 0},
+		{router.ErrHashBusy, codes.ResourceExhausted, "HASH_BUSY", NotDone, later},
 		{router.ErrNewerFormat, codes.FailedPrecondition, "STATE_NEWER_FORMAT", NotDone, 0},
 		// These stop the node; what it had proposed, others may apply.
 		{raftnode.ErrDiverged, codes.DataLoss, "DIVERGED", Unknown, 0},

@@ -61,6 +61,7 @@ func statusCases() map[string]struct {
 		"rpc.ErrOtherDisk":           {ErrOtherDisk, codes.FailedPrecondition, NotDone},
 		"rpc.ErrMalformed":           {ErrMalformed, codes.InvalidArgument, NotDone},
 		"rpc.ErrClosed":              {ErrClosed, codes.Unavailable, NotDone},
+		"rpc.ErrQuarantined":         {ErrQuarantined, codes.Unavailable, NotDone},
 
 		"router.ErrClosed":         {router.ErrClosed, codes.Unavailable, NotDone},
 		"router.ErrCompacted":      {&router.RevisionError{Kind: router.ErrCompacted, Requested: 1, Current: 5}, codes.OutOfRange, NotDone},
@@ -69,6 +70,8 @@ func statusCases() map[string]struct {
 		"router.ErrNotStaged":      {router.ErrNotStaged, codes.FailedPrecondition, NotDone},
 		"router.ErrBadChunk":       {router.ErrBadChunk, codes.DataLoss, NotDone},
 		"router.ErrStateExists":    {router.ErrStateExists, codes.FailedPrecondition, NotDone},
+		"router.ErrIndexPassed":    {router.ErrIndexPassed, codes.FailedPrecondition, NotDone},
+		"router.ErrHashBusy":       {router.ErrHashBusy, codes.ResourceExhausted, NotDone},
 		"router.ErrNewerFormat":    {router.ErrNewerFormat, codes.FailedPrecondition, NotDone},
 		"router.ErrUnknownCommand": {router.ErrUnknownCommand, codes.DataLoss, Unknown},
 		"router.ErrNoSpace":        {router.ErrNoSpace, codes.ResourceExhausted, Unknown},

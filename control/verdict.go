@@ -1,0 +1,173 @@
+package control
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+
+	"conveyor.etl/router/router"
+)
+
+// Electorate is whose states count: a majority of Voters and, while the group
+// changes its members in two steps, also one of Outgoing. Learners are judged
+// and do not count.
+type Electorate struct {
+	Voters, Outgoing, Learners []uint64
+}
+
+// all returns the ids of everybody, ascending, each once.
+func (e Electorate) all() []uint64 {
+	ids := slices.Concat(e.Voters, e.Outgoing, e.Learners)
+	slices.Sort(ids)
+	return slices.Compact(ids)
+}
+
+func (e Electorate) votes(id uint64) bool {
+	return slices.Contains(e.Voters, id) || slices.Contains(e.Outgoing, id)
+}
+
+// majority reports whether nodes hold a majority.
+func (e Electorate) majority(nodes []uint64) bool {
+	more := func(of []uint64) bool {
+		n := 0
+		for _, id := range of {
+			if slices.Contains(nodes, id) {
+				n++
+			}
+		}
+		return n > len(of)/2
+	}
+	return len(e.Voters) > 0 && more(e.Voters) && (len(e.Outgoing) == 0 || more(e.Outgoing))
+}
+
+// Verdict is what the sums of the members say about their states.
+type Verdict struct {
+	// Agree are the nodes whose sums are those of a majority at the newest index
+	// at which that can be said, ascending; Differ those whose are not, with the
+	// sums that were expected of them.
+	Agree  []uint64
+	Differ map[uint64]router.Sums
+	// Index is the newest index at which a majority agrees, 0 when there is none.
+	Index uint64
+	// Split: voters differ and there is no majority to say who is right, at
+	// SplitAt, which is newer than Index.
+	Split   bool
+	SplitAt uint64
+	// Sides are the nodes that differ at SplitAt, ascending.
+	Sides []uint64
+}
+
+// point is where sums can be compared: at one index of one epoch.
+type point struct{ index, epoch uint64 }
+
+// Judge compares what the members report of themselves. It is a pure function
+// of its arguments. Sums of different epochs, or of different numbers of tables
+// as two releases may keep, say nothing about each other and are never
+// compared. Reports of nodes that are no members are ignored.
+func Judge(e Electorate, reports map[uint64][]router.Sums) Verdict {
+	at := map[point]map[uint64][]uint64{}
+	for _, id := range e.all() {
+		for _, s := range reports[id] {
+			p := point{s.Index, s.Epoch}
+			if at[p] == nil {
+				at[p] = map[uint64][]uint64{}
+			}
+			at[p][id] = s.Sums
+		}
+	}
+	points := slices.SortedFunc(maps.Keys(at), func(a, b point) int {
+		return -cmp.Or(cmp.Compare(a.index, b.index), cmp.Compare(a.epoch, b.epoch))
+	})
+	v := Verdict{Differ: map[uint64]router.Sums{}}
+	judged := map[uint64]bool{}
+	for _, p := range points {
+		members := slices.Sorted(maps.Keys(at[p]))
+		reference, found := reference(e, members, at[p])
+		if !found {
+			if sides := sidesOf(e, members, at[p]); !v.Split && len(sides) > 0 {
+				v.Split, v.SplitAt, v.Sides = true, p.index, sides
+			}
+			continue
+		}
+		v.Index = max(v.Index, p.index)
+		for _, id := range members {
+			if judged[id] || len(at[p][id]) != len(reference) {
+				continue
+			}
+			judged[id] = true
+			if slices.Equal(at[p][id], reference) {
+				v.Agree = append(v.Agree, id)
+			} else {
+				v.Differ[id] = router.Sums{Index: p.index, Epoch: p.epoch, Sums: reference}
+			}
+		}
+	}
+	if v.Split && v.SplitAt <= v.Index {
+		v.Split, v.SplitAt, v.Sides = false, 0, nil // a majority has settled it
+	}
+	slices.Sort(v.Agree)
+	return v
+}
+
+// reference returns the sums that a majority has.
+func reference(e Electorate, members []uint64, sums map[uint64][]uint64) ([]uint64, bool) {
+	for _, id := range members {
+		var same []uint64
+		for _, other := range members {
+			if slices.Equal(sums[id], sums[other]) {
+				same = append(same, other)
+			}
+		}
+		if e.majority(same) {
+			return sums[id], true
+		}
+	}
+	return nil, false
+}
+
+// sidesOf returns the voters that differ from another one, none when all that
+// can be compared are equal.
+func sidesOf(e Electorate, members []uint64, sums map[uint64][]uint64) []uint64 {
+	return slices.DeleteFunc(slices.Clone(members), func(id uint64) bool {
+		return !e.votes(id) || !slices.ContainsFunc(members, func(other uint64) bool {
+			return e.votes(other) && len(sums[id]) == len(sums[other]) && !slices.Equal(sums[id], sums[other])
+		})
+	})
+}
+
+// Sources returns the nodes from which a node may take its state, ascending:
+// those of agreed (all when it is empty: the operator decided that this node is
+// the wrong one) that have answered, in reports, and contradict none of the
+// others that may be taken from. self never counts.
+func Sources(self uint64, agreed []uint64, reports map[uint64][]router.Sums) []uint64 {
+	var ids []uint64
+	for id := range reports {
+		if id != self && (len(agreed) == 0 || slices.Contains(agreed, id)) {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	for i, a := range ids {
+		for _, b := range ids[i+1:] {
+			if contradict(reports[a], reports[b]) {
+				return nil // one of them is wrong, and nobody here knows which
+			}
+		}
+	}
+	return ids
+}
+
+// contradict reports whether two nodes differ where they can be compared last.
+func contradict(a, b []router.Sums) bool {
+	var newest point
+	differ := false
+	for _, x := range a {
+		for _, y := range b {
+			p := point{x.Index, x.Epoch}
+			if p == (point{y.Index, y.Epoch}) && len(x.Sums) == len(y.Sums) && p.index >= newest.index {
+				newest, differ = p, !slices.Equal(x.Sums, y.Sums)
+			}
+		}
+	}
+	return differ
+}
