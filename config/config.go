@@ -44,6 +44,7 @@ type Config struct {
 	Store    Store
 	Liveness Liveness
 	Backup   Backup
+	Check    Check
 	// ShutdownTimeout bounds an orderly stop as a whole.
 	ShutdownTimeout time.Duration
 }
@@ -93,6 +94,12 @@ type Liveness struct {
 	// ExpireAfter is the silence after which it counts as gone and its work is
 	// moved elsewhere.
 	ExpireAfter time.Duration
+}
+
+// Check holds how the states of the members are compared.
+type Check struct {
+	// Interval is the time between two comparisons, zero for none.
+	Interval time.Duration
 }
 
 // Members returns the ids of c.Peers in order.

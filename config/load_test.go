@@ -65,7 +65,7 @@ func TestDefaults(t *testing.T) {
 	if got.Raft.ElectionTimeout != 150*time.Millisecond || got.Raft.HeartbeatInterval != 50*time.Millisecond {
 		t.Errorf("raft timing %s and %s, want the original's 150 ms and 50 ms", got.Raft.ElectionTimeout, got.Raft.HeartbeatInterval)
 	}
-	got.Raft, got.Store, got.Liveness, got.Backup, got.ShutdownTimeout = Raft{}, Store{}, Liveness{}, Backup{}, 0
+	got.Raft, got.Store, got.Liveness, got.Backup, got.Check, got.ShutdownTimeout = Raft{}, Store{}, Liveness{}, Backup{}, Check{}, 0
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}

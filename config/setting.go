@@ -151,6 +151,10 @@ func settings() []*setting {
 			bind: func(c *Config) value { return destination{&c.Backup.To} }},
 		{key: "backup.keep", flag: "backup-keep", def: "10", usage: "how many of these backups are kept there; 0 = all",
 			bind: func(c *Config) value { return unsigned{&c.Backup.Keep, 0, 10_000} }},
+		{key: "check.interval", flag: "check-interval", def: "5s", usage: "how often the leader compares the states of the members; 0 only when asked to",
+			bind: func(c *Config) value {
+				return span{&c.Check.Interval, time.Nanosecond, 0, time.Hour}
+			}},
 
 		{key: "grpc.max_message_size", def: "4194304", original: true, unused: notMessageSize, usage: "accepted for existing files",
 			bind: func(*Config) value { return ignoredInteger() }},

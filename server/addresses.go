@@ -1,11 +1,15 @@
 package server
 
 import (
+	"context"
 	"log/slog"
+
+	"go.etcd.io/raft/v3/raftpb"
 
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/snap"
 )
 
 // addresses knows where this node reaches the others. What its operator
@@ -52,12 +56,14 @@ func (a addresses) compare(members []raftnode.Member, log *slog.Logger) {
 	}
 }
 
-// addressedTransport tells the transport this node's view of the addresses.
+// addressedTransport tells the transport this node's view of the addresses, and
+// sends nobody the image of a wrong state.
 type addressedTransport struct {
 	*rpc.PeerTransport
 	known addresses
 	disks *disks
 	log   *slog.Logger
+	gate  *rpc.StateGate
 }
 
 var _ raftnode.Transport = (*addressedTransport)(nil)
@@ -68,6 +74,14 @@ func (t *addressedTransport) SetMembers(members []raftnode.Member) {
 		t.log.Error("what the group agreed on was not written down; the next start makes up for it", "err", err)
 	}
 	t.PeerTransport.SetMembers(t.known.fill(members))
+}
+
+// SendImage implements raftnode.Transport.
+func (t *addressedTransport) SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) error {
+	if err := t.gate.Final(); err != nil {
+		return err
+	}
+	return t.PeerTransport.SendImage(ctx, m, image)
 }
 
 // addressedNode shows this node's view of the addresses in its status.

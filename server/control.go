@@ -11,6 +11,7 @@ import (
 type controlLoops struct {
 	liveness *control.Liveness
 	placer   *control.Placer
+	checker  *control.Checker
 }
 
 func newControlLoops(s *Server) (*controlLoops, error) {
@@ -24,11 +25,12 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	placer := control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
 	})
-	return &controlLoops{liveness, placer}, nil
+	return &controlLoops{liveness, placer, newChecker(s)}, nil
 }
 
 // start runs the loops until ctx is done.
 func (c *controlLoops) start(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { c.liveness.Run(ctx) })
 	wg.Go(func() { c.placer.Run(ctx) })
+	wg.Go(func() { c.checker.Run(ctx) })
 }

@@ -52,6 +52,13 @@ type Server struct {
 	loops     sync.WaitGroup
 	serving   sync.WaitGroup
 
+	// gate is shut when the state is not to be relied on; rebuilds is closed
+	// when it has to be rebuilt.
+	gate        *rpc.StateGate
+	isolated    sync.Once
+	quarantined sync.Once
+	rebuilds    chan struct{}
+
 	failOnce sync.Once
 	failed   chan struct{}
 	failure  error
@@ -64,6 +71,8 @@ func New(c config.Config, o Options) *Server {
 	return &Server{
 		c: c, o: o, known: newAddresses(&c),
 		log:      o.Logger.With("node", c.NodeID),
+		gate:     rpc.NewStateGate(),
+		rebuilds: make(chan struct{}),
 		failed:   make(chan struct{}),
 		nodeDone: make(chan struct{}),
 	}
@@ -71,7 +80,8 @@ func New(c config.Config, o Options) *Server {
 
 // Start opens the data directory and starts the node. It returns once clients
 // can connect; whether a leader exists is for the health service to say. A node
-// whose state is gone first fetches it from a peer, for as long as ctx allows.
+// whose state is gone, or known to be wrong, first fetches it from a peer, for as
+// long as ctx allows.
 // After an error nothing is left running or locked.
 func (s *Server) Start(ctx context.Context) error {
 	if err := s.start(ctx); err != nil {
@@ -106,6 +116,9 @@ func (s *Server) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := s.rebuild(ctx, self); err != nil {
+		return err
+	}
 	if err := s.startNode(ctx, self); err != nil {
 		return err
 	}
@@ -123,7 +136,7 @@ func (s *Server) start(ctx context.Context) error {
 // startNode puts raft together. A node whose state is older than its log gets
 // the state from a peer first: nobody else can rebuild it.
 func (s *Server) startNode(ctx context.Context, self rpc.Identity) error {
-	transport := &addressedTransport{s.transport, s.known, s.disk.disks, s.log}
+	transport := &addressedTransport{s.transport, s.known, s.disk.disks, s.log, s.gate}
 	for attempt := 0; ; attempt++ {
 		var err error
 		s.node, err = raftnode.New(s.raftConfig(), s.disk.machine, s.disk.points.Log(s.disk.log), s.disk.recovered, s.disk.images, transport)
@@ -189,7 +202,7 @@ func (s *Server) startPeers() error {
 		return err
 	}
 	s.forwarder, err = rpc.NewForwarder(rpc.ForwarderConfig{
-		Node: s.node, Transport: s.transport, Guard: s.guard, Logger: s.log.With("part", "forward"),
+		Node: s.node, Transport: s.transport, Guard: s.guard, Gate: s.gate, Logger: s.log.With("part", "forward"),
 	})
 	if err != nil {
 		return err
@@ -205,6 +218,7 @@ func (s *Server) startPeers() error {
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
+		Gate: s.gate, State: s.disk.fsm, Suspect: s.suspect,
 		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
 	})
 	if err != nil {
@@ -243,7 +257,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain,
-		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
+		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery, Gate: s.gate, CheckState: s.checkState,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
 		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
 	})

@@ -12,6 +12,10 @@ func (s *Server) alarms() []string {
 	if err := s.Err(); err != nil {
 		out = append(out, fmt.Sprintf("node %d is stopping: %v", s.c.NodeID, err))
 	}
+	if reason := s.gate.Reason(); reason != "" {
+		out = append(out, fmt.Sprintf("node %d answers nobody: %s", s.c.NodeID, reason))
+	}
+	out = append(out, s.control.checker.Alarms()...)
 	return append(out, s.control.liveness.Alarms()...)
 }
 
@@ -21,6 +25,13 @@ func (s *Server) metrics() map[string]float64 {
 		"disk_free_bytes": float64(s.guard.FreeBytes()),
 		"images":          float64(len(s.disk.images.List())),
 		"beats_lost":      float64(s.beats.Lost()),
+	}
+	rounds, compared, differing := s.control.checker.Stats()
+	out["state_checks_total"], out["state_compared_index"] = float64(rounds), float64(compared)
+	out["state_differing_members"] = float64(differing)
+	out["state_quarantined"] = 0
+	if s.gate.Reason() != "" {
+		out["state_quarantined"] = 1
 	}
 	for _, p := range s.transport.Stats() {
 		prefix := fmt.Sprintf("peer_%d_", p.ID)

@@ -44,6 +44,8 @@ type storage struct {
 	disks     *disks
 	// fresh: the directory was empty, and this node founds a cluster with it.
 	fresh bool
+	// quarantine is non-nil while the state must not be used.
+	quarantine *quarantine
 }
 
 // openStorage opens the data directory of a node, creating it when it is
@@ -95,6 +97,9 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 		return err
 	}
 	if s.disks, err = openDisks(s.dir); err != nil {
+		return err
+	}
+	if s.quarantine, err = readQuarantine(s.dir); err != nil {
 		return err
 	}
 	walDir := filepath.Join(s.dir, datadir.WALName)

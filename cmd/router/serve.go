@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
 
@@ -53,20 +52,5 @@ func newLogger(w io.Writer, c *config.Config) *slog.Logger {
 // serve runs a node until ctx is done or the node fails.
 func serve(ctx context.Context, c *config.Config, log *slog.Logger) error {
 	server.KeepHeapFloor()
-	s := server.New(*c, server.Options{Logger: log})
-	if err := s.Start(ctx); err != nil {
-		return fmt.Errorf("the node did not start: %w", err)
-	}
-	select {
-	case <-ctx.Done():
-		log.Info("stopping", "event", "stopping")
-	case <-s.Failed():
-	}
-	stopCtx, cancel := context.WithTimeout(context.Background(), c.ShutdownTimeout)
-	defer cancel()
-	stopErr := s.Stop(stopCtx)
-	if err := s.Err(); err != nil {
-		return fmt.Errorf("the node failed: %w", err)
-	}
-	return stopErr
+	return server.Run(ctx, c, server.Options{Logger: log})
 }

@@ -1,0 +1,43 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"conveyor.etl/router/config"
+)
+
+// Run runs a node until ctx is done (nil) or the node fails. A node whose state
+// turns out to be wrong is stopped and started again within it, which rebuilds
+// the state.
+func Run(ctx context.Context, c *config.Config, o Options) error {
+	o.ensureDefaults()
+	for {
+		s := New(*c, o)
+		if err := s.Start(ctx); err != nil {
+			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+				o.Logger.Info("stopped before the node could serve", "event", "stopped", "err", err)
+				return nil
+			}
+			return fmt.Errorf("the node did not start: %w", err)
+		}
+		again := false
+		select {
+		case <-ctx.Done():
+			o.Logger.Info("stopping", "event", "stopping")
+		case <-s.Failed():
+		case <-s.Quarantined():
+			again = true
+		}
+		stopCtx, cancel := context.WithTimeout(context.Background(), c.ShutdownTimeout)
+		stopErr := s.Stop(stopCtx)
+		cancel()
+		if err := s.Err(); err != nil {
+			return fmt.Errorf("the node failed: %w", err)
+		}
+		if stopErr != nil || !again || ctx.Err() != nil {
+			return stopErr
+		}
+	}
+}
