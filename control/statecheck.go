@@ -27,7 +27,7 @@ type MemberState struct {
 	Node  uint64
 	Index uint64
 	// Sums are by table; Full, of a full check, is of everything.
-	Sums  []uint64
+	Sums  router.Sums
 	Full  []byte
 	Equal bool
 	// Err is why it could not be compared.
@@ -74,7 +74,7 @@ func (k *Checker) Check(ctx context.Context, full bool) (StateReport, error) {
 // report says who is equal: to a majority, where there is one.
 func report(e Electorate, members []MemberState) StateReport {
 	same := func(a, b MemberState) bool {
-		return a.Err == nil && b.Err == nil && a.Index == b.Index && slices.Equal(a.Sums, b.Sums) && slices.Equal(a.Full, b.Full)
+		return a.Err == nil && b.Err == nil && a.Index == b.Index && slices.Equal(a.Sums.Sums, b.Sums.Sums) && slices.Equal(a.Full, b.Full)
 	}
 	var reference *MemberState
 	for i := range members {
@@ -131,16 +131,25 @@ func (k *Checker) compareSums(ctx context.Context, e Electorate) ([]MemberState,
 			k.nudgeTo(ctx, nextBoundary(k.c.State.Applied().Index))
 			continue
 		}
+		here := map[uint64]router.Sums{}
+		for id, sums := range reports {
+			for _, s := range sums {
+				if s.Index == p.index && s.Epoch == p.epoch {
+					here[id] = s
+				}
+			}
+		}
+		align(here)
 		var members []MemberState
 		for _, id := range e.all() {
 			m := MemberState{Node: id, Err: errs[id]}
-			at := slices.IndexFunc(reports[id], func(s router.Sums) bool { return s.Index == p.index && s.Epoch == p.epoch })
+			s, known := here[id]
 			switch {
 			case m.Err != nil:
-			case at < 0:
+			case !known:
 				m.Err = fmt.Errorf("%w, %d", errNotComparable, p.index)
 			default:
-				m.Index, m.Sums = p.index, reports[id][at].Sums
+				m.Index, m.Sums = p.index, s
 			}
 			members = append(members, m)
 		}

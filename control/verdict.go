@@ -65,19 +65,22 @@ type point struct{ index, epoch uint64 }
 // as two releases may keep, say nothing about each other and are never
 // compared. Reports of nodes that are no members are ignored.
 func Judge(e Electorate, reports map[uint64][]router.Sums) Verdict {
-	at := map[point]map[uint64][]uint64{}
+	at := map[point]map[uint64]router.Sums{}
 	for _, id := range e.all() {
 		for _, s := range reports[id] {
 			p := point{s.Index, s.Epoch}
 			if at[p] == nil {
-				at[p] = map[uint64][]uint64{}
+				at[p] = map[uint64]router.Sums{}
 			}
-			at[p][id] = s.Sums
+			at[p][id] = s
 		}
 	}
 	points := slices.SortedFunc(maps.Keys(at), func(a, b point) int {
 		return -cmp.Or(cmp.Compare(a.index, b.index), cmp.Compare(a.epoch, b.epoch))
 	})
+	for _, sums := range at {
+		align(sums)
+	}
 	v := Verdict{Differ: map[uint64]router.Sums{}}
 	judged := map[uint64]bool{}
 	for _, p := range points {
@@ -91,14 +94,14 @@ func Judge(e Electorate, reports map[uint64][]router.Sums) Verdict {
 		}
 		v.Index = max(v.Index, p.index)
 		for _, id := range members {
-			if judged[id] || len(at[p][id]) != len(reference) {
+			if judged[id] || len(at[p][id].Sums) != len(reference.Sums) {
 				continue
 			}
 			judged[id] = true
-			if slices.Equal(at[p][id], reference) {
+			if slices.Equal(at[p][id].Sums, reference.Sums) {
 				v.Agree = append(v.Agree, id)
 			} else {
-				v.Differ[id] = router.Sums{Index: p.index, Epoch: p.epoch, Sums: reference}
+				v.Differ[id] = reference
 			}
 		}
 	}
@@ -109,12 +112,38 @@ func Judge(e Electorate, reports map[uint64][]router.Sums) Verdict {
 	return v
 }
 
+// align leaves out of the sums of one point what not all of them know. Left to
+// each pair, "equal as far as both know" would not be transitive, and a majority
+// a matter of the order in which it is looked for.
+func align(sums map[uint64]router.Sums) {
+	for _, s := range sums {
+		if !s.KnowsCheckpoints() {
+			for id, other := range sums {
+				sums[id] = other.WithoutCheckpoints()
+			}
+			return
+		}
+	}
+}
+
+// equalSums compares the sums of two nodes at one point; ok is false when they
+// cannot be compared.
+func equalSums(a, b router.Sums) (equal, ok bool) {
+	if a.Index != b.Index || a.Epoch != b.Epoch || len(a.Sums) != len(b.Sums) {
+		return false, false
+	}
+	if !a.KnowsCheckpoints() || !b.KnowsCheckpoints() {
+		a, b = a.WithoutCheckpoints(), b.WithoutCheckpoints()
+	}
+	return slices.Equal(a.Sums, b.Sums), true
+}
+
 // reference returns the sums that a majority has.
-func reference(e Electorate, members []uint64, sums map[uint64][]uint64) ([]uint64, bool) {
+func reference(e Electorate, members []uint64, sums map[uint64]router.Sums) (router.Sums, bool) {
 	for _, id := range members {
 		var same []uint64
 		for _, other := range members {
-			if slices.Equal(sums[id], sums[other]) {
+			if slices.Equal(sums[id].Sums, sums[other].Sums) {
 				same = append(same, other)
 			}
 		}
@@ -122,15 +151,15 @@ func reference(e Electorate, members []uint64, sums map[uint64][]uint64) ([]uint
 			return sums[id], true
 		}
 	}
-	return nil, false
+	return router.Sums{}, false
 }
 
 // sidesOf returns the voters that differ from another one, none when all that
 // can be compared are equal.
-func sidesOf(e Electorate, members []uint64, sums map[uint64][]uint64) []uint64 {
+func sidesOf(e Electorate, members []uint64, sums map[uint64]router.Sums) []uint64 {
 	return slices.DeleteFunc(slices.Clone(members), func(id uint64) bool {
 		return !e.votes(id) || !slices.ContainsFunc(members, func(other uint64) bool {
-			return e.votes(other) && len(sums[id]) == len(sums[other]) && !slices.Equal(sums[id], sums[other])
+			return e.votes(other) && len(sums[id].Sums) == len(sums[other].Sums) && !slices.Equal(sums[id].Sums, sums[other].Sums)
 		})
 	})
 }
@@ -159,13 +188,11 @@ func Sources(self uint64, agreed []uint64, reports map[uint64][]router.Sums) []u
 
 // contradict reports whether two nodes differ where they can be compared last.
 func contradict(a, b []router.Sums) bool {
-	var newest point
-	differ := false
+	newest, differ := uint64(0), false
 	for _, x := range a {
 		for _, y := range b {
-			p := point{x.Index, x.Epoch}
-			if p == (point{y.Index, y.Epoch}) && len(x.Sums) == len(y.Sums) && p.index >= newest.index {
-				newest, differ = p, !slices.Equal(x.Sums, y.Sums)
+			if equal, ok := equalSums(x, y); ok && x.Index >= newest {
+				newest, differ = x.Index, !equal
 			}
 		}
 	}

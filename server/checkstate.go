@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"conveyor.etl/router/control"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -49,10 +50,15 @@ func (s *Server) checkState(ctx context.Context, full bool) (*clusterpb.CheckSta
 		return nil, err
 	}
 	resp := &clusterpb.CheckStateResponse{Equal: r.Equal, Index: r.Index, Message: r.Message}
+	tables := router.SumTables()
 	for _, m := range r.Members {
 		state := &clusterpb.MemberState{NodeId: m.Node, Index: m.Index, Equal: m.Equal, Hashes: map[string]string{}}
-		for i, sum := range m.Sums {
-			state.Hashes[fmt.Sprintf("table-%02d", i)] = fmt.Sprintf("%016x", sum)
+		for i, sum := range m.Sums.Sums {
+			name := fmt.Sprintf("table-%d", i) // of a newer release
+			if i < len(tables) {
+				name = tables[i]
+			}
+			state.Hashes[name] = fmt.Sprintf("%016x", sum)
 		}
 		if m.Full != nil {
 			state.Hashes["all"] = hex.EncodeToString(m.Full)
