@@ -156,12 +156,12 @@ func (k *Checker) releaseLocked() {
 
 // round is one comparison and what follows from it.
 func (k *Checker) round(ctx context.Context) {
-	v := k.judge(ctx)
+	v, own := k.judge(ctx)
 	if v.Split {
 		if !sleep(ctx, k.c.Confirm) {
 			return
 		}
-		v = k.judge(ctx)
+		v, own = k.judge(ctx)
 	}
 	if ctx.Err() != nil {
 		return
@@ -174,7 +174,7 @@ func (k *Checker) round(ctx context.Context) {
 	}
 	k.mu.Unlock()
 	if expected, differs := v.Differ[k.c.Self]; differs {
-		f := k.finding(expected, v)
+		f := k.finding(expected, own, v)
 		k.c.Logger.Error("the state of this leader is not that of the majority", "event", "leader_diverged",
 			"index", expected.Index, "agreed", v.Agree, "own", hexes(f.Own.Sums), "expected", hexes(expected.Sums))
 		k.setAlarm(k.c.Self, f.Reason)
@@ -194,11 +194,12 @@ func (k *Checker) round(ctx context.Context) {
 	k.hold(ctx, v)
 }
 
-// judge collects what the members say and judges it.
-func (k *Checker) judge(ctx context.Context) Verdict {
+// judge collects what the members say and judges it. It also returns what this
+// node said.
+func (k *Checker) judge(ctx context.Context) (Verdict, []router.Sums) {
 	e := k.c.Electorate()
 	reports, _ := k.collect(ctx, e)
-	return Judge(e, reports)
+	return Judge(e, reports), reports[k.c.Self]
 }
 
 // collect asks all members at once, this node included, and returns what those
@@ -231,9 +232,9 @@ func (k *Checker) collect(ctx context.Context, e Electorate) (map[uint64][]route
 	return reports, errs
 }
 
-func (k *Checker) finding(expected router.Sums, v Verdict) Finding {
+func (k *Checker) finding(expected router.Sums, own []router.Sums, v Verdict) Finding {
 	f := Finding{Expected: expected, Agreed: v.Agree}
-	for _, s := range k.c.State.RecentSums() {
+	for _, s := range own {
 		if s.Index == expected.Index && s.Epoch == expected.Epoch {
 			f.Own = s
 		}
@@ -298,23 +299,19 @@ func (k *Checker) hold(ctx context.Context, v Verdict) {
 // majority's, which another node says. Without such a majority it says no, and
 // why.
 func (k *Checker) Verify(ctx context.Context, expected router.Sums) (Finding, bool, string) {
-	own := k.c.State.RecentSums()
-	at := slices.IndexFunc(own, func(s router.Sums) bool { return s.Index == expected.Index && s.Epoch == expected.Epoch })
-	switch {
-	case at < 0:
-		return Finding{}, false, fmt.Sprintf("node %d does not know its sums of index %d any more", k.c.Self, expected.Index)
-	case len(own[at].Sums) != len(expected.Sums):
-		return Finding{}, false, fmt.Sprintf("node %d sums %d tables, %d were expected: another release", k.c.Self, len(own[at].Sums), len(expected.Sums))
+	// The index of the other's finding may be forgotten here by now, and would
+	// prove nothing alone: the other may be the one that is wrong.
+	for _, s := range k.c.State.RecentSums() {
+		if equal, ok := equalSums(s, expected); ok && equal {
+			return Finding{}, false, fmt.Sprintf("the state of node %d at index %d is as expected", k.c.Self, expected.Index)
+		}
 	}
-	if equal, _ := equalSums(own[at], expected); equal {
-		return Finding{}, false, fmt.Sprintf("the state of node %d at index %d is as expected", k.c.Self, expected.Index)
-	}
-	v := k.judge(ctx)
+	v, own := k.judge(ctx)
 	now, differs := v.Differ[k.c.Self]
 	if !differs {
 		return Finding{}, false, fmt.Sprintf("node %d finds no majority of a state other than its own (agreed: %s)", k.c.Self, list(v.Agree))
 	}
-	return k.finding(now, v), true, ""
+	return k.finding(now, own, v), true, ""
 }
 
 // Wake makes the next comparison begin now.

@@ -106,7 +106,7 @@ func report(e Electorate, members []MemberState) StateReport {
 	r.Equal = len(differ) == 0 && len(silent) == 0
 	switch {
 	case r.Equal:
-		r.Message = fmt.Sprintf("all %d members have the same state at index %d", len(members), r.Index)
+		r.Message = fmt.Sprintf("all members have the same state at index %d", r.Index)
 	case reference == nil && len(differ) > 0:
 		r.Message = fmt.Sprintf("no majority of the voters has the same state at index %d: nobody knows whose is right", r.Index)
 	case len(differ) > 0:

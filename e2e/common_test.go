@@ -18,7 +18,7 @@ func writeOffset(t *testing.T, n *Node, source string, offset uint64) (*checkpoi
 	return res, outcome(err)
 }
 
-func statusOf(t *testing.T, n *Node) *adminpb.GetClusterStatusResponse {
+func statusOf(t testing.TB, n *Node) *adminpb.GetClusterStatusResponse {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()

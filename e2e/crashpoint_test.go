@@ -45,6 +45,8 @@ var (
 		"wal/install:before", "wal/install:record", "wal/install:synced",
 		"image:delete:before", "image:delete:after", "image:remove:before", "image:remove:after",
 	}
+	// When its state was found to be wrong; see TestDivergedNodeDiesRebuilding.
+	rebuildPoints = []string{"rebuild:install", "rebuild:installed", "rebuild:done"}
 	// When this node leads and a follower is that far behind.
 	leadingPoints = []string{
 		"image:manifest:before", "image:manifest:after", "image:publish:before", "image:publish:after",
@@ -107,7 +109,7 @@ func (c *crashTest) compareWithBinary() {
 		c.t.Fatalf("the binary was built without the tag crashpoints: %s", out)
 	}
 	known := strings.Fields(list)
-	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints, recoverPoints)
+	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints, recoverPoints, rebuildPoints)
 	slices.Sort(known)
 	slices.Sort(tested)
 	if !slices.Equal(known, tested) {

@@ -14,7 +14,7 @@ import (
 
 func newClusterCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{Use: "cluster", Short: "Show and steer the cluster"}
-	cmd.AddCommand(newClusterStatusCommand(a), newMemberListCommand(a, "members"), newTransferLeaderCommand(a), newRecoverCommand(a))
+	cmd.AddCommand(newClusterStatusCommand(a), newClusterCheckCommand(a), newMemberListCommand(a, "members"), newTransferLeaderCommand(a), newRecoverCommand(a))
 	return cmd
 }
 

@@ -9,4 +9,7 @@
 // passing of the point (default the first) with SIGKILL: no deferred call runs,
 // no buffer is written, just as when somebody else kills it. Returning an error
 // at the point would be simpler and would test the error paths instead.
+//
+// CONVEYOR_DIVERGE_AT=<index> makes this replica apply one entry, the first at or
+// after the index, other than all the others do.
 package crashpoint

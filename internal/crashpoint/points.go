@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/wal"
 )
 
@@ -52,6 +53,8 @@ func Names() []string {
 	} {
 		names = append(names, "recover/"+step)
 	}
+	// Of a wrong state, see server/rebuild.go.
+	names = append(names, "rebuild:install", "rebuild:installed", "rebuild:done")
 	return append(names, "raft:before") // all is open, raft has not run yet
 }
 
@@ -59,7 +62,12 @@ func Names() []string {
 type Points struct {
 	at   string
 	left atomic.Int64
+	// diverge is the index from which on this node applies one entry wrongly.
+	diverge uint64
 }
+
+// diverged: this process has. A node whose state was rebuilt has new Points.
+var diverged atomic.Bool
 
 // New returns the Points of a process with the given environment. It refuses a
 // point that does not exist: the test would wait for a death that never comes.
@@ -68,6 +76,13 @@ func New(environ []string) (*Points, error) {
 	for _, pair := range environ {
 		if at, ok := strings.CutPrefix(pair, "CONVEYOR_CRASH_AT="); ok {
 			p.at = at
+		}
+		if at, ok := strings.CutPrefix(pair, "CONVEYOR_DIVERGE_AT="); ok {
+			index, err := strconv.ParseUint(at, 10, 64)
+			if err != nil {
+				return nil, fmt.Errorf("crashpoint: CONVEYOR_DIVERGE_AT: %w", err)
+			}
+			p.diverge = index
 		}
 	}
 	if p.at == "" {
@@ -212,10 +227,42 @@ type crashMachine struct {
 
 func (m *crashMachine) Apply(b []raftnode.Batch) (results [][]any, err error) {
 	err = m.p.around("apply", func() error {
+		wrong, err := m.p.divert(b)
+		if err != nil {
+			return err
+		}
 		results, err = m.StateMachine.Apply(b)
+		if wrong >= 0 && err == nil && b[wrong].Local {
+			// Nobody asked for the result of the command that was slipped in.
+			results[wrong] = results[wrong][:len(results[wrong])-1]
+		}
 		return err
 	})
 	return results, err
+}
+
+// divert slips a command that no other replica has into the first entry at or
+// after the chosen index, once in the life of the process, and returns the place
+// of the entry, -1 for none.
+func (p *Points) divert(b []raftnode.Batch) (int, error) {
+	if p.diverge == 0 || diverged.Load() || len(b) == 0 || b[len(b)-1].Index < p.diverge {
+		return -1, nil
+	}
+	raw, err := (&commandpb.Command{Op: &commandpb.Command_CommitSourceOffset{
+		CommitSourceOffset: &commandpb.CommitSourceOffset{SourceId: "diverged", Offset: p.diverge},
+	}}).MarshalVT()
+	if err != nil {
+		return -1, fmt.Errorf("crashpoint: encode a command: %w", err)
+	}
+	for i := range b {
+		if b[i].Index >= p.diverge {
+			fmt.Fprintf(os.Stderr, "diverged at index %d\n", b[i].Index)
+			b[i].Commands = append(slices.Clone(b[i].Commands), raw)
+			diverged.Store(true)
+			return i, nil
+		}
+	}
+	return -1, nil
 }
 
 func (m *crashMachine) Flush() (durable uint64, err error) {
