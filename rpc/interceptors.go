@@ -22,6 +22,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 			resp, err = nil, s.panicked(info.FullMethod, p)
 		}
 	}()
+	if err := s.gated(info.FullMethod); err != nil {
+		return nil, s.statusOf(info.FullMethod, err)
+	}
 	if longCall(info.FullMethod) {
 		c := newCallContext(ctx, s.cfg.LongCallTimeout)
 		defer c.end()
@@ -60,6 +63,24 @@ func longCall(method string) bool {
 	return false
 }
 
+// gated refuses a call that would be answered from a state which is in doubt.
+// What remains tells how the node itself does, and helps to find out.
+func (s *Server) gated(method string) error {
+	err := s.cfg.Gate.Err()
+	if err == nil || strings.HasPrefix(method, "/grpc.") {
+		return nil
+	}
+	for _, suffix := range []string{
+		".RouterAdmin/GetClusterStatus", ".RouterAdmin/GetMetrics",
+		".Cluster/GetStateHash", ".Cluster/CheckState", ".Cluster/TransferLeader",
+	} {
+		if strings.HasSuffix(method, suffix) {
+			return nil
+		}
+	}
+	return err
+}
+
 // drainingMethod is the one stream that goes on when the server stops, until
 // what it has in flight is answered; it watches for the stop itself.
 const drainingMethod = ".cluster.Commits/Commit"
@@ -72,6 +93,10 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 			err = s.panicked(info.FullMethod, p)
 		}
 	}()
+	streams := s.streams.Load() // before the look at the gate, which may shut
+	if err := s.gated(info.FullMethod); err != nil {
+		return s.statusOf(info.FullMethod, err)
+	}
 	if strings.HasSuffix(info.FullMethod, drainingMethod) {
 		if err := handler(srv, ss); err != nil {
 			return s.statusOf(info.FullMethod, err)
@@ -81,7 +106,17 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	ctx, cancel := context.WithCancel(ss.Context())
 	defer cancel()
 	defer context.AfterFunc(s.run, cancel)()
+	if !strings.HasPrefix(info.FullMethod, "/grpc.") {
+		defer context.AfterFunc(streams.ctx, cancel)()
+	}
 	err = handler(srv, &boundStream{ServerStream: ss, ctx: ctx})
+	if err != nil && streams.ctx.Err() != nil && ss.Context().Err() == nil {
+		if gate := s.cfg.Gate.Err(); gate != nil {
+			err = gate
+		} else {
+			err = errStoppingStream()
+		}
+	}
 	if err != nil && s.run.Err() != nil && ss.Context().Err() == nil {
 		// Whatever the handler makes of its context's end, the caller is still
 		// there and should learn that it can go on elsewhere.

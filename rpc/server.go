@@ -222,7 +222,8 @@ type Server struct {
 	told   *toldSidecars
 	relay  *leaderRelay
 
-	calls    sync.Pool // of *commitCall
+	calls    sync.Pool                   // of *commitCall
+	streams  atomic.Pointer[openStreams] // those that may be open now
 	watches  atomic.Int64
 	commits  atomic.Uint64 // operations committed over Commit streams
 	panics   atomic.Uint64
@@ -249,6 +250,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		relay:  newLeaderRelay(cfg),
 	}
 	s.reader.gate = cfg.Gate
+	s.streams.Store(newOpenStreams())
 	s.run, s.stop = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(NewCodec()),
@@ -277,6 +279,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		s.stop()
 		return nil, fmt.Errorf("rpc: read the state: %w", err)
 	}
+	s.loops.Go(s.followGate)
 	s.loops.Add(2)
 	go func() { defer s.loops.Done(); s.feed.follow(s.run, revision) }()
 	go func() { defer s.loops.Done(); s.health.follow(s.run) }()

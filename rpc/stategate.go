@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"time"
@@ -128,4 +129,32 @@ func (g *StateGate) result(err error) error {
 		return fmt.Errorf("%w: this node's state was found to differ while it applied the command: %s", raftnode.ErrAmbiguous, reason)
 	}
 	return nil
+}
+
+// openStreams ends the streams that were opened under one gate.
+type openStreams struct {
+	ctx context.Context
+	end context.CancelFunc
+}
+
+func newOpenStreams() *openStreams {
+	ctx, end := context.WithCancel(context.Background())
+	return &openStreams{ctx, end}
+}
+
+// followGate ends all streams whenever the gate shuts: they go on telling what
+// the state says otherwise.
+func (s *Server) followGate() {
+	for {
+		changed := s.cfg.Gate.Changed()
+		if s.cfg.Gate.Reason() != "" {
+			s.streams.Swap(newOpenStreams()).end()
+		}
+		select {
+		case <-changed:
+		case <-s.run.Done():
+			s.streams.Load().end()
+			return
+		}
+	}
 }
