@@ -222,7 +222,12 @@ func (k *Checker) hashAll(ctx context.Context, e Electorate, index uint64) []Mem
 	members := make([]MemberState, len(ids))
 	var wg, nudge sync.WaitGroup
 	nudging, enough := context.WithCancel(ctx)
-	nudge.Go(func() { k.nudgeTo(nudging, index) })
+	nudge.Go(func() {
+		// After the members have heard of the index, in most cases.
+		if sleep(nudging, 50*time.Millisecond) {
+			k.nudgeTo(nudging, index)
+		}
+	})
 	for i, id := range ids {
 		wg.Go(func() {
 			var h router.StateHash
