@@ -295,7 +295,7 @@ func TestCheckerRuns(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); k.Run(ctx) }()
-		time.Sleep(12 * time.Second)
+		<-time.After(12 * time.Second)
 		if n, _, _ := k.Stats(); n != 3 || len(g.held) != 3 {
 			t.Errorf("%d rounds and %d holds in 12 s", n, len(g.held))
 		}
@@ -305,7 +305,7 @@ func TestCheckerRuns(t *testing.T) {
 		g.changed = make(chan struct{})
 		g.mu.Unlock()
 		synctest.Wait()
-		time.Sleep(12 * time.Second)
+		<-time.After(12 * time.Second)
 		if n, _, _ := k.Stats(); n != 3 || g.released != 1 || len(k.Alarms()) != 0 {
 			t.Errorf("as a follower: %d rounds, released %d, alarms %q", n, g.released, k.Alarms())
 		}

@@ -115,6 +115,14 @@ func look(path string, lock *datadir.DirLock) (*Directory, error) {
 	if d.StateErr == nil {
 		d.State, d.StateErr = d.position(d.state)
 	}
+	q, err := datadir.ReadQuarantine(path)
+	if err == nil && q != nil {
+		err = fmt.Errorf("the state is known to be wrong (%s); take the directory of another node, or remove %s to use it all the same",
+			q.Reason, filepath.Join(path, datadir.QuarantineName))
+	}
+	if err != nil {
+		d.StateErr = err
+	}
 	return d, nil
 }
 

@@ -37,13 +37,13 @@ func TestStateGate(t *testing.T) {
 		g.Hold("they differ", time.Second)
 		is("held", true, false)
 		<-changed
-		time.Sleep(900 * time.Millisecond)
+		<-time.After(900 * time.Millisecond)
 		g.Hold("they differ", time.Second)
-		time.Sleep(900 * time.Millisecond)
+		<-time.After(900 * time.Millisecond)
 		synctest.Wait()
 		is("held again", true, false)
 		changed = g.Changed()
-		time.Sleep(200 * time.Millisecond)
+		<-time.After(200 * time.Millisecond)
 		<-changed
 		is("expired", false, false)
 		g.Hold("they differ", time.Second)
@@ -53,7 +53,7 @@ func TestStateGate(t *testing.T) {
 		g.Quarantine("it is wrong")
 		g.Hold("they differ", time.Second)
 		g.Release()
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		synctest.Wait()
 		is("quarantined", true, true)
 		if !strings.Contains(g.Err().Error(), "it is wrong") {

@@ -2,94 +2,13 @@ package server
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"conveyor.etl/router/control"
+	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/router"
 )
-
-const (
-	quarantineName = "QUARANTINE"
-	// maxQuarantineBytes bounds the file that is read.
-	maxQuarantineBytes = 1 << 20
-)
-
-// quarantine says why the state of a data directory must not be used, and whose
-// may take its place. It is written before the node stops answering for good
-// and removed when the state has been replaced, so a crash in between begins
-// the rebuilding again. An empty file is an operator's: this node is wrong, the
-// others are right.
-type quarantine struct {
-	Reason   string    `json:"reason"`
-	Index    uint64    `json:"index"`
-	Epoch    uint64    `json:"epoch"`
-	Own      []string  `json:"own_sums,omitempty"` // hex, by table
-	Expected []string  `json:"expected_sums,omitempty"`
-	Agreed   []uint64  `json:"agreed_nodes,omitempty"`
-	Since    time.Time `json:"since"`
-}
-
-// readQuarantine returns that of dir, nil when there is none.
-func readQuarantine(dir string) (*quarantine, error) {
-	name := filepath.Join(dir, quarantineName)
-	f, err := os.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read whether the state may be used: %w", err)
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxQuarantineBytes+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", name, err)
-	}
-	q := &quarantine{}
-	if len(raw) == 0 {
-		q.Reason = "an operator left an empty file " + quarantineName + " in the data directory"
-		return q, nil
-	}
-	if len(raw) > maxQuarantineBytes {
-		err = fmt.Errorf("it has more than %d bytes", maxQuarantineBytes)
-	} else {
-		err = json.Unmarshal(raw, q)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%w: %s is damaged (%w): the state here is wrong, and it is not known whose is right; "+
-			"replace it by an empty file if all other nodes are", ErrIncomplete, name, err)
-	}
-	return q, nil
-}
-
-func writeQuarantine(dir string, q *quarantine) error {
-	raw, err := json.MarshalIndent(q, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encode %s: %w", quarantineName, err)
-	}
-	tmp := filepath.Join(dir, quarantineName+".tmp")
-	if err := writeSynced(tmp, append(raw, '\n')); err != nil {
-		return fmt.Errorf("write %s: %w", quarantineName, err)
-	}
-	if err := os.Rename(tmp, filepath.Join(dir, quarantineName)); err != nil {
-		return fmt.Errorf("write %s: %w", quarantineName, err)
-	}
-	return syncDir(dir)
-}
-
-// removeQuarantine makes the state of dir one to be used again, durably.
-func removeQuarantine(dir string) error {
-	if err := os.Remove(filepath.Join(dir, quarantineName)); err != nil {
-		return fmt.Errorf("remove %s: %w", quarantineName, err)
-	}
-	return syncDir(dir)
-}
 
 // suspect looks into the word of another node that the state here is not that of
 // the majority. It returns once nothing is answered from it any more, or why it
@@ -141,7 +60,7 @@ func (s *Server) isolateOnce(f control.Finding) {
 	s.gate.Quarantine(f.Reason)
 	s.log.Error("the state of this node is wrong: nothing is answered from it any more, it is going to be rebuilt", "event", "quarantined",
 		"index", f.Expected.Index, "epoch", f.Expected.Epoch, "own", hexSums(f.Own.Sums), "expected", hexSums(f.Expected.Sums), "agreed", f.Agreed)
-	err := writeQuarantine(s.c.DataDir, &quarantine{
+	err := datadir.WriteQuarantine(s.c.DataDir, &datadir.Quarantine{
 		Reason: f.Reason, Index: f.Expected.Index, Epoch: f.Expected.Epoch, Own: hexSums(f.Own.Sums), Expected: hexSums(f.Expected.Sums),
 		Agreed: f.Agreed, Since: s.o.Now().UTC().Truncate(time.Second),
 	})

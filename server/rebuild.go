@@ -15,6 +15,7 @@ import (
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
 
 	"conveyor.etl/router/control"
+	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/rpc"
 )
@@ -55,7 +56,7 @@ func (s *Server) rebuild(ctx context.Context, self rpc.Identity) error {
 	return nil
 }
 
-func (s *Server) replaceState(ctx context.Context, self rpc.Identity, q *quarantine) error {
+func (s *Server) replaceState(ctx context.Context, self rpc.Identity, q *datadir.Quarantine) error {
 	if err := s.keepState(q); err != nil {
 		s.log.Warn("the wrong state could not be kept for a post-mortem", "err", err)
 	}
@@ -86,7 +87,7 @@ func (s *Server) replaceState(ctx context.Context, self rpc.Identity, q *quarant
 		return fmt.Errorf("install the fetched state: %w", err)
 	}
 	s.disk.points.Pass("rebuild:installed")
-	if err := removeQuarantine(s.c.DataDir); err != nil {
+	if err := datadir.RemoveQuarantine(s.c.DataDir); err != nil {
 		return err
 	}
 	s.disk.points.Pass("rebuild:done")
@@ -94,7 +95,7 @@ func (s *Server) replaceState(ctx context.Context, self rpc.Identity, q *quarant
 }
 
 // findSources waits for members whose states are right.
-func (s *Server) findSources(ctx context.Context, self rpc.Identity, q *quarantine, members []raftnode.Member) ([]raftnode.Member, error) {
+func (s *Server) findSources(ctx context.Context, self rpc.Identity, q *datadir.Quarantine, members []raftnode.Member) ([]raftnode.Member, error) {
 	said := ""
 	timer := time.NewTimer(sourceRetry)
 	defer timer.Stop()
@@ -133,7 +134,7 @@ func (s *Server) findSources(ctx context.Context, self rpc.Identity, q *quaranti
 
 // keepState puts a copy of the state aside. Its tables are links, so it costs
 // little until the state moves on.
-func (s *Server) keepState(q *quarantine) error {
+func (s *Server) keepState(q *datadir.Quarantine) error {
 	name := fmt.Sprintf("%s%d", keptPrefix, q.Index)
 	entries, err := os.ReadDir(s.c.DataDir)
 	if err != nil {
@@ -158,7 +159,7 @@ func (s *Server) keepState(q *quarantine) error {
 	if err := os.Rename(tmp, filepath.Join(s.c.DataDir, name)); err != nil {
 		return err
 	}
-	return syncDir(s.c.DataDir)
+	return datadir.SyncDir(s.c.DataDir)
 }
 
 // refuseAll answers every call of clients and peers that nothing is answered,

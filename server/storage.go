@@ -45,7 +45,7 @@ type storage struct {
 	// fresh: the directory was empty, and this node founds a cluster with it.
 	fresh bool
 	// quarantine is non-nil while the state must not be used.
-	quarantine *quarantine
+	quarantine *datadir.Quarantine
 }
 
 // openStorage opens the data directory of a node, creating it when it is
@@ -99,7 +99,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if s.disks, err = openDisks(s.dir); err != nil {
 		return err
 	}
-	if s.quarantine, err = readQuarantine(s.dir); err != nil {
+	if s.quarantine, err = datadir.ReadQuarantine(s.dir); err != nil {
 		return err
 	}
 	walDir := filepath.Join(s.dir, datadir.WALName)

@@ -2,54 +2,15 @@ package server
 
 import (
 	"context"
-	"errors"
 	"os"
 	"path/filepath"
-	"reflect"
-	"strings"
 	"testing"
-	"time"
 
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/datadir"
 )
-
-func TestQuarantineNote(t *testing.T) {
-	dir := t.TempDir()
-	if q, err := readQuarantine(dir); q != nil || err != nil {
-		t.Fatalf("without a note: %v %v", q, err)
-	}
-	want := &quarantine{Reason: "so it is", Index: 128, Epoch: 1, Own: []string{"01"}, Expected: []string{"02"}, Agreed: []uint64{1, 2},
-		Since: time.Unix(1_800_000_000, 0).UTC()}
-	if err := writeQuarantine(dir, want); err != nil {
-		t.Fatal(err)
-	}
-	if q, err := readQuarantine(dir); err != nil || !reflect.DeepEqual(q, want) {
-		t.Errorf("read %+v %v, wrote %+v", q, err, want)
-	}
-	name := filepath.Join(dir, quarantineName)
-	for what, raw := range map[string]string{"half": `{"reason": "so`, "other": "please", "huge": strings.Repeat(" ", maxQuarantineBytes+1)} {
-		if err := os.WriteFile(name, []byte(raw), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if q, err := readQuarantine(dir); !errors.Is(err, ErrIncomplete) || !strings.Contains(err.Error(), "empty file") {
-			t.Errorf("%s: %+v %v", what, q, err)
-		}
-	}
-	if err := os.WriteFile(name, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if q, err := readQuarantine(dir); err != nil || q == nil || len(q.Agreed) != 0 {
-		t.Errorf("an operator's: %+v %v", q, err)
-	}
-	if err := removeQuarantine(dir); err != nil {
-		t.Fatal(err)
-	}
-	if q, err := readQuarantine(dir); q != nil || err != nil {
-		t.Errorf("removed: %v %v", q, err)
-	}
-}
 
 // Goal: an operator's note makes a node take the state of the others before it
 // answers anybody, at the addresses it has always had; what it holds of the log
@@ -63,7 +24,7 @@ func TestRebuildOnDemand(t *testing.T) {
 	commit(t, leader(t, nodes...), 1, 42)
 	note := func(c config.Config) {
 		t.Helper()
-		if err := os.WriteFile(filepath.Join(c.DataDir, quarantineName), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(c.DataDir, datadir.QuarantineName), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -73,7 +34,7 @@ func TestRebuildOnDemand(t *testing.T) {
 	if got := offsets(t, nodes[2]); got[1] != 42 {
 		t.Errorf("offsets of the rebuilt node: %v", got)
 	}
-	if q, err := readQuarantine(all[2].DataDir); q != nil || err != nil {
+	if q, err := datadir.ReadQuarantine(all[2].DataDir); q != nil || err != nil {
 		t.Errorf("the note is still there: %v %v", q, err)
 	}
 	kept, err := filepath.Glob(filepath.Join(all[2].DataDir, keptPrefix+"*"))
@@ -106,7 +67,7 @@ func TestRebuildOnDemand(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("a node that waits for a state was stopped: %v", err)
 	}
-	if q, err := readQuarantine(all[2].DataDir); q == nil || err != nil {
+	if q, err := datadir.ReadQuarantine(all[2].DataDir); q == nil || err != nil {
 		t.Errorf("the note went without a rebuilding: %v %v", q, err)
 	}
 }
