@@ -1,8 +1,9 @@
-// Package control holds the two loops that only the leader runs: placement,
-// which decides what every sidecar runs of every pipeline, and liveness, which
-// decides which sidecars and services are still there.
+// Package control holds the loops that only the leader runs: placement, which
+// decides what every sidecar runs of every pipeline; liveness, which decides
+// which sidecars and services are still there; and the comparison of the members'
+// states.
 //
-// Both read the replicated state, decide outside of it, and propose commands.
+// The first two read the replicated state, decide outside of it, and propose commands.
 // Neither ever changes the state by itself, so a loop that dies, runs twice or
 // runs on a node that wrongly believes it leads can waste proposals but cannot
 // do harm: every command carries what it was decided from, and the state
@@ -35,4 +36,12 @@
 // Heartbeats live in the leader's memory and never enter the log; only
 // transitions (suspect, expired, alive again) become commands. A new leader has
 // heard from nobody, so it gives everybody a full lease before it judges.
+//
+// # Comparison
+//
+// Checker compares the sums that the members keep of their states. Judge is a
+// pure function of what they report. It acts on a majority only, of sums at one
+// index of one epoch and of equally many tables; a difference without a majority
+// is looked at twice, then makes everybody stop answering. What is to follow
+// from a finding is done by the node that differs, after it has looked itself.
 package control

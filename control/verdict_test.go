@@ -210,3 +210,23 @@ func TestSources(t *testing.T) {
 		}
 	}
 }
+
+// One comparison of five members, each of which remembers all it can.
+func BenchmarkJudge(b *testing.B) {
+	e := Electorate{Voters: []uint64{1, 2, 3, 4, 5}}
+	reports := map[uint64][]router.Sums{}
+	for _, id := range e.Voters {
+		for i := range uint64(65) {
+			s := router.Sums{Index: 128 * i, Sums: make([]uint64, len(router.SumTables()))}
+			for j := range s.Sums {
+				s.Sums[j] = i * uint64(j+1)
+			}
+			reports[id] = append(reports[id], s)
+		}
+	}
+	for b.Loop() {
+		if v := Judge(e, reports); len(v.Agree) != 5 {
+			b.Fatal(v)
+		}
+	}
+}

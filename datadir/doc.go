@@ -7,6 +7,8 @@
 //	wal/             the replicated log
 //	state/           the replicated state
 //	images/          images of the state, received or to be sent
+//	QUARANTINE       only while the state must not be used, and why
+//	state.diverged-* the last state that was wrong, for a post-mortem
 //	backups/         snapshots kept for users
 //	.next/           content being made that will replace the present one
 //	.decided/        the same, from the moment it is in force

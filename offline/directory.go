@@ -33,6 +33,9 @@ type Directory struct {
 	// State is where the state on disk stands, StateErr why that is not known.
 	State    raftnode.Position
 	StateErr error
+	// Wrong is why the state, the images made of it, or both must not be used
+	// although they can be read; nil when they may.
+	Wrong error
 
 	lock  *datadir.DirLock
 	fs    vfs.FS
@@ -121,7 +124,7 @@ func look(path string, lock *datadir.DirLock) (*Directory, error) {
 			q.Reason, filepath.Join(path, datadir.QuarantineName))
 	}
 	if err != nil {
-		d.StateErr = err
+		d.Wrong, d.StateErr = err, err
 	}
 	return d, nil
 }

@@ -183,6 +183,9 @@ func describe(d *Directory, damaged bool) Copy {
 	if d.Log != nil {
 		c.FirstIndex, c.Term = d.Log.FirstIndex, d.Log.HardState.GetTerm()
 	}
+	if d.Wrong != nil {
+		return fail(d.Wrong)
+	}
 	b, err := d.base()
 	if err != nil {
 		return fail(err)

@@ -227,6 +227,22 @@ func TestRecoverRefusals(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	})
+	t.Run("a state known to be wrong", func(t *testing.T) {
+		must(datadir.WriteQuarantine(dirs[1], &datadir.Quarantine{Reason: "it differs", Index: 7}))
+		_, err := PlanRecovery(RecoverOptions{Dir: dirs[1]})
+		if err == nil || !strings.Contains(err.Error(), "it differs") || !strings.Contains(err.Error(), datadir.QuarantineName) {
+			t.Errorf("plan: %v", err)
+		}
+		// As one of several it is only named.
+		p, err := PlanRecovery(RecoverOptions{Dir: dirs[0], Peers: dirs[1:2]})
+		if err != nil || !strings.Contains(p.Copies[1].Problem, "it differs") || !p.IsBest() {
+			t.Errorf("compare: %+v, %v", p, err)
+		}
+		if r := check(t, dirs[1]); r.Intact {
+			t.Errorf("check: %+v", r.Findings)
+		}
+		must(datadir.RemoveQuarantine(dirs[1]))
+	})
 	t.Run("a damaged log", func(t *testing.T) {
 		segments, err := filepath.Glob(filepath.Join(dirs[2], "wal", "*.wal"))
 		must(err)

@@ -139,3 +139,25 @@ func TestHashesAreForMembers(t *testing.T) {
 		t.Errorf("a quarantine beyond all bounds: %v", err)
 	}
 }
+
+// One question of a comparison, with its connection.
+func BenchmarkPeerSums(b *testing.B) {
+	a, c := newStation(b, 1, nil), newStation(b, 2, nil)
+	state := &sumsOf{}
+	for i := range uint64(65) {
+		s := router.Sums{Index: 128 * i, Sums: make([]uint64, len(router.SumTables()))}
+		for j := range s.Sums {
+			s.Sums[j] = i << 40 * uint64(j+1)
+		}
+		state.sums = append(state.sums, s)
+	}
+	c.config = func(pc *PeerServerConfig) { pc.State = state }
+	c.stopServer()
+	c.restartServer()
+	introduce(a, c)
+	for b.Loop() {
+		if _, err := a.transport.Sums(b.Context(), 2); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
