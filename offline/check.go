@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -167,7 +168,7 @@ func checkEntry(e *raftpb.Entry) (commands int, err error) {
 }
 
 func checkState(ctx context.Context, r *Report, d *Directory, _ CheckOptions) error {
-	if errors.Is(d.StateErr, router.ErrNoState) && !d.Identity.Initialized {
+	if errors.Is(d.StateErr, fs.ErrNotExist) && !d.Identity.Initialized {
 		r.add("state", VerdictNote, "%v", d.StateErr)
 		return nil
 	}

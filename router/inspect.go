@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,7 +17,7 @@ import (
 // CurrentDir returns the directory of the database that is in force in the
 // state directory root, without changing anything. It is for tools that work on
 // the state of a node that does not run. When there is no state yet the error
-// matches ErrNoState.
+// matches fs.ErrNotExist.
 func CurrentDir(f vfs.FS, root string) (string, error) {
 	name, err := readMarker(f, root)
 	if err != nil {
@@ -31,11 +32,8 @@ func CurrentDir(f vfs.FS, root string) (string, error) {
 			return "", fmt.Errorf("%w (found %s)", ErrLostMarker, f.PathJoin(root, dbName(left[len(left)-1])))
 		}
 	}
-	return "", fmt.Errorf("%w in %s", ErrNoState, root)
+	return "", fmt.Errorf("router: there is no state in %s: %w", root, fs.ErrNotExist)
 }
-
-// ErrNoState means that a node has not got as far as making its first state.
-var ErrNoState = errors.New("router: there is no state yet")
 
 // ReadPosition returns the position of the database in dir, which may be an
 // image, without changing anything. Nobody may write it meanwhile.

@@ -3,6 +3,7 @@ package router
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,13 +64,13 @@ func TestDamagedTable(t *testing.T) {
 }
 
 func TestCurrentDirWithoutState(t *testing.T) {
-	fs := vfs.NewMem()
-	noError(t, fs.MkdirAll("state", 0o755))
-	if _, err := CurrentDir(fs, "state"); !errors.Is(err, ErrNoState) {
+	mem := vfs.NewMem()
+	noError(t, mem.MkdirAll("state", 0o755))
+	if _, err := CurrentDir(mem, "state"); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
-	noError(t, fs.MkdirAll("state/db-000003", 0o755))
-	if _, err := CurrentDir(fs, "state"); !errors.Is(err, ErrLostMarker) || !strings.Contains(err.Error(), "db-000003") {
+	noError(t, mem.MkdirAll("state/db-000003", 0o755))
+	if _, err := CurrentDir(mem, "state"); !errors.Is(err, ErrLostMarker) || !strings.Contains(err.Error(), "db-000003") {
 		t.Error(err)
 	}
 }
