@@ -4,15 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 
 	"github.com/spf13/cobra"
 
+	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
+	_ "conveyor.etl/router/backup/stores" // s3://, gs:// and azblob://
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/offline"
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/server"
 )
 
@@ -95,7 +97,8 @@ func newSnapshotRestoreCommand(a *app) *cobra.Command {
 		Use:   "restore --data-dir DIR --node-id N [--peers ID:HOST:PORT]... ARCHIVE",
 		Short: "Make the data directory of a member of a new cluster from a backup",
 		Long: `Make the data directory of one member of a new cluster from the backup in the file
-ARCHIVE, or with - on standard input. Run it once for each member, with the same
+ARCHIVE, with - on standard input, or in a store, as LOCATION/ID with a location such
+as file:///backups, s3://bucket/prefix, gs://... or azblob://... Run it once for each member, with the same
 backup, --cluster-name, --peers and --token: the members then begin at the same
 entry of the same new cluster, and a start of 'router serve' with the same settings
 brings it up. Nodes of the cluster the backup is of cannot reach it.
@@ -103,7 +106,7 @@ brings it up. Nodes of the cluster the backup is of cannot reach it.
 Everything in the backup is checked first. DIR is made, or must be empty; on an
 error nothing is left in it.
 
-Exit codes: 0 done, 2 wrong use, 3 no such file, 4 the directory is not empty, 8 the
+Exit codes: 0 done, 2 wrong use, 3 no such backup, 4 the directory is not empty, 8 the
 backup is damaged or not what it says.`,
 		Example: `  for i in 1 2 3; do
     router snapshot restore --data-dir /mnt/node-$i --node-id $i \
@@ -151,25 +154,27 @@ backup is damaged or not what it says.`,
 	return cmd
 }
 
-// restore runs one restore from a file or standard input.
+// restore runs one restore from wherever name points to.
 func (a *app) restore(ctx context.Context, name string, o offline.RestoreOptions) (*offline.Restored, error) {
-	var in io.Reader = a.stdin
-	if name != "-" {
-		f, err := os.Open(name)
-		if err != nil {
-			return nil, fmt.Errorf("the backup: %w", err)
-		}
-		defer f.Close()
-		in = f
+	in, err := offline.OpenSource(ctx, name, a.stdin)
+	if err != nil {
+		return nil, err
 	}
-	return offline.Restore(ctx, in, o)
+	res, err := offline.Restore(ctx, in, o)
+	return res, errors.Join(err, in.Close())
 }
 
 func restoreError(err error) error {
-	for _, bad := range []error{archive.ErrCorrupt, archive.ErrNotArchive, archive.ErrNewerFormat, archive.ErrTooLarge, offline.ErrContent} {
+	for _, bad := range []error{archive.ErrCorrupt, archive.ErrNotArchive, archive.ErrNewerFormat, archive.ErrTooLarge, backup.ErrDamaged, backup.ErrIncomplete, router.ErrCorrupt, offline.ErrContent} {
 		if errors.Is(err, bad) {
 			return checkFailed(fmt.Errorf("%w; nothing was made", err))
 		}
+	}
+	switch {
+	case errors.Is(err, backup.ErrNotFound):
+		return codedError{exitNotFound, err}
+	case errors.Is(err, backup.ErrInvalidURL), errors.Is(err, backup.ErrInvalidID):
+		return codedError{exitUsage, err}
 	}
 	return offlineError(err)
 }

@@ -142,7 +142,7 @@ var importRules = []importRule{{
 	from:      "./offline",
 	forbidden: []string{"./...", grpcPkg, "go.etcd.io/etcd/..."},
 	except: []string{"./datadir", "./wal", "./snap", "./raftnode", "./router", "./router/commandpb", "./rpc",
-		"./backup/archive"},
+		"./backup", "./backup/archive"},
 	reason: "tools work on the files of a node that does not run, by the rules of the packages that own them; they are no part of a node",
 }, {
 	from:      "./offline",
