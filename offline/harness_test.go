@@ -2,7 +2,6 @@ package offline
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -153,8 +152,6 @@ func crashed(t testing.TB, dir string) string {
 	must(t, os.CopyFS(to, os.DirFS(dir)))
 	return to
 }
-
-func digest(b []byte) string { return hex.EncodeToString(b) }
 
 // at returns c with another data directory.
 func at(c config.Config, dir string) config.Config {

@@ -89,3 +89,17 @@ func demandEmpty(dir string) error {
 	}
 	return err
 }
+
+// unmakeMember takes back what makeMember made in dir, which was empty before.
+func unmakeMember(dir string) (err error) {
+	lock, err := datadir.Lock(dir)
+	if err != nil {
+		return fmt.Errorf("take back the data directory %s: %w", dir, err)
+	}
+	defer func() { err = errors.Join(err, lock.Release()) }()
+	// The identity first: without it, no node starts from the rest.
+	for _, name := range []string{datadir.IdentityName, datadir.WALName, datadir.StateName, datadir.ImagesName, datadir.LockName} {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, name)))
+	}
+	return errors.Join(err, datadir.SyncDir(dir))
+}

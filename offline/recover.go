@@ -86,9 +86,15 @@ func rebuild(d *Directory, p *Plan, o *RecoverOptions) (res *Recovered, err erro
 		return nil, err
 	}
 	decided := false
+	var made []NewMember
 	defer func() {
-		if !decided {
-			err = errors.Join(err, r.Discard())
+		if decided {
+			return
+		}
+		err = errors.Join(err, r.Discard())
+		// They are of a cluster that will not be.
+		for _, m := range made {
+			err = errors.Join(err, unmakeMember(m.Dir))
 		}
 	}()
 	o.Point(stepBegin)
@@ -109,6 +115,7 @@ func rebuild(d *Directory, p *Plan, o *RecoverOptions) (res *Recovered, err erro
 		if err := alsoMake(m, id, pos, r.Dir(), &o.Settings); err != nil {
 			return nil, fmt.Errorf("make the directory of member %d: %w", m.ID, err)
 		}
+		made = append(made, m)
 	}
 	if decided, err = r.Commit(datadir.BackupsName); err != nil {
 		return nil, err

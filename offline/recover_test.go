@@ -311,6 +311,21 @@ func TestRecoverRefusals(t *testing.T) {
 			t.Errorf("left %v", left)
 		}
 	})
+	t.Run("the second of two further members cannot be made", func(t *testing.T) {
+		free, taken := t.TempDir(), t.TempDir()
+		must(os.WriteFile(filepath.Join(taken, "photo.jpg"), nil, 0o600))
+		o := RecoverOptions{Settings: testSettings(), Dir: dirs[0], Also: []NewMember{{7, free}, {8, taken}}}
+		if _, err := Recover(o, nil); !errors.Is(err, ErrNotEmpty) {
+			t.Errorf("%v", err)
+		}
+		if left, _ := os.ReadDir(free); len(left) != 0 {
+			t.Errorf("left %v", left)
+		}
+		id, err := datadir.ReadIdentity(dirs[0])
+		if kept, kerr := datadir.Kept(dirs[0]); err != nil || kerr != nil || kept || fmt.Sprint(id.Members) != "[1 2 3]" {
+			t.Errorf("the directory was changed: %+v, %t, %v, %v", id, kept, err, kerr)
+		}
+	})
 	t.Run("members that cannot be", func(t *testing.T) {
 		for _, also := range [][]NewMember{{{1, "x"}}, {{0, "x"}}, make([]NewMember, 20)} {
 			if _, err := PlanRecovery(RecoverOptions{Dir: dirs[0], Also: also}); err == nil {

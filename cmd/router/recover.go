@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -189,6 +190,9 @@ func printPlan(w io.Writer, p *offline.Plan) {
 	}
 	fmt.Fprintf(w, "\nThe directory %s becomes a new cluster of %v, which goes on behind entry %d in term %d.\n",
 		p.Chosen().Dir, p.Members, p.Chosen().LastIndex, p.Term)
+	if c := p.Chosen(); !slices.Contains(c.Voters, c.NodeID) && !slices.Contains(c.Learners, c.NodeID) {
+		fmt.Fprintf(w, "NODE %d IS NO MEMBER at its last entry: it was removed, or had not joined. Others went on without it.\n", c.NodeID)
+	}
 	if !p.IsBest() {
 		fmt.Fprintf(w, "IT IS NOT THE BEST COPY: %s holds more. Recover that one.\n", p.Copies[p.Best].Dir)
 	}
