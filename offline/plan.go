@@ -256,14 +256,15 @@ func coversMajorities(voters []uint64, compared func(uint64) bool) bool {
 	return len(voters) > 0 && missing < len(voters)/2+1
 }
 
-// members returns the records of the new group. What the old state knew of a
-// member that stays, such as its address, stays true.
+// members returns the records of the new group. Where the one that stays is
+// reached, and which disk it has, stays true; who was removed from the old group
+// is nobody to the new one, whose id keeps all old disks out.
 func (p *Plan) members(old []raftnode.Member) []raftnode.Member {
 	var out []raftnode.Member
 	for _, id := range p.Members {
 		m := raftnode.Member{ID: id}
 		if i := slices.IndexFunc(old, func(o raftnode.Member) bool { return o.ID == id }); i >= 0 && id == p.Chosen().NodeID {
-			m = old[i]
+			m.Addr, m.Disk = old[i].Addr, old[i].Disk
 		}
 		out = append(out, m)
 	}

@@ -217,25 +217,17 @@ func (a *applier) applyChange(e *raftpb.Entry) error {
 	mine, lost := a.props.observe(index, term)
 	a.tellLost(lost)
 
-	pos := a.pos.clone()
-	pos.Index, pos.Term = index, term
 	// A change that makes no sense where it is applied is refused alike by
 	// every node, and the RawNode, which would panic, never hears of it.
-	refused := admit(pos.Members, cc, more)
-	var cs *raftpb.ConfState
-	if refused == nil {
-		cs, refused = nextConfState(pos.ConfState, cc, index)
-	}
+	pos, refused := a.pos.after(index, term, cc, more)
 	if refused == nil {
 		inRaft, err := a.confChange(index, cc)
 		if err != nil {
 			return err
 		}
-		if inRaft != nil && !sameConfState(inRaft, cs) {
-			return fmt.Errorf("raftnode: entry %d makes the configuration %v by the log and %v by raft", index, cs, inRaft)
+		if inRaft != nil && !sameConfState(inRaft, pos.ConfState) {
+			return fmt.Errorf("raftnode: entry %d makes the configuration %v by the log and %v by raft", index, pos.ConfState, inRaft)
 		}
-		pos.ConfState = cs
-		pos.Members = nextMembers(pos.Members, more.Members, cs)
 	}
 	if err := a.sm.ApplyMembership(pos.clone()); err != nil {
 		return fmt.Errorf("raftnode: the state machine failed at the membership change of entry %d: %w", index, err)

@@ -117,6 +117,22 @@ func nextConfState(cs *raftpb.ConfState, cc *raftpb.ConfChangeV2, index uint64) 
 	return changer.Tracker.ConfState(), nil
 }
 
+// after returns the position behind the membership change cc of the entry at
+// index. A change that is refused moves the position and nothing else.
+func (p Position) after(index, term uint64, cc *raftpb.ConfChangeV2, more changeContext) (_ Position, refused error) {
+	p = p.clone()
+	p.Index, p.Term = index, term
+	if err := admit(p.Members, cc, more); err != nil {
+		return p, err
+	}
+	cs, err := nextConfState(p.ConfState, cc, index)
+	if err != nil {
+		return p, err
+	}
+	p.ConfState, p.Members = cs, nextMembers(p.Members, more.Members, cs)
+	return p, nil
+}
+
 // inConfState reports whether id takes part in cs in any role.
 func inConfState(cs *raftpb.ConfState, id uint64) bool {
 	return slices.Contains(cs.GetVoters(), id) || slices.Contains(cs.GetVotersOutgoing(), id) ||

@@ -69,14 +69,7 @@ func (r *Replay) change(e *raftpb.Entry) error {
 	if err != nil {
 		return fmt.Errorf("raftnode: entry %d: %w", e.GetIndex(), err)
 	}
-	pos := r.pos.clone()
-	pos.Index, pos.Term = e.GetIndex(), e.GetTerm()
-	if admit(pos.Members, cc, more) == nil {
-		if cs, refused := nextConfState(pos.ConfState, cc, pos.Index); refused == nil {
-			pos.ConfState = cs
-			pos.Members = nextMembers(pos.Members, more.Members, cs)
-		}
-	}
+	pos, _ := r.pos.after(e.GetIndex(), e.GetTerm(), cc, more)
 	if err := r.sm.ApplyMembership(pos.clone()); err != nil {
 		return fmt.Errorf("raftnode: the state machine failed at the membership change of entry %d: %w", pos.Index, err)
 	}
