@@ -139,6 +139,28 @@ func LayOut(t testing.TB, o Options) *Cluster {
 	return c
 }
 
+// Join lays out a further node that joins the cluster through its running nodes;
+// id 0 lets the cluster choose (and ID stays 0). It does not start it.
+func (c *Cluster) Join(id uint64, args ...string) *Node {
+	c.t.Helper()
+	ports := freePorts(c.t, 2)
+	n := &Node{
+		t: c.t, ID: id, DataDir: filepath.Join(c.t.TempDir(), fmt.Sprintf("joining-%d", len(c.Nodes)+1)),
+		Client: "127.0.0.1:" + strconv.Itoa(ports[0]), Raft: "127.0.0.1:" + strconv.Itoa(ports[1]),
+		log: &logBuffer{limit: 1 << 20},
+	}
+	n.args = []string{"serve", "--listen-addr", n.Client, "--raft-addr", n.Raft, "--data-dir", n.DataDir}
+	if id != 0 {
+		n.args = append(n.args, "--node-id", strconv.FormatUint(id, 10))
+	}
+	for _, p := range c.running() {
+		n.args = append(n.args, "--join", p.Client)
+	}
+	n.args = append(n.args, args...)
+	c.Nodes = append(c.Nodes, n)
+	return n
+}
+
 // Start runs the process, with env added to its environment. It does not wait
 // for it to serve.
 func (n *Node) Start(env ...string) {
@@ -356,7 +378,11 @@ func (c *Cluster) Leader(nodes ...*Node) *Node {
 			}
 			id, term = st.LeaderId, st.Term
 		}
-		leader = c.Nodes[id-1]
+		for _, n := range c.Nodes {
+			if n.ID == id {
+				leader = n
+			}
+		}
 		for _, n := range nodes {
 			if n == leader {
 				return nil

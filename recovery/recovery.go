@@ -45,9 +45,9 @@ type Config struct {
 	// Schedule says when the leader backs the state up by itself.
 	Schedule backup.Schedule
 	Node     Node
-	State   *router.FSM
-	Submit  Submitter
-	Shelf   *shelf.Shelf
+	State    *router.FSM
+	Submit   Submitter
+	Shelf    *shelf.Shelf
 	// FS is the file system of State and Shelf.
 	FS vfs.FS
 	// MaxTransfers bounds the uploads and downloads of this node at a time.

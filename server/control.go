@@ -12,6 +12,7 @@ type controlLoops struct {
 	liveness *control.Liveness
 	placer   *control.Placer
 	checker  *control.Checker
+	promoter *control.Promoter
 }
 
 func newControlLoops(s *Server) (*controlLoops, error) {
@@ -25,7 +26,10 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	placer := control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
 	})
-	return &controlLoops{liveness, placer, newChecker(s)}, nil
+	promoter := control.NewPromoter(control.PromoterConfig{
+		Node: s.node, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote,
+	})
+	return &controlLoops{liveness, placer, newChecker(s), promoter}, nil
 }
 
 // start runs the loops until ctx is done.
@@ -33,4 +37,5 @@ func (c *controlLoops) start(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { c.liveness.Run(ctx) })
 	wg.Go(func() { c.placer.Run(ctx) })
 	wg.Go(func() { c.checker.Run(ctx) })
+	wg.Go(func() { c.promoter.Run(ctx) })
 }

@@ -10,12 +10,16 @@ import (
 
 // Run runs a node until ctx is done (nil) or the node fails. A node whose state
 // turns out to be wrong is stopped and started again within it, which rebuilds
-// the state.
+// the state. So is one that turns out to be a member whose data directory was
+// lost, which then joins again.
 func Run(ctx context.Context, c *config.Config, o Options) error {
 	o.ensureDefaults()
 	for {
 		s := New(*c, o)
 		if err := s.Start(ctx); err != nil {
+			if errors.Is(err, errRejoin) && ctx.Err() == nil {
+				continue
+			}
 			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 				o.Logger.Info("stopped before the node could serve", "event", "stopped", "err", err)
 				return nil
@@ -33,6 +37,9 @@ func Run(ctx context.Context, c *config.Config, o Options) error {
 		stopCtx, cancel := context.WithTimeout(context.Background(), c.ShutdownTimeout)
 		stopErr := s.Stop(stopCtx)
 		cancel()
+		if errors.Is(s.Err(), errRejoin) && ctx.Err() == nil {
+			continue
+		}
 		if err := s.Err(); err != nil {
 			return fmt.Errorf("the node failed: %w", err)
 		}

@@ -257,7 +257,8 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain,
-		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery, Gate: s.gate, CheckState: s.checkState,
+		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
+		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
 		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
 	})
