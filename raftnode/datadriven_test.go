@@ -45,7 +45,7 @@ func (zeroRandom) Read(b []byte) (int, error) {
 //	crash n [keep-unsynced=none|all|k]
 //	restart n, stop n
 //	transfer n to             hand leadership over
-//	change n kind id [addr] [replaces=id]
+//	change n kind id [addr] [replaces=id] [disk=number] [rejoin=yes]
 //	flush n, compact n index  make the state durable; truncate the log
 //	images n                  build and send the images asked for
 //	truncate n                let n decide whether to truncate its log
@@ -297,7 +297,8 @@ func (tr *trace) crashArg(d *datadriven.TestData, h *harness) {
 
 func (tr *trace) change(d *datadriven.TestData, h *harness, args []string) {
 	kinds := map[string]ChangeKind{"add-learner": AddLearner, "promote": Promote, "remove": Remove, "update-addr": UpdateAddr}
-	c := Change{Kind: kinds[args[1]], ID: tr.number(args[2]), Replaces: tr.option(d, "replaces", 0)}
+	c := Change{Kind: kinds[args[1]], ID: tr.number(args[2]), Replaces: tr.option(d, "replaces", 0),
+		Disk: tr.option(d, "disk", 0), Rejoin: d.HasArg("rejoin")}
 	if len(args) > 3 {
 		c.Addr = args[3]
 	}

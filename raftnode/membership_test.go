@@ -72,16 +72,14 @@ func TestMembershipGrowsAndReplaces(t *testing.T) {
 	if isJoint(pos.ConfState) || fmt.Sprint(pos.ConfState.GetVoters()) != "[1 2 4]" {
 		t.Fatalf("voters %v", pos.ConfState)
 	}
-	for _, m := range pos.Members {
-		if m.ID == 3 {
-			t.Fatal("the address of a removed node stays")
-		}
+	if got := fmt.Sprint(pos.Members[2]); got != fmt.Sprint(Member{ID: 3, Removed: true}) {
+		t.Fatalf("of the removed node stays %s", got)
 	}
 	if got := h.Node.Status().Position; !sameConfState(got.ConfState, pos.ConfState) {
 		t.Fatalf("the state holds %v", got.ConfState)
 	}
 	pos = g.mustChange(h, Change{Kind: UpdateAddr, ID: 4, Addr: "node-4:2"})
-	if pos.Members[2].Addr != "node-4:2" {
+	if pos.Members[3].Addr != "node-4:2" {
 		t.Fatalf("members %v", pos.Members)
 	}
 	// Node 4 counts: with 2 gone the group goes on.
