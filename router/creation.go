@@ -34,6 +34,10 @@ func CreateFrom(f vfs.FS, stateDir, imageDir string, pos Position, o Options) er
 }
 
 func createFrom(f vfs.FS, stateDir, imageDir string, pos Position, o Options) error {
+	tmp := stateDir + unfinished
+	if err := f.RemoveAll(tmp); err != nil {
+		return err
+	}
 	if names, err := f.List(stateDir); err == nil && len(names) > 0 {
 		return ErrStateExists
 	} else if err == nil {
@@ -49,10 +53,6 @@ func createFrom(f vfs.FS, stateDir, imageDir string, pos Position, o Options) er
 		return err
 	}
 	if err := im.Close(); err != nil {
-		return err
-	}
-	tmp := stateDir + unfinished
-	if err := f.RemoveAll(tmp); err != nil {
 		return err
 	}
 	if err := makeDir(f, tmp); err != nil {

@@ -36,7 +36,7 @@ func (t *tx) checkEpoch(c *commandpb.Command) *commandpb.Rejection {
 		return nil
 	}
 	r := reject(commandpb.Code_CODE_EPOCH, "epoch",
-		"the command is for restore epoch %d, the state was restored from a backup since and is at epoch %d; nothing was changed: read everything again",
+		"the command is for restore epoch %d, the state is at restore epoch %d, another one; nothing was changed: read everything again",
 		*c.ExpectedEpoch, t.clock.Epoch)
 	r.Current = t.clock.Revision
 	return r

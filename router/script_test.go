@@ -1,6 +1,7 @@
 package router
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -15,7 +16,9 @@ import (
 // in text form; all lines of one `apply` are one entry. Printed are the
 // results and the changes subscribers see. `dump` prints the state, `restart`
 // closes and reopens it, `replay` applies the whole log again to an empty
-// state and compares the hashes.
+// state and compares the hashes. `image` makes an image, `stage` applies the
+// commands that stage it for the operation named, `prepare` prepares that
+// restore, and `undo` prints the undo point.
 func TestScripts(t *testing.T) {
 	datadriven.Walk(t, "testdata", func(t *testing.T, path string) {
 		fs := vfs.NewMem()
@@ -39,12 +42,35 @@ func TestScripts(t *testing.T) {
 					out.WriteString(result(r))
 				}
 				changes, _, err := sub.take()
+				if errors.Is(err, ErrResync) {
+					fmt.Fprintf(&out, "resync at %d\n", s.Revision())
+					sub, err = s.Hub().Subscribe(s.Revision())
+				}
 				noError(t, err)
 				for _, c := range changes {
 					fmt.Fprintf(&out, "%d %s %q: %s => %s\n", c.Revision, c.Table, c.Key, text(c.Prev), text(c.Next))
 				}
 			case "dump":
 				return dump(t, s)
+			case "image":
+				_, err := s.Image("image")
+				noError(t, err)
+				return "ok\n"
+			case "stage":
+				cmds := stageCommands(t, fs, "image", strings.TrimSpace(d.Input))
+				for _, c := range cmds {
+					log = append(log, Entry{Index: s.Applied().Index + 1, Term: 1, Commands: [][]byte{marshal(t, c)}})
+					accepted(t, s, c)
+				}
+				return fmt.Sprintf("%d commands\n", len(cmds))
+			case "prepare":
+				if err := s.Prepare(t.Context(), strings.TrimSpace(d.Input)); err != nil {
+					return err.Error() + "\n"
+				}
+				return "ok\n"
+			case "undo":
+				u, ok := s.UndoPoint()
+				return fmt.Sprintf("%v epoch %d revision %d index %d\n", ok, u.Epoch, u.Revision, u.Index)
 			case "validate":
 				spec := &commandpb.Command{}
 				spec = command(t, "put_pipeline { spec {"+d.Input+"} }")

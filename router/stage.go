@@ -73,7 +73,6 @@ func (t *tx) beginRestore(c *commandpb.BeginRestore) *commandpb.Rejection {
 		return r
 	}
 	if s := t.stageRecord(); s != nil {
-		t.res.Existed = true
 		if s.OperationId != c.OperationId {
 			return reject(commandpb.Code_CODE_PRECONDITION, subject,
 				"restore %q of snapshot %q is under way; one restore is done at a time: wait for it or cancel it", s.OperationId, s.SnapshotId)
@@ -81,6 +80,7 @@ func (t *tx) beginRestore(c *commandpb.BeginRestore) *commandpb.Rejection {
 		if !bytes.Equal(encodeSource(s.Source), encodeSource(c.Source)) {
 			return reject(commandpb.Code_CODE_EXISTS, subject, "it is being staged from another snapshot already, %q", s.SnapshotId)
 		}
+		t.res.Existed = true
 		return nil
 	}
 	t.saveStage(&commandpb.RestoreStage{

@@ -55,9 +55,12 @@ func (s *FSM) UndoPoint() (UndoPoint, bool) {
 func clockAfter(old *commandpb.Clock, index uint64, backup *commandpb.Clock) *commandpb.Clock {
 	c := proto.Clone(backup).(*commandpb.Clock)
 	c.Epoch = old.Epoch + 1
+	// Later than every revision of the old state and of the backup: who asks for
+	// the changes after one of those, without naming the epoch, must be told that
+	// they are not there.
 	c.RevisionBase = old.RevisionBase
-	if backup.Revision+1 > index {
-		c.RevisionBase = max(c.RevisionBase, backup.Revision+1-index)
+	if next := max(old.Revision, backup.Revision) + 1; next > index {
+		c.RevisionBase = max(c.RevisionBase, next-index)
 	}
 	c.Revision = index + c.RevisionBase
 	c.TimeMs = max(old.TimeMs, backup.TimeMs)
