@@ -100,7 +100,7 @@ func TestCheckEncoded(t *testing.T) {
 		{"an entry of a map", field(10, field(1, field(8, append(field(1, []byte("k")), field(2, []byte("v"))...)))), ""},
 		{"conditions as deep as allowed", condition(maxConditionDepth), ""},
 		{"conditions without end", condition(maxNesting), "nested too deeply"},
-		{"a later operation", field(60, nil), "field 60 of a Command"},
+		{"a later operation", field(90, nil), "field 90 of a Command"},
 		{"a later field", field(12, field(9, nil)), "field 9 of a RenewLease"},
 		{"a later field of a map's entry", field(10, field(1, field(8, field(3, nil)))), "field 3 of a LabelsEntry"},
 		{"a later operation of a batch", field(34, field(1, field(9, nil))), "field 9 of a CommitOp"},

@@ -10,6 +10,7 @@
 //	results, err := f.Apply(entries)     // one goroutine
 //	v := f.View()                        // any goroutine; Close it
 //	sub, err := f.Hub().Subscribe(v.Revision())
+//	im, err := router.OpenImage(vfs.Default, dir, router.Options{}) // a backup
 //
 // Invariants:
 //
@@ -22,9 +23,12 @@
 //     Rejection in the result: state, not an error, and the same everywhere.
 //  4. The order of everything that reaches the disk, a result or a subscriber
 //     comes from the log or from sorted keys, never from a Go map.
-//  5. No collection in memory grows with the state: the hot records, the
+//  5. The state may be replaced by a backup, through the log: the epoch says how
+//     often. What was read in another epoch is of another state.
+//  6. No collection in memory grows with the state: the hot records, the
 //     watermark index and the history of changes are all bounded.
 //
 // Goroutines: the package starts none of its own. Apply, ApplyMembership and
-// Install exclude each other; all else may be called at any time.
+// Install exclude each other; all else may be called at any time. Prepare works
+// long, on the goroutine of its caller.
 package router

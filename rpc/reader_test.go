@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -190,6 +191,40 @@ func TestReaderMinRevisionStale(t *testing.T) {
 		}
 		ctx = request(t.Context(), MetadataConsistency, "stale", MetadataMinRevision, "43")
 		if err := r.Wait(ctx); !errors.Is(err, ErrBehind) {
+			t.Fatal(err)
+		}
+	})
+}
+
+// After a restore revisions are ahead of log indexes: what is compared with an
+// index is translated, also while a reader waits for the swap itself.
+func TestReaderRevisionBase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newReadNode()
+		var base atomic.Uint64
+		r := NewReader(n, 1, time.Second).WithRevisionBase(base.Load)
+		n.index = func(context.Context) (uint64, error) { return 10, nil }
+		n.apply(10)
+		if err := r.Wait(request(t.Context(), MetadataMinRevision, "110")); !errors.Is(err, ErrFutureRevision) {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- r.Wait(request(t.Context(), MetadataConsistency, "stale", MetadataMinRevision, "110")) }()
+		synctest.Wait()
+		base.Store(100) // the swap is applied
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Wait(request(t.Context(), MetadataMinRevision, "110")); err != nil {
+			t.Fatal(err)
+		}
+		var future *FutureRevisionError
+		err := r.Wait(request(t.Context(), MetadataMinRevision, "111"))
+		if !errors.As(err, &future) || future.Current != 110 {
+			t.Fatal(err)
+		}
+		// A revision of before the restore is long reached.
+		if err := r.Wait(request(t.Context(), MetadataConsistency, "stale", MetadataMinRevision, "99")); err != nil {
 			t.Fatal(err)
 		}
 	})
