@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -469,4 +470,76 @@ func TestFinishingASwapSurvivesACrashAnywhere(t *testing.T) {
 		t.Fatalf("installed: %s", dump(t, other))
 	}
 	noError(t, other.Close())
+}
+
+// TestReadersAcrossASwap: entries are applied while the new state is prepared,
+// and whoever reads meanwhile sees one state or the other, whole, and is told
+// which.
+func TestReadersAcrossASwap(t *testing.T) {
+	fs := vfs.NewMem()
+	src := open(t, fs, "source")
+	for i := range 50 {
+		accepted(t, src, put(fmt.Sprint("new-", i), ""))
+	}
+	_, err := src.Image("image")
+	noError(t, errors.Join(err, src.Close()))
+	s := open(t, fs, "state")
+	defer func() { noError(t, s.Close()) }()
+	for i := range 30 {
+		accepted(t, s, put(fmt.Sprint("old-", i), ""))
+	}
+	accepted(t, s, stageCommands(t, fs, "image", "op")...)
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for range 2 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				// One that is newer than the view may be from after the swap.
+				late, lerr := s.Latest().Pipeline("new-7")
+				v := s.View()
+				old, restored := 0, 0
+				err := v.Pipelines("", 0, func(p *commandpb.Pipeline) bool {
+					if strings.HasPrefix(p.Spec.Id, "new-") {
+						restored++
+					} else {
+						old++
+					}
+					return true
+				})
+				sums := s.RecentSums()
+				if err = errors.Join(err, lerr, v.Close()); err != nil || len(sums) == 0 {
+					t.Error(err, sums)
+					return
+				}
+				if whole := v.Epoch() == 0 && restored == 0 && old >= 30 || v.Epoch() == 1 && restored == 50 && old == 0; !whole || late != nil && v.Epoch() == 0 {
+					t.Errorf("epoch %d shows %d old and %d restored pipelines, %v", v.Epoch(), old, restored, late)
+					return
+				}
+			}
+		})
+	}
+	ready := make(chan error, 1)
+	go func() { ready <- s.Prepare(t.Context(), "op") }()
+	for i := range 30 {
+		accepted(t, s, put(fmt.Sprint("more-", i), ""))
+	}
+	// Even while it is being prepared: the swap waits for it.
+	accepted(t, s, report("op", 1), swap("op"))
+	if err := <-ready; err != nil && !errors.Is(err, ErrNotStaged) {
+		t.Error(err)
+	}
+	for i := range 10 {
+		accepted(t, s, offsetCommand("s", uint64(i+1)))
+	}
+	close(stop)
+	wg.Wait()
+	sound(t, s)
+	if left, err := databases(fs, "state"); err != nil || len(left) != 1 {
+		t.Fatalf("databases %v are left, %v", left, err)
+	}
 }
