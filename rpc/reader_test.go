@@ -196,13 +196,20 @@ func TestReaderMinRevisionStale(t *testing.T) {
 	})
 }
 
+// rebased is a state whose restores are made by hand.
+type rebased struct{ atomic.Uint64 }
+
+func (b *rebased) RevisionBase() uint64 { return b.Load() }
+func (b *rebased) Epoch() uint64        { return 0 }
+func (b *rebased) Revision() uint64     { return 0 }
+
 // After a restore revisions are ahead of log indexes: what is compared with an
 // index is translated, also while a reader waits for the swap itself.
 func TestReaderRevisionBase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newReadNode()
-		var base atomic.Uint64
-		r := NewReader(n, 1, time.Second).WithRevisionBase(base.Load)
+		var base rebased
+		r := NewReader(n, 1, time.Second).WithEpochs(&base)
 		n.index = func(context.Context) (uint64, error) { return 10, nil }
 		n.apply(10)
 		if err := r.Wait(request(t.Context(), MetadataMinRevision, "110")); !errors.Is(err, ErrFutureRevision) {
