@@ -14,6 +14,10 @@ import (
 // under way: nodes that are started together ask at the same time.
 const joinWait = 10 * time.Second
 
+// silenceWait is how long a node that asks for the id of a member has to wait for
+// that member to fall silent; a live one answers every heartbeat.
+const silenceWait = 3 * time.Second
+
 // JoinMember makes a node with an empty directory a learner, and says where it
 // gets its state from. A repeat by the same directory, as after a crash, changes
 // nothing.
@@ -83,7 +87,7 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 			add = raftnode.Change{Kind: raftnode.UpdateAddr, ID: id, Addr: req.PeerAddr, Disk: req.DiskId}
 		case !req.GetRejoin():
 			return nil, fmt.Errorf("%w: node %d; give a new node an id of its own, or none to have one chosen", ErrOtherDisk, id)
-		case a.answers(id):
+		case !a.fallsSilent(ctx, id):
 			return nil, fmt.Errorf("%w: node %d is alive with another data directory; two nodes were given one id",
 				raftnode.ErrMembershipRefused, id)
 		default:
@@ -147,14 +151,29 @@ func (a *clusterAPI) isLearner(pos raftnode.Position, id uint64) bool {
 	return false
 }
 
-// answers says whether the member with an id is heard of.
-func (a *clusterAPI) answers(id uint64) bool {
-	for _, p := range a.cfg.Node.Status().Peers {
-		if p.ID == id {
-			return p.Answered && !p.Silent
+// fallsSilent says whether the member with an id is not heard of. One that has
+// just died still counts as alive for some heartbeats, and for longer when the
+// cluster is idle, so it waits a little.
+func (a *clusterAPI) fallsSilent(ctx context.Context, id uint64) bool {
+	deadline := time.Now().Add(silenceWait)
+	for {
+		alive := false
+		for _, p := range a.cfg.Node.Status().Peers {
+			alive = alive || p.ID == id && p.Answered && !p.Silent
+		}
+		if !alive {
+			return true
+		}
+		timer := time.NewTimer(50 * time.Millisecond)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		if ctx.Err() != nil || time.Now().After(deadline) {
+			return false
 		}
 	}
-	return false
 }
 
 // tellAddresses puts the addresses of the members into the replicated list as
