@@ -100,7 +100,7 @@ func Open(f vfs.FS, dir string, o Options) (*FSM, error) {
 	}
 	s.findUndo()
 	// A crash may have come between the entry of a restore and its effect.
-	if d, err = s.performSwap(); err != nil {
+	if _, err := s.performSwap(); err != nil {
 		return nil, errors.Join(fmt.Errorf("router: finish the restore in %s: %w", dir, err), s.cur.release())
 	}
 	return s, nil

@@ -69,7 +69,7 @@ func (s *FSM) Install(dir string) (Position, error) {
 	}
 	s.broken = nil
 	s.replaced(old)
-	if d, err = s.performSwap(); err != nil {
+	if _, err := s.performSwap(); err != nil {
 		// The image was taken between the entry of a restore and its effect.
 		return Position{}, s.breakdown(fmt.Errorf("router: install %s: %w", dir, err))
 	}
