@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -173,11 +174,11 @@ func (c *Cluster) refuses(n *Node) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), 5*time.Second)
 	defer cancel()
-	h, err := healthgrpc.NewHealthClient(n.Conn()).Check(ctx, &healthgrpc.HealthCheckRequest{})
+	h, err := healthgrpc.NewHealthClient(n.Conn()).Check(ctx, &healthgrpc.HealthCheckRequest{}, grpc.WaitForReady(true))
 	if err != nil || h.GetStatus() != healthgrpc.HealthCheckResponse_NOT_SERVING {
 		c.t.Errorf("the health of a node without a right state: %v %v", h, err)
 	}
-	_, err = n.Admin().ListPipelines(ctx, &adminpb.ListPipelinesRequest{})
+	_, err = n.Admin().ListPipelines(ctx, &adminpb.ListPipelinesRequest{}, grpc.WaitForReady(true))
 	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "does not answer") {
 		c.t.Errorf("a read of a node without a right state: %v", err)
 	}
