@@ -88,6 +88,9 @@ type hashClient struct {
 	self Identity
 	node uint64
 	conn *grpc.ClientConn
+	// disk refuses a node with another data directory than it had; nil trusts
+	// all.
+	disk func(node, disk uint64) error
 }
 
 func (c hashClient) ask(ctx context.Context, req *peerpb.StateHashesRequest) ([]*peerpb.StateHash, error) {
@@ -98,6 +101,11 @@ func (c hashClient) ask(ctx context.Context, req *peerpb.StateHashesRequest) ([]
 	}
 	if err := c.self.check(resp.GetHello(), c.node); err != nil {
 		return nil, err
+	}
+	if c.disk != nil {
+		if err := c.disk(c.node, resp.GetHello().GetDiskId()); err != nil {
+			return nil, err
+		}
 	}
 	if len(resp.GetHashes()) > maxHashes {
 		return nil, fmt.Errorf("%w: %d hashes of node %d", ErrMalformed, len(resp.GetHashes()), c.node)
@@ -144,7 +152,7 @@ func (t *PeerTransport) Sums(ctx context.Context, node uint64) ([]router.Sums, e
 		return nil, err
 	}
 	defer conn.Close()
-	return hashClient{t.o.Identity, node, conn}.sums(ctx)
+	return hashClient{t.o.Identity, node, conn, t.checkDisk}.sums(ctx)
 }
 
 // HashAt lets node read all of its state at exactly index, 0 for now. It fails
@@ -156,7 +164,7 @@ func (t *PeerTransport) HashAt(ctx context.Context, node, index uint64) (router.
 		return router.StateHash{}, err
 	}
 	defer conn.Close()
-	hashes, err := hashClient{t.o.Identity, node, conn}.ask(ctx, &peerpb.StateHashesRequest{Full: true, Index: index})
+	hashes, err := hashClient{t.o.Identity, node, conn, t.checkDisk}.ask(ctx, &peerpb.StateHashesRequest{Full: true, Index: index})
 	if err != nil {
 		return router.StateHash{}, err
 	}
@@ -211,7 +219,7 @@ func FetchSums(ctx context.Context, o FetchOptions) (map[uint64][]router.Sums, e
 				return
 			}
 			defer conn.Close()
-			sums, err := hashClient{o.Identity, p.ID, conn}.sums(ctx)
+			sums, err := hashClient{o.Identity, p.ID, conn, nil}.sums(ctx)
 			answers <- answer{p.ID, sums, err}
 		}()
 	}

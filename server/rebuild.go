@@ -64,7 +64,7 @@ func (s *Server) replaceState(ctx context.Context, self rpc.Identity, q *datadir
 	if err := s.disk.images.Purge(0); err != nil {
 		return fmt.Errorf("remove the images of the wrong state: %w", err)
 	}
-	members := s.known.fill(s.disk.machine.Applied().Members)
+	members := s.known.fill(raftnode.Live(s.disk.machine.Applied().Members))
 	sources, err := s.findSources(ctx, self, q, members)
 	if err != nil {
 		return err
