@@ -110,6 +110,8 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 	case st.Leader == 0:
 		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY
 		resp.Alarms = append(resp.Alarms, "there is no leader: writes wait; a majority of the voters must be up and reach each other")
+	case a.cfg.Gate.Reason() != "": // the alarms say why
+		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY
 	case silent > 0:
 		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED
 	default:

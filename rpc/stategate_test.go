@@ -108,8 +108,10 @@ func TestShutGateRefusesClients(t *testing.T) {
 	_, err = a.admin.DeletePipeline(a.ctx(), &adminpb.DeletePipelineRequest{PipelineId: "p"})
 	refused("a write that the state would answer", err)
 	eventually(t, "the node does not serve", func() bool { return health() == healthgrpc.HealthCheckResponse_NOT_SERVING })
-	_, err = a.admin.GetClusterStatus(a.ctx(), &adminpb.GetClusterStatusRequest{})
-	noError(t, err)
+	st, err := a.admin.GetClusterStatus(a.ctx(), &adminpb.GetClusterStatusRequest{})
+	if err != nil || st.GetHealth() != adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY {
+		t.Errorf("the status of a cluster that answers nobody: %v %v", st.GetHealth(), err)
+	}
 	_, err = a.cluster.GetStateHash(a.ctx(), &clusterpb.GetStateHashRequest{})
 	noError(t, err)
 
