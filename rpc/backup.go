@@ -2,7 +2,6 @@ package rpc
 
 import (
 	"context"
-	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -345,6 +344,3 @@ func (a *backupAPI) validate(ctx context.Context, r *recovery.Recovery, id strin
 	}
 	return resp, nil
 }
-
-// hexOf returns b in hex, "" for nil.
-func hexOf(b []byte) string { return hex.EncodeToString(b) }

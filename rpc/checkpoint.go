@@ -124,7 +124,7 @@ func (a *checkpointAPI) ReportWatermark(ctx context.Context, req *checkpointpb.W
 // globalWatermark reads the source's minimum from this node once it has applied
 // revision.
 func (a *checkpointAPI) globalWatermark(ctx context.Context, source string, revision uint64) (*commonpb.Watermark, error) {
-	if err := a.cfg.Node.WaitApplied(ctx, revision); err != nil {
+	if err := a.reader.waitRevision(ctx, revision); err != nil {
 		return nil, err
 	}
 	v := a.cfg.State.View()

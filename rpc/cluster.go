@@ -163,7 +163,7 @@ func (a *clusterAPI) ListGroups(ctx context.Context, req *clusterpb.ListGroupsRe
 			resp.NextPageToken = resp.Groups[limit-1].GroupId
 			return false
 		}
-		resp.Groups = append(resp.Groups, groupToAPI(g))
+		resp.Groups = append(resp.Groups, groupToAPI(g, v.Epoch()))
 		return true
 	})
 	if err != nil {
@@ -188,7 +188,7 @@ func (a *clusterAPI) GetGroup(ctx context.Context, req *clusterpb.GetGroupReques
 	}
 	resp := &clusterpb.GetGroupResponse{Revision: v.Revision()}
 	if g != nil {
-		resp.Found, resp.Group = true, groupToAPI(g)
+		resp.Found, resp.Group = true, groupToAPI(g, v.Epoch())
 	}
 	return resp, nil
 }

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
@@ -63,18 +64,19 @@ func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment) *cl
 	return out
 }
 
-// groupToAPI shows one consumer group.
-func groupToAPI(g *commandpb.Group) *clusterpb.GroupInfo {
+// groupToAPI shows one consumer group of a state of an epoch. Generations are shown
+// as commits have to name them.
+func groupToAPI(g *commandpb.Group, epoch uint64) *clusterpb.GroupInfo {
 	out := &clusterpb.GroupInfo{
 		GroupId:        g.GroupId,
 		StageId:        g.StageId,
-		Generation:     g.Generation,
+		Generation:     router.Fence(epoch, g.Generation),
 		PartitionCount: g.PartitionCount,
 		ModRevision:    g.ModRevision,
 	}
 	for _, m := range g.Members {
 		out.Members = append(out.Members, &clusterpb.GroupMember{
-			ServiceId: m.ServiceId, Partitions: m.Partitions, JoinedGeneration: m.JoinedGeneration,
+			ServiceId: m.ServiceId, Partitions: m.Partitions, JoinedGeneration: router.Fence(epoch, m.JoinedGeneration),
 		})
 	}
 	return out

@@ -289,6 +289,9 @@ func (sb *serviceBeat) compareGroup(v *router.View, group string) (*registrypb.R
 		return nil, nil, err
 	}
 	was, known := sb.told[group]
+	// As commits have to name it: after a restore the group may come to the same
+	// number again.
+	generation := router.Fence(v.Epoch(), g.GetGeneration())
 	if !isMember(g, sb.id) {
 		if !known {
 			return nil, nil, nil
@@ -298,19 +301,19 @@ func (sb *serviceBeat) compareGroup(v *router.View, group string) (*registrypb.R
 			return nil, nil, nil
 		}
 		return &registrypb.RevokePartitions{
-			GroupId: group, Partitions: was.partitions, Generation: max(g.GetGeneration(), was.generation),
+			GroupId: group, Partitions: was.partitions, Generation: max(generation, was.generation),
 		}, nil, nil
 	}
 	now := memberPartitions(g, sb.id)
-	if known && was.generation == g.Generation && slices.Equal(was.partitions, now) {
+	if known && was.generation == generation && slices.Equal(was.partitions, now) {
 		return nil, nil, nil
 	}
-	sb.told[group] = heldGroup{partitions: now, generation: g.Generation}
+	sb.told[group] = heldGroup{partitions: now, generation: generation}
 	var revoke *registrypb.RevokePartitions
 	if lost := without(was.partitions, now); len(lost) > 0 {
-		revoke = &registrypb.RevokePartitions{GroupId: group, Partitions: lost, Generation: g.Generation}
+		revoke = &registrypb.RevokePartitions{GroupId: group, Partitions: lost, Generation: generation}
 	}
-	return revoke, &registrypb.AssignPartitions{GroupId: group, Partitions: now, Generation: g.Generation}, nil
+	return revoke, &registrypb.AssignPartitions{GroupId: group, Partitions: now, Generation: generation}, nil
 }
 
 // without returns the elements of a that are not in b; both ascend.

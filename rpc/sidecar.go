@@ -71,7 +71,7 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 	}
 	// It is registered: whatever fails from here on must not tell it otherwise,
 	// because it exits when told so. Its first heartbeat brings the rest.
-	if err := a.cfg.Node.WaitApplied(ctx, res.GetRevision()); err != nil {
+	if err := a.reader.waitRevision(ctx, res.GetRevision()); err != nil {
 		return resp, nil
 	}
 	// The same registration of a live sidecar leaves its assignments as they are.
