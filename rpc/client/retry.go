@@ -32,13 +32,18 @@ func kindOf(method string) callKind {
 		"ListServices", "GetServiceEndpoints",
 		"GetSourceOffset", "GetWatermark", "GetCheckpoint", "GetGroupOffsets", "GetPipelineCheckpoints",
 		"GetStateHash", "ListSidecars", "GetSidecar", "ListGroups", "GetGroup",
+		"ListMembers", "ListOperations", "GetOperation", "WaitOperation", "CheckState",
+		"GetStateMetadata", "ListSnapshots",
+		// A node that asks again is known by the id of its directory.
+		"JoinMember",
 		// A heartbeat says the same however often it is said.
 		"Heartbeat", "Check":
 		return read
 	case "CreatePipeline", "UpdatePipeline", "DeletePipeline", "EnablePipeline", "DisablePipeline",
 		"RegisterSidecar", "DeregisterSidecar",
 		"Register", "Deregister", "JoinGroup", "LeaveGroup",
-		"CommitOffset", "ReportWatermark", "SaveCheckpoint", "CommitGroupOffset":
+		"CommitOffset", "ReportWatermark", "SaveCheckpoint", "CommitGroupOffset",
+		"CancelOperation":
 		return mutation
 	}
 	return action
