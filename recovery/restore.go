@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/raftnode"
@@ -87,7 +88,12 @@ func (r *Recovery) examine(ctx context.Context, image *router.Image, rec shelf.R
 	got := hex.EncodeToString(src.ContentHash)
 	switch {
 	case rec.ContentHash == "":
-		err = r.c.Shelf.SetContentHash(rec.ID, got)
+		v := image.View()
+		defer v.Close()
+		counts, cerr := v.Counts()
+		if err = cerr; err == nil {
+			err = r.c.Shelf.SetContent(rec.ID, got, counts.ByName())
+		}
 	case rec.ContentHash != got:
 		// Of an uploaded snapshot it is what its maker computed.
 		err = fmt.Errorf("%w: its content has hash %s, %s was recorded when it was made", router.ErrCorrupt, got, rec.ContentHash)
@@ -246,8 +252,10 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 		return err
 	}
 	var total uint64
-	for _, n := range rec.Counts {
-		total += n
+	if now, err := r.c.Shelf.Get(rec.ID); err == nil {
+		for _, n := range now.Counts {
+			total += n
+		}
 	}
 	if err := op.phase(ctx, phaseStage, "records", total); err != nil {
 		return err
@@ -277,7 +285,15 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 	return r.catchUp(ctx)
 }
 
-// stage proposes what is not staged yet.
+// How many chunks are cut ahead of the one being replicated, and how often a user
+// may have asked for the end of a restore before it is noticed.
+const (
+	chunksAhead = 4
+	cancelLook  = 200 * time.Millisecond
+)
+
+// stage proposes what is not staged yet. Chunks are read and compressed while the
+// one before is replicated.
 func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image) (chunks, records uint64, err error) {
 	id := op.op.OperationId
 	if err := r.catchUp(ctx); err != nil {
@@ -292,22 +308,45 @@ func (r *Recovery) stage(ctx context.Context, op *operation, image *router.Image
 		return 0, 0, errors.New("recovery: what was staged is gone")
 	}
 	done := stage.Records
-	v := image.View()
-	defer v.Close()
-	return v.Chunks(ctx, stage.Chunks, func(c router.Chunk) error {
-		if err := r.check(ctx, id); err != nil {
-			return err
+	g, gctx := errgroup.WithContext(ctx)
+	ahead := make(chan router.Chunk, chunksAhead)
+	g.Go(func() error {
+		defer close(ahead)
+		v := image.View()
+		defer v.Close()
+		var err error
+		chunks, records, err = v.Chunks(gctx, stage.Chunks, func(c router.Chunk) error {
+			select {
+			case ahead <- c:
+				return nil
+			case <-gctx.Done():
+				return gctx.Err()
+			}
+		})
+		return err
+	})
+	g.Go(func() error {
+		var looked time.Time
+		for c := range ahead {
+			if now := time.Now(); now.Sub(looked) >= cancelLook {
+				looked = now
+				if err := r.check(gctx, id); err != nil {
+					return err
+				}
+			}
+			_, err := r.submit(gctx, &commandpb.Command{Op: &commandpb.Command_StageRestore{StageRestore: &commandpb.StageRestore{
+				OperationId: id, Sequence: c.Sequence, Data: c.Data, Records: c.Records,
+			}}})
+			if err != nil {
+				return err
+			}
+			done += c.Records
+			op.progress(gctx, done)
 		}
-		_, err := r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_StageRestore{StageRestore: &commandpb.StageRestore{
-			OperationId: id, Sequence: c.Sequence, Data: c.Data, Records: c.Records,
-		}}})
-		if err != nil {
-			return err
-		}
-		done += c.Records
-		op.progress(ctx, done)
 		return nil
 	})
+	err = g.Wait()
+	return chunks, records, err
 }
 
 // readyPoll is how often a restore that waits for replicas looks again.

@@ -46,7 +46,7 @@ func (r *Recovery) describe(dir string, rec *shelf.Record) error {
 		return err
 	}
 	v := image.View()
-	counts, err := v.Counts()
+	counts, err := v.QuickCounts()
 	rec.Revision, rec.Epoch = v.Revision(), v.Epoch()
 	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
 		return err
@@ -78,12 +78,13 @@ func (r *Recovery) hash(ctx context.Context, s *shelf.Reader) (string, error) {
 	}
 	v := image.View()
 	sum, err := v.ContentHash(ctx)
-	if err = errors.Join(err, v.Close(), image.Close()); err != nil {
+	counts, cerr := v.Counts()
+	if err = errors.Join(err, cerr, v.Close(), image.Close()); err != nil {
 		return "", err
 	}
 	hash := hex.EncodeToString(sum)
 	// Deleted meanwhile: the reader still has it.
-	if err := r.c.Shelf.SetContentHash(s.Record().ID, hash); err != nil && !errors.Is(err, shelf.ErrNotFound) {
+	if err := r.c.Shelf.SetContent(s.Record().ID, hash, counts.ByName()); err != nil && !errors.Is(err, shelf.ErrNotFound) {
 		return "", err
 	}
 	return hash, nil
@@ -133,7 +134,11 @@ func (r *Recovery) open(ctx context.Context, s *shelf.Reader, c archive.Compress
 	if err != nil {
 		return nil, err
 	}
-	return archive.NewArchive(ctx, s.Reader, header(s.Record(), hash), c, offset)
+	rec := s.Record()
+	if now, err := r.c.Shelf.Get(rec.ID); err == nil {
+		rec = now // with its counts
+	}
+	return archive.NewArchive(ctx, s.Reader, header(rec, hash), c, offset)
 }
 
 // header is the first entry of the archive of a snapshot.

@@ -43,7 +43,8 @@ type Record struct {
 	// ClusterID and ClusterName are of the cluster whose state it is.
 	ClusterID   uint64 `json:"cluster_id,string"`
 	ClusterName string `json:"cluster_name"`
-	// Counts says how many records there are of each kind.
+	// Counts says how many records there are of each kind; of those that are not
+	// counted as they come, once ContentHash is there.
 	Counts map[string]uint64 `json:"counts,omitempty"`
 	// ContentHash is the hex SHA-256 of the content; empty until it was
 	// computed, which reads everything.

@@ -403,8 +403,9 @@ func (s *Shelf) dropImage(image string) {
 	}
 }
 
-// SetContentHash records the hash of a snapshot's content.
-func (s *Shelf) SetContentHash(id, hash string) error {
+// SetContent records what only a look at everything in a snapshot tells: the hash
+// of its content, and how many records there are of each kind.
+func (s *Shelf) SetContent(id, hash string, counts map[string]uint64) error {
 	s.writeMu.Lock()
 	defer s.writeMu.Unlock()
 	s.mu.Lock()
@@ -414,7 +415,7 @@ func (s *Shelf) SetContentHash(id, hash string) error {
 		return fmt.Errorf("%w: %s", ErrNotFound, id)
 	}
 	next := *r
-	next.ContentHash = hash
+	next.ContentHash, next.Counts = hash, counts
 	if err := writeRecord(s.fs, s.dir, &next); err != nil {
 		return fmt.Errorf("shelf: record snapshot %s: %w", id, err)
 	}

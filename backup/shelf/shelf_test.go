@@ -72,7 +72,7 @@ func TestSnapshotsAreKept(t *testing.T) {
 	s := open(t, f, Options{})
 	must[Record](t)(put(t, f, s, "nightly", "a"))
 	must[Record](t)(put(t, f, s, "weekly", "b"))
-	if err := s.SetContentHash("nightly", "abcd"); err != nil {
+	if err := s.SetContent("nightly", "abcd", map[string]uint64{"pipelines": 2}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := put(t, f, s, "nightly", "c"); !errors.Is(err, ErrExists) {
@@ -83,7 +83,7 @@ func TestSnapshotsAreKept(t *testing.T) {
 		t.Fatalf("after a restart: %q", got)
 	}
 	r := must[*Reader](t)(s.Open("nightly"))
-	if rec := r.Record(); rec.ContentHash != "abcd" || rec.Index != 7 || rec.Revision != 5 || rec.Bytes != 1 {
+	if rec := r.Record(); rec.ContentHash != "abcd" || rec.Counts["pipelines"] != 2 || rec.Index != 7 || rec.Revision != 5 || rec.Bytes != 1 {
 		t.Fatalf("record %+v", rec)
 	}
 	if existed := must[bool](t)(s.Delete("nightly")); !existed {
