@@ -31,6 +31,9 @@ type PromoterConfig struct {
 	// Promote: learners that have caught up become voters. Without it the loop
 	// only shows how far they are.
 	Promote bool
+	// Held reports whether a learner must not be promoted by itself, because it is
+	// to take the place of a voter; optional. It must not block.
+	Held func(node uint64) bool
 	// Interval is how often it looks. Default 100 ms.
 	Interval time.Duration
 	// Looks is how often in a row a learner must have been caught up. Default 3:
@@ -50,6 +53,9 @@ func (c *PromoterConfig) ensureDefaults() {
 	}
 	if c.MaxLag == 0 {
 		c.MaxLag = 500
+	}
+	if c.Held == nil {
+		c.Held = func(uint64) bool { return false }
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -123,7 +129,7 @@ func (p *Promoter) look(ctx context.Context, st raftnode.Status, m raftnode.Memb
 		p.show(ctx, st, m, peer, f)
 		return
 	}
-	if f.looks++; f.looks < p.c.Looks || f.quiet {
+	if f.looks++; f.looks < p.c.Looks || f.quiet || p.c.Held(m.ID) {
 		return
 	}
 	if m.ReadReplica || !p.c.Promote {

@@ -55,6 +55,15 @@ func (t *PeerTransport) checkDisk(node, disk uint64) error {
 	return nil
 }
 
+// checkAnswer verifies the greeting by which node peer answered one of this
+// node's.
+func (t *PeerTransport) checkAnswer(h *peerpb.Hello, peer uint64) error {
+	if err := t.o.Identity.check(h, peer); err != nil {
+		return err
+	}
+	return t.checkDisk(peer, h.GetDiskId())
+}
+
 // refusalOf reads the refusal out of the status of another node.
 func refusalOf(s *status.Status) (kind Refusal, clientAddr string) {
 	for _, d := range s.Details() {

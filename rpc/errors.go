@@ -43,6 +43,10 @@ var (
 	// ErrOtherDisk: a node asks to join under the id of a member that has another
 	// data directory. Nothing was changed.
 	ErrOtherDisk = errors.New("rpc: the member of this id has another data directory")
+	// ErrPreflight: a condition of a replacement is not met; nothing was begun.
+	ErrPreflight = errors.New("rpc: the preflight failed")
+	// ErrOperationRunning: one of its kind is running. Nothing was begun.
+	ErrOperationRunning = errors.New("rpc: an operation of this kind is running")
 	// ErrMalformed: a peer sent something that no version of this program
 	// sends. The stream was ended.
 	ErrMalformed = errors.New("rpc: malformed message from a peer")

@@ -200,7 +200,7 @@ func (s *forwardStream) greet(conn *grpc.ClientConn) (grpc.ClientStream, error) 
 	if err := stream.RecvMsg(&in); err != nil {
 		return nil, fromPeer(s.to, err)
 	}
-	if err := t.o.Identity.check(in.hello, s.to); err != nil {
+	if err := t.checkAnswer(in.hello, s.to); err != nil {
 		return nil, err
 	}
 	t.learn(in.hello)

@@ -133,7 +133,7 @@ func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []
 	if err != nil {
 		return -1, failed(err)
 	}
-	if err := t.o.Identity.check(progress.GetHello(), to); err != nil {
+	if err := t.checkAnswer(progress.GetHello(), to); err != nil {
 		return -1, err
 	}
 	held := progress.GetOffset()

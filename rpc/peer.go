@@ -189,10 +189,7 @@ func (p *peer) open(ctx context.Context, conn *grpc.ClientConn, session uint64) 
 	if err != nil {
 		return nil, fromPeer(p.id, err)
 	}
-	if err := p.t.o.Identity.check(h, p.id); err != nil {
-		return nil, err
-	}
-	if err := p.t.checkDisk(p.id, h.GetDiskId()); err != nil {
+	if err := p.t.checkAnswer(h, p.id); err != nil {
 		return nil, err
 	}
 	p.t.learn(h)

@@ -40,6 +40,8 @@ type PeerServerConfig struct {
 	Beat func(sidecarID, serviceID string)
 	// ImageLimit paces images sent on request; nil = no limit.
 	ImageLimit *snap.RateLimit
+	// Preflight is what this node tells of itself; what is nil is zero.
+	Preflight PreflightInfo
 	// Logger receives refusals. Default: discarded.
 	Logger *slog.Logger
 	// MaxInFlight and MaxInFlightBytes bound the commands of one stream whose
@@ -128,6 +130,7 @@ func NewPeerServer(c PeerServerConfig) (*PeerServer, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
+	c.Preflight.ensureDefaults()
 	setDefault(&c.MaxInFlight, 1<<16)
 	setDefault(&c.MaxInFlightBytes, 64<<20)
 	return &PeerServer{

@@ -19,6 +19,7 @@ import (
 	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/peerpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/backuppb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
@@ -69,6 +70,11 @@ type ServerConfig struct {
 	// ClientAddr returns where the node with this id serves clients, "" when
 	// that is not known (yet). It must not block.
 	ClientAddr func(node uint64) string
+	// StateBytes is the size of the state on disk; optional.
+	StateBytes func() uint64
+	// Preflight asks another node what it is, and whether it reaches others;
+	// optional: without it members cannot be replaced.
+	Preflight func(ctx context.Context, node uint64, reach []raftnode.Member) (*peerpb.PreflightResponse, error)
 	// Reachable says whether this node has a connection to another one; optional.
 	Reachable func(node uint64) bool
 	// Alarms returns conditions an operator should act on; optional.
@@ -166,6 +172,9 @@ func (c *ServerConfig) EnsureDefaults() {
 	}
 	if c.ClientAddr == nil {
 		c.ClientAddr = func(uint64) string { return "" }
+	}
+	if c.StateBytes == nil {
+		c.StateBytes = func() uint64 { return 0 }
 	}
 	if c.Reachable == nil {
 		c.Reachable = func(uint64) bool { return false }

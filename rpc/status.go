@@ -73,6 +73,8 @@ func statusTable() []statusRow {
 		{ErrInvalidCommand, codes.InvalidArgument, "INVALID_COMMAND", NotDone, 0},
 		{raftnode.ErrMembershipPending, codes.FailedPrecondition, "MEMBERSHIP_PENDING", NotDone, later},
 		{raftnode.ErrMembershipRefused, codes.FailedPrecondition, "MEMBERSHIP_REFUSED", NotDone, 0},
+		{ErrPreflight, codes.FailedPrecondition, "PREFLIGHT_FAILED", NotDone, 0},
+		{ErrOperationRunning, codes.FailedPrecondition, "OPERATION_RUNNING", NotDone, later},
 		{raftnode.ErrTransferFailed, codes.Aborted, "TRANSFER_FAILED", Unknown, later},
 		{raftnode.ErrStateBehindLog, codes.Unavailable, "STATE_BEHIND_LOG", NotDone, later},
 

@@ -13,6 +13,7 @@ type controlLoops struct {
 	placer   *control.Placer
 	checker  *control.Checker
 	promoter *control.Promoter
+	replacer *control.Replacer
 }
 
 func newControlLoops(s *Server) (*controlLoops, error) {
@@ -26,10 +27,13 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	placer := control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
 	})
-	promoter := control.NewPromoter(control.PromoterConfig{
-		Node: s.node, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote,
+	replacer := control.NewReplacer(control.ReplacerConfig{
+		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now,
 	})
-	return &controlLoops{liveness, placer, newChecker(s), promoter}, nil
+	promoter := control.NewPromoter(control.PromoterConfig{
+		Node: s.node, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote, Held: replacer.Holds,
+	})
+	return &controlLoops{liveness, placer, newChecker(s), promoter, replacer}, nil
 }
 
 // start runs the loops until ctx is done.
@@ -38,4 +42,5 @@ func (c *controlLoops) start(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { c.placer.Run(ctx) })
 	wg.Go(func() { c.checker.Run(ctx) })
 	wg.Go(func() { c.promoter.Run(ctx) })
+	wg.Go(func() { c.replacer.Run(ctx) })
 }

@@ -220,6 +220,7 @@ func (s *Server) startPeers() error {
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Suspect: s.suspect,
 		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
+		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {
 		return err
@@ -256,6 +257,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 	s.api, err = rpc.NewServer(rpc.ServerConfig{
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
+		StateBytes: s.stateBytes, Preflight: s.transport.Preflight,
 		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain,
 		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,

@@ -1,6 +1,11 @@
 package server
 
-import "fmt"
+import (
+	"fmt"
+	"path/filepath"
+
+	"conveyor.etl/router/datadir"
+)
 
 // alarms returns what an operator of this node should act on.
 func (s *Server) alarms() []string {
@@ -17,6 +22,15 @@ func (s *Server) alarms() []string {
 	}
 	out = append(out, s.control.checker.Alarms()...)
 	return append(out, s.control.liveness.Alarms()...)
+}
+
+// stateBytes returns the size of the state on disk, 0 when it cannot be told.
+func (s *Server) stateBytes() uint64 {
+	n, err := datadir.Size(filepath.Join(s.c.DataDir, datadir.StateName))
+	if err != nil {
+		s.log.Debug("the state cannot be measured", "err", err)
+	}
+	return n
 }
 
 // metrics returns the numbers of this node that the API server does not know.

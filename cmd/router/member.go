@@ -20,10 +20,10 @@ func newMemberCommand(a *app) *cobra.Command {
 A new node joins by itself: start it with 'router serve --join HOST:PORT' and the
 client address of any member. It becomes a learner, gets the state, and is made a
 voter by the leader once it has caught up. To take a node out, remove it; its id
-is never used again.`,
+is never used again. To exchange one, let the new one join and replace the old one.`,
 	}
 	cmd.AddCommand(newMemberListCommand(a, "list"), newMemberAddCommand(a), newMemberPromoteCommand(a),
-		newMemberRemoveCommand(a), newMemberUpdateCommand(a))
+		newMemberRemoveCommand(a), newMemberReplaceCommand(a), newMemberUpdateCommand(a))
 	return cmd
 }
 
@@ -158,6 +158,86 @@ is refused. The node stops by itself; erase its data directory.`,
 	}
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return cmd
+}
+
+func newMemberReplaceCommand(a *app) *cobra.Command {
+	var yes bool
+	req := &clusterpb.ReplaceMemberRequest{}
+	cmd := &cobra.Command{
+		Use:   "replace OLD NEW",
+		Short: "Exchange a voter for a node that has joined",
+		Long: `Exchange voter OLD for node NEW, which has joined with 'router serve --join' (with
+--read-replica it is certain not to have become a voter by itself before). First the
+versions, the connections in both directions, the disk and the clock are checked;
+then, once NEW has caught up, one change puts it in the place of OLD, so that the
+cluster is never weaker than before. A leader hands leadership over first. It is an
+operation: 'router operation cancel' ends it, and leaves the cluster as it was, up
+to the moment of the exchange; it survives a change of leader.
+
+Exit codes: 0 done, 4 a check failed and nothing was begun, 8 it failed or was
+cancelled, or a check failed with --check, 7 --timeout passed first (it goes on).`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var err error
+			if req.OldNodeId, err = nodeArg(cmd, args[0]); err != nil {
+				return err
+			}
+			if req.NewNodeId, err = nodeArg(cmd, args[1]); err != nil {
+				return err
+			}
+			if !yes && !req.PreflightOnly {
+				if err := a.confirm(fmt.Sprintf("Replace node %d by node %d, for good?", req.OldNodeId, req.NewNodeId)); err != nil {
+					return err
+				}
+			}
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				reply, err := c.Cluster.ReplaceMember(ctx, req)
+				if err != nil {
+					return err
+				}
+				return a.printReplacement(req, reply)
+			})
+		},
+	}
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	cmd.Flags().BoolVar(&req.PreflightOnly, "check", false, "only check whether it could be done; exit code 8 when not")
+	cmd.Flags().BoolVar(&req.Detach, "detach", false, "do not wait for the end")
+	return cmd
+}
+
+// printReplacement shows what was checked and how far the exchange is.
+func (a *app) printReplacement(req *clusterpb.ReplaceMemberRequest, reply *clusterpb.ReplaceMemberResponse) error {
+	if a.format != output.Table {
+		if err := output.Document(a.stdout, a.format, reply); err != nil {
+			return err
+		}
+	} else {
+		g := &output.Grid{Header: []string{"CHECK", "OK", "DETAIL"}}
+		for _, check := range reply.GetChecks() {
+			g.Add(check.GetName(), yesNo(check.GetOk()), check.GetDetail())
+		}
+		if err := g.Write(a.stdout); err != nil {
+			return err
+		}
+		if reply.GetOperation() != nil {
+			fmt.Fprintln(a.stdout)
+			if err := printOperation(a, reply.GetOperation()); err != nil {
+				return err
+			}
+		}
+	}
+	if req.PreflightOnly {
+		for _, check := range reply.GetChecks() {
+			if !check.GetOk() {
+				return silentError{exitCheckFailed}
+			}
+		}
+		return nil
+	}
+	if req.Detach {
+		return nil
+	}
+	return operationOutcome(reply.GetOperation())
 }
 
 func newMemberUpdateCommand(a *app) *cobra.Command {
