@@ -14,11 +14,11 @@ import (
 )
 
 // FormatVersion is that of the data directory as a whole. A change that an older
-// binary would misread raises it.
-const FormatVersion = 1
+// binary would misread raises it. 2 added disk ids and removal.
+const FormatVersion = 2
 
 // Identity says whose data a data directory holds. It is written before
-// anything else; only Initialized changes, once.
+// anything else; only Initialized and Removed change, once.
 type Identity struct {
 	FormatVersion int       `json:"format_version"`
 	ClusterID     uint64    `json:"cluster_id,string"`
@@ -34,6 +34,11 @@ type Identity struct {
 	// missing log is a loss, not a first start: beginning a new one would let the
 	// node vote against promises it does not remember.
 	Initialized bool `json:"initialized"`
+	// RaftAddr is what a first member of a cluster told its peers at its first
+	// start; those who join are known by the membership.
+	RaftAddr string `json:"raft_addr,omitempty"`
+	// Removed: the node was taken out of its cluster, for good.
+	Removed bool `json:"removed,omitempty"`
 }
 
 // ClusterID derives the id all first members of a cluster agree on without

@@ -72,7 +72,7 @@ func TestRefusedStarts(t *testing.T) {
 
 	identity := filepath.Join(n.DataDir, "IDENTITY")
 	restore := edit(t, identity, func(b []byte) []byte {
-		return bytes.Replace(b, []byte(`"format_version": 1`), []byte(`"format_version": 9`), 1)
+		return bytes.Replace(b, []byte(`"format_version": 2`), []byte(`"format_version": 9`), 1)
 	})
 	mustRefuse(t, n, 1, []string{"has format 9", "start the newer binary"}, nil)
 	edit(t, identity, func(b []byte) []byte { return b[:len(b)/2] })

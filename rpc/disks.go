@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -48,9 +49,10 @@ func (t *PeerTransport) checkDisk(node, disk uint64) error {
 	if err != nil {
 		return fmt.Errorf("%w: the data directory of node %d could not be recorded: %w", ErrClosed, node, err)
 	}
-	if !known {
-		return &RefusedError{Peer: node, Kind: Wiped, ClientAddr: t.o.Identity.ClientAddr, Reason: fmt.Sprintf(
-			"node %d was known with another data directory than %016x: it has lost what it promised, and must join again", node, disk)}
+	if !known && !t.isConfirmed(node, disk) {
+		t.o.Doubt(node, disk)
+		return t.refuse(node, Wiped,
+			"node %d was known with another data directory than %016x: it has lost what it promised, and must join again", node, disk)
 	}
 	return nil
 }
@@ -64,14 +66,53 @@ func (t *PeerTransport) checkAnswer(h *peerpb.Hello, peer uint64) error {
 	return t.checkDisk(peer, h.GetDiskId())
 }
 
-// refusalOf reads the refusal out of the status of another node.
-func refusalOf(s *status.Status) (kind Refusal, clientAddr string) {
+// refuse returns the refusal of node for a reason that it acts on.
+func (t *PeerTransport) refuse(node uint64, kind Refusal, format string, args ...any) error {
+	return &RefusedError{
+		Peer: node, Kind: kind, Reason: fmt.Sprintf(format, args...),
+		ClientAddr: t.o.Identity.ClientAddr, Applied: t.o.Applied(),
+	}
+}
+
+// metadata puts what the refused node acts on into a status.
+func (e *RefusedError) metadata() map[string]string {
+	return map[string]string{
+		"refusal": string(e.Kind), "client_addr": e.ClientAddr, "applied": strconv.FormatUint(e.Applied, 10),
+	}
+}
+
+// read is the inverse of metadata.
+func (e *RefusedError) read(s *status.Status) {
 	for _, d := range s.Details() {
 		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == errorDomain {
-			return Refusal(info.GetMetadata()["refusal"]), info.GetMetadata()["client_addr"]
+			m := info.GetMetadata()
+			e.Kind, e.ClientAddr = Refusal(m["refusal"]), m["client_addr"]
+			e.Applied, _ = strconv.ParseUint(m["applied"], 10, 64)
+			return
 		}
 	}
-	return "", ""
+}
+
+// Confirm says that the cluster has agreed on node joining with disk, although
+// this node has not applied that yet. A node that lags may know an older disk of
+// the leader, or that it was removed, and must listen to it to learn better.
+func (t *PeerTransport) Confirm(node, disk uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.confirmed[node] = disk
+	if p := t.peers[node]; p != nil {
+		select {
+		case p.kick <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// isConfirmed reports whether Confirm was called for node and disk.
+func (t *PeerTransport) isConfirmed(node, disk uint64) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return disk != 0 && t.confirmed[node] == disk
 }
 
 // refused tells whoever wants to act on it that another node does not talk to

@@ -107,6 +107,9 @@ type RefusedError struct {
 	// refusing node serves clients.
 	Kind       Refusal
 	ClientAddr string
+	// Applied is the index the refusing node had applied: what it says of the
+	// members was so then. Of refusals with a Kind.
+	Applied uint64
 	// Told: it is this node that was refused.
 	Told bool
 }

@@ -93,8 +93,9 @@ func (id Identity) check(h *peerpb.Hello, peer uint64) error {
 // the stream is gone.
 func fromPeer(peer uint64, err error) error {
 	if s, ok := status.FromError(err); ok && s.Code() == codes.PermissionDenied {
-		kind, addr := refusalOf(s)
-		return &RefusedError{Peer: peer, Reason: "node " + fmt.Sprint(peer) + " says: " + s.Message(), Kind: kind, ClientAddr: addr, Told: true}
+		refused := &RefusedError{Peer: peer, Reason: "node " + fmt.Sprint(peer) + " says: " + s.Message(), Told: true}
+		refused.read(s)
+		return refused
 	}
 	return err
 }

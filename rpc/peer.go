@@ -22,6 +22,9 @@ type peer struct {
 	id     uint64
 	addr   string
 	cancel context.CancelFunc
+	// at is the address of the present, or the newest, attempt to connect: addr,
+	// or one of the others the member may be reached at.
+	at atomic.Pointer[string]
 	// entries and control are the two classes of messages. Order holds within
 	// a class; raft needs none between them.
 	entries *peerQueue
@@ -55,9 +58,16 @@ func (p *peer) run(ctx context.Context) {
 	pause := p.t.o.BackoffMin
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
-	for {
+	for failures := 0; ; {
 		begun := time.Now()
+		// The address that worked last is the best guess.
+		if addrs := append([]string{p.addr}, p.t.o.Also(p.id)...); failures > 0 {
+			p.at.Store(&addrs[failures%len(addrs)])
+		}
 		err := p.session(ctx)
+		if !p.connected.Load() {
+			failures++
+		}
 		p.connected.Store(false)
 		// What waited was for the raft state of back then; raft makes new
 		// messages once it knows that these are lost.
@@ -102,7 +112,7 @@ func (p *peer) failed(err error, lost int) {
 	if again {
 		return
 	}
-	log := p.t.o.Logger.With("peer", p.id, "addr", p.addr)
+	log := p.t.o.Logger.With("peer", p.id, "addr", *p.at.Load())
 	if errors.Is(err, ErrRefused) {
 		log.Error("the peer does not talk to this node; trying again, without repeating this message", "err", err)
 		return
@@ -115,14 +125,15 @@ func (p *peer) failed(err error, lost int) {
 func (p *peer) session(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	conn, err := p.t.dialer.conn(p.addr)
+	addr := *p.at.Load()
+	conn, err := p.t.dialer.conn(addr)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 
 	timeout := time.AfterFunc(2*p.t.o.DialTimeout, func() {
-		cancel(fmt.Errorf("rpc: no greeting from node %d at %s within %v", p.id, p.addr, 2*p.t.o.DialTimeout))
+		cancel(fmt.Errorf("rpc: no greeting from node %d at %s within %v", p.id, addr, 2*p.t.o.DialTimeout))
 	})
 	defer timeout.Stop()
 	// Greater than the last also after a restart of this process, which a
@@ -143,7 +154,7 @@ func (p *peer) session(ctx context.Context) error {
 	p.mu.Lock()
 	p.lastErr = ""
 	p.mu.Unlock()
-	p.t.o.Logger.Info("connected to the peer", "peer", p.id, "addr", p.addr)
+	p.t.o.Logger.Info("connected to the peer", "peer", p.id, "addr", addr)
 
 	var wg sync.WaitGroup
 	for _, s := range []struct {

@@ -180,7 +180,7 @@ func revisionOf(err error) map[string]string {
 	var refused *RefusedError
 	switch {
 	case errors.As(err, &refused) && refused.Kind != "":
-		return map[string]string{"refusal": string(refused.Kind), "client_addr": refused.ClientAddr}
+		return refused.metadata()
 	case errors.As(err, &epoch):
 		return map[string]string{
 			"current_revision": strconv.FormatUint(epoch.Revision, 10),

@@ -31,6 +31,15 @@ type TransportOptions struct {
 	// OnRefused is told when another node refuses this one for a reason to act
 	// on. It must not block.
 	OnRefused func(*RefusedError)
+	// Doubt is told when node came with a disk other than the one known here,
+	// which may be because this node lags: see PeerTransport.Confirm. It must not
+	// block. Default: nobody is told.
+	Doubt func(node, disk uint64)
+	// Applied returns the index this node has applied, for refusals. Default: 0.
+	Applied func() uint64
+	// Also returns further addresses of a member, tried in turn when that of its
+	// membership fails. It must not block. Default: none.
+	Also func(member uint64) []string
 	// Dial opens connections to peers. Default: TCP.
 	Dial Dialer
 	// Credentials secure them. Default: none.
@@ -73,6 +82,15 @@ type TransportOptions struct {
 func (o *TransportOptions) EnsureDefaults() *TransportOptions {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Doubt == nil {
+		o.Doubt = func(uint64, uint64) {}
+	}
+	if o.Applied == nil {
+		o.Applied = func() uint64 { return 0 }
+	}
+	if o.Also == nil {
+		o.Also = func(uint64) []string { return nil }
 	}
 	setDefault(&o.QueueBytes, 64<<20)
 	setDefault(&o.ControlBytes, 1<<20)
@@ -148,6 +166,8 @@ type PeerTransport struct {
 	// removed are nodes that were members and are no more. Ids are never
 	// reused, so they have no business here.
 	removed map[uint64]bool
+	// confirmed are disks that others have seen join: see Confirm.
+	confirmed map[uint64]uint64
 	// clients holds what the nodes said in their greetings.
 	clients map[uint64]string
 }
@@ -161,14 +181,15 @@ func NewPeerTransport(o TransportOptions) (*PeerTransport, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	t := &PeerTransport{
-		o:       o,
-		dialer:  newPeerDialer(o.Dial, o.Credentials, o.DialTimeout),
-		ctx:     ctx,
-		cancel:  cancel,
-		report:  newReporter(o.ReportInterval),
-		peers:   map[uint64]*peer{},
-		removed: map[uint64]bool{},
-		clients: map[uint64]string{},
+		o:         o,
+		dialer:    newPeerDialer(o.Dial, o.Credentials, o.DialTimeout),
+		ctx:       ctx,
+		cancel:    cancel,
+		report:    newReporter(o.ReportInterval),
+		peers:     map[uint64]*peer{},
+		removed:   map[uint64]bool{},
+		confirmed: map[uint64]uint64{},
+		clients:   map[uint64]string{},
 	}
 	t.wg.Go(func() { t.report.run(ctx) })
 	return t, nil
@@ -220,6 +241,9 @@ func (t *PeerTransport) SetMembers(members []raftnode.Member) {
 			continue
 		}
 		delete(t.removed, m.ID)
+		if m.Disk != 0 && m.Disk == t.confirmed[m.ID] {
+			delete(t.confirmed, m.ID) // this node has caught up with it
+		}
 		if m.ID == t.o.Identity.NodeID || m.Addr == "" {
 			continue
 		}
@@ -259,6 +283,7 @@ func (t *PeerTransport) startLocked(id uint64, addr string) *peer {
 		control: newPeerQueue(t.o.ControlBytes),
 		kick:    make(chan struct{}, 1),
 	}
+	p.at.Store(&addr)
 	t.peers[id] = p
 	t.wg.Go(func() { p.run(ctx) })
 	return p
@@ -285,9 +310,10 @@ func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err 
 	switch {
 	case t.closed:
 		return nil, raftnode.ErrStopping
-	case t.removed[id]:
-		return nil, &RefusedError{Peer: id, Kind: Removed, Reason: fmt.Sprintf("node %d was removed from the cluster: "+
-			"erase its data directory and add it again with a new id", id)}
+	case t.removed[id] && (h.GetDiskId() == 0 || t.confirmed[id] != h.GetDiskId()):
+		t.o.Doubt(id, h.GetDiskId())
+		return nil, t.refuse(id, Removed, "node %d was removed from the cluster: "+
+			"erase its data directory and add it again with a new id", id)
 	}
 	p := t.peers[id]
 	if p == nil && !answer {
@@ -365,7 +391,7 @@ func (t *PeerTransport) peerAddr(id uint64) string {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	if p := t.peers[id]; p != nil {
-		return p.addr
+		return *p.at.Load()
 	}
 	return ""
 }

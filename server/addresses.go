@@ -38,6 +38,16 @@ func (a addresses) fill(members []raftnode.Member) []raftnode.Member {
 	return out
 }
 
+// alsoAt returns where the cluster says a member is, for when the address that
+// was configured fails: the member may have moved since.
+func (s *Server) alsoAt(id uint64) []string {
+	m, ok := s.disk.machine.Applied().Member(id)
+	if !ok || m.Addr == "" || m.Addr == s.known[id] {
+		return nil
+	}
+	return []string{m.Addr}
+}
+
 // compare logs what the operator should know: members nobody can reach, and
 // peers that are no members.
 func (a addresses) compare(members []raftnode.Member, log *slog.Logger) {

@@ -32,8 +32,11 @@ func openIdentity(dir string, points *crashpoint.Points, want datadir.Identity) 
 		return datadir.Identity{}, false, fmt.Errorf("%w: %s holds data of node %d, this node was started as %d; "+
 			"correct --node-id or --data-dir", ErrForeign, dir, have.NodeID, want.NodeID)
 	}
+	if have.Removed {
+		return datadir.Identity{}, false, removedError(have.NodeID, dir)
+	}
 	if have.DiskID == 0 { // of an earlier release
-		have.DiskID = want.DiskID
+		have.DiskID, have.FormatVersion = want.DiskID, datadir.FormatVersion
 		return have, !have.Initialized, datadir.WriteIdentity(dir, have)
 	}
 	return have, !have.Initialized, nil

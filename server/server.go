@@ -59,6 +59,10 @@ type Server struct {
 	quarantined sync.Once
 	rebuilds    chan struct{}
 
+	// doubts are nodes that came with unknown disks.
+	doubts  chan doubt
+	leaving sync.Once
+
 	failOnce sync.Once
 	failed   chan struct{}
 	failure  error
@@ -73,6 +77,7 @@ func New(c config.Config, o Options) *Server {
 		log:      o.Logger.With("node", c.NodeID),
 		gate:     rpc.NewStateGate(),
 		rebuilds: make(chan struct{}),
+		doubts:   make(chan doubt, 16),
 		failed:   make(chan struct{}),
 		nodeDone: make(chan struct{}),
 	}
@@ -106,12 +111,16 @@ func (s *Server) start(ctx context.Context) error {
 	if err := s.listen(); err != nil {
 		return err
 	}
+	if err := s.checkMember(); err != nil {
+		return err
+	}
 	self := s.identity(s.disk.id.ClusterID, s.disk.id.DiskID)
 	if err := s.askBefore(ctx, self); err != nil {
 		return err
 	}
 	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
-		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"),
+		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"), Doubt: s.doubted,
+		Applied: func() uint64 { return s.disk.fsm.Applied().Index }, Also: s.alsoAt,
 	})
 	if err != nil {
 		return err
@@ -190,7 +199,7 @@ func (s *Server) raftConfig() raftnode.Config {
 		TailBytes:      s.c.Raft.TailBytes,
 		KeepImages:     keepImages,
 		Logger:         s.log.With("part", "raft"),
-		Events:         eventLog(s.log),
+		Events:         s.eventListener(),
 	}
 }
 
@@ -249,6 +258,8 @@ func (s *Server) runNode() {
 	s.loops.Go(func() { s.guard.Run(loops) })
 	s.loops.Go(func() { s.beats.Run(loops) })
 	s.loops.Go(func() { s.recovery.Run(loops) })
+	s.loops.Go(func() { s.followDoubts(loops) })
+	s.loops.Go(func() { s.reportAddress(loops, actual(s.c.AdvertiseRaftAddr, s.peerLis)) })
 	s.control.start(loops, &s.loops)
 }
 

@@ -86,6 +86,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	}
 	s.id, s.fresh, err = openIdentity(s.dir, s.points, datadir.Identity{
 		DiskID:        disk,
+		RaftAddr:      c.AdvertiseRaftAddr,
 		FormatVersion: datadir.FormatVersion,
 		ClusterID:     datadir.ClusterID(c.ClusterName, c.Members()),
 		ClusterName:   c.ClusterName,

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"conveyor.etl/router/datadir"
@@ -49,13 +48,22 @@ func (s *Server) askBefore(ctx context.Context, self rpc.Identity) error {
 // refused is told when another node does not talk to this one. It does not
 // block.
 func (s *Server) refused(r *rpc.RefusedError) {
+	// What a node says of the members was so at the index it has applied: a later
+	// word of the cluster, which this node has applied itself, outweighs it. One
+	// that lags may not know yet that this node has joined again.
+	pos := s.disk.machine.Applied()
+	if m, ok := pos.Member(s.c.NodeID); ok && !m.Removed && pos.Index > bootstrapIndex && r.Applied <= pos.Index {
+		s.log.Debug("a node that lags refuses this one", "peer", r.Peer, "applied_there", r.Applied, "err", r)
+		return
+	}
 	switch r.Kind {
 	case rpc.Removed:
-		s.fail(fmt.Errorf("%w (%w); erase %s, and let a new node join with --join and another id", ErrRemoved, r, s.c.DataDir))
+		s.leave(r.Error())
 	case rpc.Wiped:
-		if s.node == nil || s.node.Status().Commit > bootstrapIndex {
-			// It holds entries that were committed: it is not empty, and whatever
-			// the other one remembers, throwing this away could only lose.
+		last, err := s.disk.log.LastIndex()
+		if err != nil || last > bootstrapIndex || pos.Index > bootstrapIndex {
+			// It holds entries: it is not empty, and whatever the other one
+			// remembers, throwing this away could only lose.
 			s.log.Error("another node knows this one with another data directory, and this directory is not empty; "+
 				"if it was copied or restored, remove the node from the cluster and let it join again", "event", "disk_unknown", "err", r)
 			return

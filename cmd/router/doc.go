@@ -18,4 +18,5 @@
 //	7  deadline passed: the outcome of a change is unknown
 //	8  a check failed: config check, pipeline validate, wal verify, state check,
 //	   snap check; a backup or data directory is damaged
+//	9  serve: the node was removed from its cluster
 package main

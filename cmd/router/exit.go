@@ -22,6 +22,7 @@ const (
 	exitDenied      = 6
 	exitDeadline    = 7
 	exitCheckFailed = 8
+	exitRemoved     = 9
 )
 
 // usageError is a command line that does not make sense.

@@ -62,7 +62,8 @@ func newRootCommand(a *app) *cobra.Command {
 one: pipelines, sidecars, services, groups, offsets and the cluster itself.
 
 Exit codes: 0 done, 1 error, 2 wrong use, 3 not found, 4 conflict, 5 unavailable
-or no leader, 6 denied, 7 deadline passed (outcome unknown), 8 a check failed.`,
+or no leader, 6 denied, 7 deadline passed (outcome unknown), 8 a check failed, 9 (serve) the node was
+removed from its cluster.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
