@@ -67,7 +67,7 @@ func (c *ReplacerConfig) ensureDefaults() {
 
 // Replacer carries replacements of voters out while this node leads.
 type Replacer struct {
-	c ReplacerConfig
+	c    ReplacerConfig
 	mu   sync.Mutex
 	held map[uint64]bool
 	// told is when the progress of an operation was last recorded; of the running

@@ -56,6 +56,12 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	if l := a.cfg.Node.Leadership(); !l.Leading {
 		return nil, &raftnode.NotLeaderError{Leader: l.Leader, Term: l.Term}
 	}
+	// Nodes that are started together must not be given one id.
+	done, err := a.steer(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	// Everything decided before must be applied before it is judged.
 	if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
 		return nil, err
@@ -67,6 +73,11 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	id := req.GetNodeId()
 	for _, m := range raftnode.Live(pos.Members) {
 		if m.Disk == req.DiskId && (id == 0 || id == m.ID) {
+			if m.Addr != req.PeerAddr {
+				if pos, err = a.await(ctx, raftnode.Change{Kind: raftnode.UpdateAddr, ID: m.ID, Addr: req.PeerAddr}); err != nil {
+					return nil, err
+				}
+			}
 			return a.joined(pos, m.ID, pos.Index), nil // it has asked before
 		}
 	}
@@ -98,8 +109,7 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 			add.ReadReplica = add.ReadReplica || m.ReadReplica
 		}
 	}
-	pos, err := a.await(ctx, add)
-	if err != nil {
+	if pos, err = a.await(ctx, add); err != nil {
 		return nil, err
 	}
 	a.log.Info("a node joins", "event", "member_joins", "node_changed", id, "addr", req.PeerAddr, "version", req.GetVersion(), "index", pos.Index)

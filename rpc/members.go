@@ -153,6 +153,17 @@ func (a *clusterAPI) change(ctx context.Context, c raftnode.Change) (*clusterpb.
 	return resp, nil
 }
 
+// steer admits one caller at a time to what looks at the membership and then
+// changes it. The caller calls what it returns.
+func (a *clusterAPI) steer(ctx context.Context) (func(), error) {
+	select {
+	case a.steering <- struct{}{}:
+		return func() { <-a.steering }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: another change of the membership is being made: %w", ErrNotProposed, ctx.Err())
+	}
+}
+
 func checkNodeID(field string, id uint64) error {
 	if id == 0 || id > 1<<63 {
 		return invalid(field, "%d is no node id", id)
@@ -176,6 +187,11 @@ func (a *clusterAPI) AddMember(ctx context.Context, req *clusterpb.AddMemberRequ
 		return nil, err
 	}
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		done, err := a.steer(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer done()
 		id := req.GetNodeId()
 		if id == 0 {
 			id = nextID(a.cfg.Node.Status().Position)

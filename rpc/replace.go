@@ -48,6 +48,11 @@ func (a *clusterAPI) ReplaceMember(ctx context.Context, req *clusterpb.ReplaceMe
 		if l := a.cfg.Node.Leadership(); !l.Leading {
 			return nil, &raftnode.NotLeaderError{Leader: l.Leader, Term: l.Term}
 		}
+		done, err := a.steer(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer done()
 		// What was decided before must be applied before it is judged.
 		if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
 			return nil, err
@@ -162,11 +167,11 @@ func (a *clusterAPI) preflight(ctx context.Context, st raftnode.Status, from, to
 			continue
 		}
 		others = append(others, m)
-		if m.ID == st.ID || a.answers(m.ID) {
+		if m.ID == st.ID || answers(st, m.ID) {
 			alive++
 		}
 	}
-	if a.answers(to) || to == st.ID {
+	if answers(st, to) || to == st.ID {
 		alive++
 	}
 	need := (len(others)+1)/2 + 1
@@ -190,6 +195,15 @@ func (a *clusterAPI) preflight(ctx context.Context, st raftnode.Status, from, to
 	skew := time.UnixMilli(info.GetTimeUnixMs()).Sub(asked.Add(took/2)).Abs() - took/2
 	check("clock", skew <= maxClockSkew, "the clock of node %d differs by %v, at most %v is allowed", to, max(0, skew).Round(time.Millisecond), maxClockSkew)
 	return checks
+}
+
+func answers(st raftnode.Status, id uint64) bool {
+	for _, p := range st.Peers {
+		if p.ID == id {
+			return p.Answered && !p.Silent
+		}
+	}
+	return false
 }
 
 // live returns member id of st; the error says why there is none.
@@ -234,7 +248,7 @@ func (a *clusterAPI) reachedBy(ctx context.Context, st raftnode.Status, others [
 	var wg sync.WaitGroup
 	var faults []string
 	for _, m := range others {
-		if m.ID == st.ID || !a.answers(m.ID) {
+		if m.ID == st.ID || !answers(st, m.ID) {
 			continue // the leader has just asked; who is down is counted elsewhere
 		}
 		wg.Go(func() {

@@ -230,6 +230,8 @@ type Server struct {
 	feed   *feed
 	told   *toldSidecars
 	relay  *leaderRelay
+	// steering is held by whoever looks at the membership to change it.
+	steering chan struct{}
 
 	calls    sync.Pool                   // of *commitCall
 	streams  atomic.Pointer[openStreams] // those that may be open now
@@ -257,6 +259,8 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		feed:   newFeed(cfg.State, cfg.Logger),
 		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		relay:  newLeaderRelay(cfg),
+
+		steering: make(chan struct{}, 1),
 	}
 	s.reader.gate = cfg.Gate
 	s.streams.Store(newOpenStreams())

@@ -235,8 +235,8 @@ func TestDataDirectoryRefusals(t *testing.T) {
 		})
 	}
 	t.Run("a newer format", func(t *testing.T) {
-		write(t, bytes.Replace(intact, []byte(`"format_version": 1`), []byte(`"format_version": 2, "unheard_of": 1`), 1))
-		refuse(t, c, ErrNewer, "format 2", "newer binary")
+		write(t, bytes.Replace(intact, []byte(`"format_version": 2`), []byte(`"format_version": 9, "unheard_of": 1`), 1))
+		refuse(t, c, ErrNewer, "format 9", "newer binary")
 	})
 	t.Run("another cluster's log", func(t *testing.T) {
 		id, _, err := openIdentity(c.DataDir, &crashpoint.Points{}, datadir.Identity{ClusterName: c.ClusterName, NodeID: 1})

@@ -22,7 +22,7 @@ import (
 // steps are the durable steps with a point before and one after each.
 func steps() []string {
 	return []string{
-		"removed", // IDENTITY says so
+		"removed",                 // IDENTITY says so
 		"identity", "initialized", // the two writes of IDENTITY
 		"state:begin", "state:created", // the first database: CREATING written, removed
 		"entries", "hardstate", // Append with entries, and with the hard state alone
