@@ -57,6 +57,22 @@ func (t *PeerTransport) checkDisk(node, disk uint64) error {
 	return nil
 }
 
+// checkRemoved refuses a node that was removed, unless others have seen it join
+// again with disk.
+func (t *PeerTransport) checkRemoved(node, disk uint64) error {
+	t.mu.RLock()
+	refused := t.removed[node] && (disk == 0 || t.confirmed[node] != disk)
+	t.mu.RUnlock()
+	if !refused {
+		return nil
+	}
+	if disk != 0 {
+		t.o.Doubt(node, disk)
+	}
+	return t.refuse(node, Removed, "node %d was removed from the cluster: "+
+		"erase its data directory and let it join again with a new id", node)
+}
+
 // checkAnswer verifies the greeting by which node peer answered one of this
 // node's.
 func (t *PeerTransport) checkAnswer(h *peerpb.Hello, peer uint64) error {

@@ -165,7 +165,7 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 	if err := stream.RecvMsg(&in); err != nil {
 		return err
 	}
-	from, session := in.hello.GetNodeId(), in.hello.GetSession()
+	from, session, disk := in.hello.GetNodeId(), in.hello.GetSession(), in.hello.GetDiskId()
 	done, err := s.greet(in.hello, true)
 	if err != nil {
 		return err
@@ -181,6 +181,11 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 	}
 	for {
 		if len(in.msgs) > 0 {
+			// A node that was removed may be the last to hear of it, for nobody
+			// sends it anything any more. It hears it in answer to what it sends.
+			if err := s.c.Transport.checkRemoved(from, disk); err != nil {
+				return Status(err).Err()
+			}
 			for _, m := range in.msgs {
 				if err := s.checkMessage(m, from); err != nil {
 					s.c.Logger.Error("ending a peer's stream", "peer", from, "err", err)

@@ -301,6 +301,11 @@ func (t *PeerTransport) startLocked(id uint64, addr string) *peer {
 // answer says that the stream is one of raft messages, whose answers need a
 // stream of this node's own.
 func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err error) {
+	// Removed comes first: a node that was removed does not come back by losing
+	// its data directory.
+	if err := t.checkRemoved(h.GetNodeId(), h.GetDiskId()); err != nil {
+		return nil, err
+	}
 	if err := t.checkDisk(h.GetNodeId(), h.GetDiskId()); err != nil {
 		return nil, err
 	}
@@ -310,10 +315,6 @@ func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err 
 	switch {
 	case t.closed:
 		return nil, raftnode.ErrStopping
-	case t.removed[id] && (h.GetDiskId() == 0 || t.confirmed[id] != h.GetDiskId()):
-		t.o.Doubt(id, h.GetDiskId())
-		return nil, t.refuse(id, Removed, "node %d was removed from the cluster: "+
-			"erase its data directory and add it again with a new id", id)
 	}
 	p := t.peers[id]
 	if p == nil && !answer {

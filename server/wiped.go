@@ -39,7 +39,11 @@ func (s *Server) askBefore(ctx context.Context, self rpc.Identity) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	if r := rpc.AskRefusal(ctx, self, peers); r != nil && r.Kind == rpc.Wiped {
+	switch r := rpc.AskRefusal(ctx, self, peers); {
+	case r == nil:
+	case r.Kind == rpc.Removed:
+		return s.markRemoved()
+	case r.Kind == rpc.Wiped:
 		return s.rejoinAs(r)
 	}
 	return nil
