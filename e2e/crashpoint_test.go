@@ -109,7 +109,8 @@ func (c *crashTest) compareWithBinary() {
 		c.t.Fatalf("the binary was built without the tag crashpoints: %s", out)
 	}
 	known := strings.Fields(list)
-	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints, recoverPoints, rebuildPoints)
+	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints, recoverPoints, rebuildPoints,
+		joinPoints, rejoinPoints, removedPoints)
 	slices.Sort(known)
 	slices.Sort(tested)
 	if !slices.Equal(known, tested) {

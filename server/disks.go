@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/rpc"
 )
@@ -20,7 +21,8 @@ const disksName = "PEERS"
 
 // disks implements rpc.Disks over a file.
 type disks struct {
-	name string
+	name   string
+	points *crashpoint.Points
 
 	// mu is held while the file is written: nobody is accepted before.
 	mu    sync.Mutex
@@ -29,8 +31,8 @@ type disks struct {
 
 var _ rpc.Disks = (*disks)(nil)
 
-func openDisks(dir string) (*disks, error) {
-	d := &disks{name: filepath.Join(dir, disksName), known: map[uint64]uint64{}}
+func openDisks(dir string, points *crashpoint.Points) (*disks, error) {
+	d := &disks{points: points, name: filepath.Join(dir, disksName), known: map[uint64]uint64{}}
 	raw, err := os.ReadFile(d.name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return d, nil
@@ -91,7 +93,9 @@ func (d *disks) setLocked(news map[uint64]uint64) error {
 	}
 	raw, err := json.MarshalIndent(stored, "", "  ")
 	if err == nil {
+		d.points.Pass("peers:before")
 		err = datadir.WriteFile(d.name, append(raw, '\n'))
+		d.points.Pass("peers:after")
 	}
 	if err != nil {
 		return fmt.Errorf("record the data directories of the other nodes: %w", err)

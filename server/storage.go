@@ -97,7 +97,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return err
 	}
-	if s.disks, err = openDisks(s.dir); err != nil {
+	if s.disks, err = openDisks(s.dir, s.points); err != nil {
 		return err
 	}
 	if s.quarantine, err = datadir.ReadQuarantine(s.dir); err != nil {

@@ -83,8 +83,10 @@ func (s *Server) rejoinAs(r *rpc.RefusedError) error {
 	if r.ClientAddr == "" {
 		members = nil
 	}
+	s.disk.points.Pass("rejoin:before")
 	err := datadir.WriteJoining(s.c.DataDir, datadir.Joining{
 		DiskID: s.disk.id.DiskID, NodeID: s.c.NodeID, Rejoin: true, Members: members,
 	})
+	s.disk.points.Pass("rejoin:after")
 	return errors.Join(errRejoin, err)
 }

@@ -22,7 +22,8 @@ import (
 // steps are the durable steps with a point before and one after each.
 func steps() []string {
 	return []string{
-		"removed",                 // IDENTITY says so
+		// IDENTITY says so; JOINING says that a lost member comes back; PEERS has one more.
+		"removed", "rejoin", "peers",
 		"identity", "initialized", // the two writes of IDENTITY
 		"state:begin", "state:created", // the first database: CREATING written, removed
 		"entries", "hardstate", // Append with entries, and with the hard state alone
@@ -53,6 +54,10 @@ func Names() []string {
 		"begin", "state", "log", "identity", "decide", "decided", "move-out", "move-in", "moved", "done",
 	} {
 		names = append(names, "recover/"+step)
+	}
+	// A node that joins, see server/join.go and datadir.Replacement.
+	for _, step := range []string{"remembered", "accepted", "fetched", "decide", "decided", "move-out", "move-in", "moved", "done"} {
+		names = append(names, "join:"+step)
 	}
 	// Of a wrong state, see server/rebuild.go.
 	names = append(names, "rebuild:install", "rebuild:installed", "rebuild:done")
