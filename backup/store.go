@@ -96,7 +96,13 @@ func missing(err error) bool { return gcerrors.Code(err) == gcerrors.NotFound }
 // error, also one of archive, or when ctx is done, what was stored is removed
 // again; the error says so if that failed.
 func (s *Store) Put(ctx context.Context, m Metadata, archive io.Reader) (Metadata, error) {
-	id := m.BackupID
+	return s.PutWith(ctx, m.BackupID, archive, func() (Metadata, error) { return m, nil })
+}
+
+// PutWith is Put for callers who learn what the backup is only from its bytes:
+// describe is called once, when archive has ended in order. An error of it fails
+// the whole. The id of what it returns is ignored.
+func (s *Store) PutWith(ctx context.Context, id string, archive io.Reader, describe func() (Metadata, error)) (m Metadata, err error) {
 	if err := CheckID(id); err != nil {
 		return m, err
 	}
@@ -114,6 +120,10 @@ func (s *Store) Put(ctx context.Context, m Metadata, archive io.Reader) (Metadat
 	if err != nil {
 		return m, s.undo(ctx, id, err)
 	}
+	if m, err = describe(); err != nil {
+		return m, s.undo(ctx, id, err)
+	}
+	m.BackupID = id
 	m.SizeBytes = uint64(size)
 	m.SHA256 = hex.EncodeToString(sum.Sum(nil))
 	m.Version = metadataVersion

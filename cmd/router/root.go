@@ -41,6 +41,7 @@ func constructors() []func(*app) *cobra.Command {
 		newGroupCommand,
 		newOffsetCommand,
 		newCheckpointCommand,
+		newBackupCommand,
 		newClusterCommand,
 		newMemberCommand,
 		newOperationCommand,

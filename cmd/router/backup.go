@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+
+	"conveyor.etl/router/backup"
+	"conveyor.etl/router/backup/archive"
+	_ "conveyor.etl/router/backup/stores" // s3://, gs:// and azblob://
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/client"
+	"conveyor.etl/router/rpc/routerpb/backuppb"
+)
+
+const (
+	// slowCall bounds a call that reads the whole state, unless --timeout was
+	// given.
+	slowCall = 10 * time.Minute
+	// connectTime is how long a node may take to be connected to before the
+	// next one is tried.
+	connectTime = 3 * time.Second
+	// tidyTime bounds what is done after the real work, or after Ctrl-C.
+	tidyTime = 10 * time.Second
+)
+
+func newBackupCommand(a *app) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "backup",
+		Aliases: []string{"backups"},
+		Short:   "Copy the state out of a running cluster, and back into it",
+		Long: `Copy the state out of a running cluster, and back into it, while clients go on
+reading and writing.
+
+A backup lies in a store: a directory (file:///backups, or a bare path), or
+s3://bucket/prefix, gs://bucket/prefix or azblob://container/prefix. It is
+ID/checkpoint.tar.zst with ID/metadata.json beside it; without the latter there is
+no backup. Commands that are given no store work on the snapshots that lie on the
+nodes of the cluster themselves.
+
+Credentials are found where the tools of each vendor find them, never in the URL:
+  s3      AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, a web identity
+          or the role of the machine; the region from AWS_REGION or ?region=.
+          Other servers that speak S3:
+          s3://bucket/prefix?endpoint=http://minio:9000&use_path_style=true&region=any
+  gs      GOOGLE_APPLICATION_CREDENTIALS or the account of gcloud or the machine
+  azblob  AZURE_STORAGE_ACCOUNT with AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN
+
+--timeout is for one answer of the cluster; how long the bytes of a backup take is
+not limited. A transfer that breaks goes on, on another node of --server if need
+be, and is given up when nothing has moved for --patience.
+
+To make a new cluster from a backup, or a backup of a node that does not run, use
+'router snapshot'.
+
+Exit codes: 0 done, 1 error, 2 wrong use, 3 no such backup, 4 there is one already
+or another restore runs, 5 no node answered, 7 a deadline passed (outcome unknown,
+or the restore goes on), 8 the backup is damaged, or the restore failed and nothing
+was changed.`,
+	}
+	cmd.AddCommand(newBackupCreateCommand(a), newBackupListCommand(a), newBackupDescribeCommand(a), newBackupVerifyCommand(a),
+		newBackupRestoreCommand(a), newBackupDeleteCommand(a), newBackupCleanupCommand(a), newUndoRestoreCommand(a))
+	return cmd
+}
+
+// hostPort is what may be meant for a node where a store is expected.
+var hostPort = regexp.MustCompile(`^(https?://)?[A-Za-z0-9.-]+:[0-9]+(,.*)?$`)
+
+// placeFlag is the value of --dest and --source.
+type placeFlag struct{ text string }
+
+func (p *placeFlag) String() string { return p.text }
+func (p *placeFlag) Type() string   { return "url" }
+
+// Set refuses what looks like a node: in these commands -s is the source, as
+// existing tools have it, and elsewhere the server.
+func (p *placeFlag) Set(text string) error {
+	if p.text != "" {
+		return errors.New("given twice")
+	}
+	if hostPort.MatchString(text) {
+		return errors.New("that is a node, not a place of backups; name nodes by --server or --target")
+	}
+	// Whether it is a location is found out when it is opened: the message for
+	// a flag would repeat a password that somebody has put into it.
+	p.text = text
+	return nil
+}
+
+func destFlag(cmd *cobra.Command, p *placeFlag, help string) {
+	cmd.Flags().VarP(p, "dest", "d", help)
+}
+
+// sourceFlag takes -s for the source of a backup. --server keeps its long name,
+// so that no command has two meanings of one letter.
+func (a *app) sourceFlag(cmd *cobra.Command, p *placeFlag) {
+	cmd.Flags().VarP(p, "source", "s", "store of the backup; without it, the snapshots on the nodes (-s is not --server here)")
+	cmd.Flags().StringSliceVar(&a.servers, "server", a.servers, "client addresses (host:port) of one or more nodes; env CONVEYOR_ROUTER_SERVER")
+}
+
+func (a *app) patienceFlag(cmd *cobra.Command, d *time.Duration) {
+	cmd.Flags().DurationVar(d, "patience", time.Minute, "give a transfer up when nothing has moved for so long")
+}
+
+// nodesFlag is --router or --target, existing names of --server.
+type nodesFlag struct{ nodes []string }
+
+func (n *nodesFlag) String() string { return strings.Join(n.nodes, ",") }
+func (n *nodesFlag) Type() string   { return "nodes" }
+
+func (n *nodesFlag) Set(text string) error {
+	for _, node := range strings.Split(text, ",") {
+		node = strings.TrimSuffix(strings.TrimPrefix(strings.TrimSpace(node), "http://"), "/")
+		if _, _, err := net.SplitHostPort(node); err != nil {
+			return fmt.Errorf("%q is not host:port", node)
+		}
+		n.nodes = append(n.nodes, node)
+	}
+	return nil
+}
+
+// cluster returns a client of nodes that fails over between them. Its calls
+// take as long as their context allows.
+func (a *app) cluster(cmd *cobra.Command, nodes []string) (*client.Client, error) {
+	c, err := client.Dial(nodes, client.Options{
+		Timeout: slowCall, AttemptTimeout: slowCall,
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: connectTime,
+		})},
+	})
+	if err != nil {
+		return nil, usageError{cmd, err}
+	}
+	if len(nodes) > 1 {
+		// What has an effect is not tried on a second node when a connection
+		// fails: it might be done twice. So a node that answers is looked for
+		// first, by a question that any of them can answer.
+		ctx, cancel := a.quick(cmd.Context())
+		defer cancel()
+		if _, err := c.Backup().ListSnapshots(ctx, &backuppb.ListSnapshotsRequest{LocalOnly: true}); err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+	}
+	return c, nil
+}
+
+// quick bounds a call that is answered at once.
+func (a *app) quick(ctx context.Context) (context.Context, context.CancelFunc) {
+	if a.timeout <= 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, a.timeout)
+}
+
+// slow bounds a call that reads or writes the whole state: by --timeout only
+// when somebody has set it.
+func (a *app) slow(cmd *cobra.Command, ctx context.Context) (context.Context, context.CancelFunc) {
+	if cmd.Flags().Changed("timeout") {
+		return a.quick(ctx)
+	}
+	return context.WithTimeout(ctx, slowCall)
+}
+
+// tidy is for what must be done although ctx may have ended.
+func tidy(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), tidyTime)
+}
+
+// progress shows how far something is, on stderr: bars on a terminal, lines
+// elsewhere, and nothing where a program reads the result.
+func (a *app) progress(title string, inBytes bool) *output.Progress {
+	mode := output.LineProgress
+	if f, ok := a.stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) && a.getenv("TERM") != "dumb" {
+		mode = output.BarProgress
+	}
+	if a.format != output.Table {
+		mode = output.NoProgress
+	}
+	return output.NewProgress(a.stderr, mode, title, inBytes)
+}
+
+// noteKept says that a snapshot was left on a node.
+func (a *app) noteKept(id string, err error) {
+	if err != nil {
+		fmt.Fprintf(a.stderr, "Warning: snapshot %s stays on its node: %v\n", output.Clean(id), err)
+	}
+}
+
+// backupError gives the failures of stores and archives their exit codes.
+func backupError(err error) error {
+	var code int
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, backup.ErrInvalidURL), errors.Is(err, backup.ErrInvalidID):
+		code = exitUsage
+	case errors.Is(err, backup.ErrNotFound):
+		code = exitNotFound
+	case errors.Is(err, backup.ErrExists):
+		code = exitConflict
+	case errors.Is(err, backup.ErrDamaged), errors.Is(err, backup.ErrIncomplete), errors.Is(err, archive.ErrCorrupt),
+		errors.Is(err, archive.ErrNotArchive), errors.Is(err, archive.ErrNewerFormat), errors.Is(err, archive.ErrTooLarge):
+		code = exitCheckFailed
+	default:
+		return err
+	}
+	return codedError{code, err}
+}
+
+// withStore opens a store for one command.
+func withStore(ctx context.Context, place string, create bool, use func(*backup.Store) error) error {
+	open := backup.Open
+	if create {
+		open = backup.Create
+	}
+	s, err := open(ctx, place)
+	if err != nil {
+		return backupError(err)
+	}
+	return backupError(errors.Join(use(s), s.Close()))
+}
+
+var compressions = map[archive.Compression]backuppb.CompressionType{
+	archive.None: backuppb.CompressionType_COMPRESSION_NONE,
+	archive.Gzip: backuppb.CompressionType_COMPRESSION_GZIP,
+	archive.Zstd: backuppb.CompressionType_COMPRESSION_ZSTD,
+}
