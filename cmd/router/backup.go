@@ -17,7 +17,6 @@ import (
 
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
-	_ "conveyor.etl/router/backup/stores" // s3://, gs:// and azblob://
 	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc/client"
 	"conveyor.etl/router/rpc/routerpb/backuppb"
