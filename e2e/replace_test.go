@@ -32,16 +32,6 @@ func (n *Node) exits(code int) {
 	}
 }
 
-// node returns the node with an id.
-func (c *Cluster) node(id uint64) *Node {
-	c.t.Helper()
-	i := slices.IndexFunc(c.Nodes, func(n *Node) bool { return n.ID == id })
-	if i < 0 {
-		c.t.Fatalf("there is no node %d", id)
-	}
-	return c.Nodes[i]
-}
-
 func longCall(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	t.Cleanup(cancel)
