@@ -84,8 +84,11 @@ func (s *Server) join(ctx context.Context) error {
 		id, err := datadir.ReadIdentity(s.c.DataDir)
 		if err == nil {
 			s.became(id.NodeID)
-			err = datadir.RemoveKept(s.c.DataDir)
+			err = removeReplaced(s.c.DataDir)
 		}
+		return err
+	}
+	if err := removeReplaced(s.c.DataDir); err != nil {
 		return err
 	}
 	points, err := crashpoint.New(os.Environ())
@@ -222,7 +225,21 @@ func (j *joiner) settle(self rpc.Identity, images *snap.Store, image string) (sn
 	}
 	// What it replaced is the note that this node joins, and of a member that lost
 	// its directory the beginning it had made without knowing.
-	return info, datadir.RemoveKept(j.dir)
+	return info, removeReplaced(j.dir)
+}
+
+// removeReplaced removes what a join has put out of force, known by the note in
+// it. A join that was interrupted here is done by the next start, or no second
+// one could ever begin; what an operator's recovery keeps stays.
+func removeReplaced(dir string) error {
+	_, err := os.Stat(filepath.Join(dir, datadir.BeforeName, datadir.JoiningName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at what a join has replaced: %w", err)
+	}
+	return datadir.RemoveKept(dir)
 }
 
 // ask asks the members in turn until one accepts the node. A definite refusal
@@ -242,7 +259,13 @@ func (j *joiner) ask(ctx context.Context) (*clusterpb.JoinMemberResponse, error)
 			case codes.InvalidArgument:
 				return nil, fmt.Errorf("the cluster does not take this node: %w", last)
 			case codes.FailedPrecondition:
-				if j.memory.NodeID == 0 || j.memory.Rejoin || !lostDisk(err) {
+				reason := rpc.ReasonOf(status.Convert(err))
+				if j.memory.Rejoin || reason == "MEMBERSHIP_PENDING" {
+					// A member has to come back: the others may take a moment to
+					// notice that its old self is gone, or be too few just now.
+					continue
+				}
+				if j.memory.NodeID == 0 || reason != rpc.ReasonOtherDisk {
 					return nil, fmt.Errorf("the cluster does not take this node: %w", last)
 				}
 				// The node was told its id, and this directory is empty: it is the
@@ -272,11 +295,6 @@ func (j *joiner) ask(ctx context.Context) (*clusterpb.JoinMemberResponse, error)
 			return nil, fmt.Errorf("the node has not joined: %w (last: %w)", ctx.Err(), last)
 		}
 	}
-}
-
-// lostDisk reports whether the cluster knows the node with another directory.
-func lostDisk(err error) bool {
-	return rpc.ReasonOf(status.Convert(err)) == rpc.ReasonOtherDisk
 }
 
 func (j *joiner) askOne(ctx context.Context, addr string) (*clusterpb.JoinMemberResponse, error) {

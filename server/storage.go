@@ -80,6 +80,9 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if finished {
 		log.Warn("finished what an interrupted recovery or restore had decided", "data_dir", s.dir)
 	}
+	if err := removeReplaced(s.dir); err != nil {
+		return err
+	}
 	disk, err := datadir.NewDiskID()
 	if err != nil {
 		return err
