@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -41,6 +42,7 @@ func TestJoinDiesAtEachStep(t *testing.T) {
 		n.Start()
 		c.WaitServing(n)
 		c.role(first, id, "voter")
+		noTrace(t, n)
 		fill.Check(n)
 		if i < len(removedPoints) {
 			n.Stop()
@@ -83,4 +85,15 @@ func TestRejoinDiesAtEachStep(t *testing.T) {
 		}
 	}
 	c.WaitSameState()
+}
+
+// noTrace fails the test when the directory of a node that serves holds anything
+// of the way it came about: a next time would find it.
+func noTrace(t *testing.T, n *Node) {
+	t.Helper()
+	for _, name := range []string{"JOINING", ".before-recover", ".next", ".decided"} {
+		if _, err := os.Lstat(filepath.Join(n.DataDir, name)); err == nil {
+			t.Errorf("node %d serves, and its directory still holds %s", n.ID, name)
+		}
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/internal/crashpoint"
 	"conveyor.etl/router/raftnode"
 )
 
@@ -19,7 +20,11 @@ func mustKnow(t *testing.T, d *disks, node, disk uint64, want bool) {
 
 func openDisksAgain(t *testing.T, dir string) *disks {
 	t.Helper()
-	d, err := openDisks(dir)
+	points, err := crashpoint.New(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := openDisks(dir, points)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +77,7 @@ func TestDisksThatCannotBeWritten(t *testing.T) {
 		if err := os.WriteFile(d.name, []byte(raw), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := openDisks(gone); !errors.Is(err, ErrIncomplete) {
+		if _, err := openDisks(gone, d.points); !errors.Is(err, ErrIncomplete) {
 			t.Errorf("%q: %v", raw, err)
 		}
 	}

@@ -229,15 +229,28 @@ func (j *joiner) settle(self rpc.Identity, images *snap.Store, image string) (sn
 }
 
 // removeReplaced removes what a join has put out of force, known by the note in
-// it. A join that was interrupted here is done by the next start, or no second
-// one could ever begin; what an operator's recovery keeps stays.
+// it, which goes last. What an interrupted one has left is removed by the next
+// start, or no second join could ever begin; what an operator's recovery keeps
+// stays.
 func removeReplaced(dir string) error {
-	_, err := os.Stat(filepath.Join(dir, datadir.BeforeName, datadir.JoiningName))
-	if errors.Is(err, fs.ErrNotExist) {
+	kept := filepath.Join(dir, datadir.BeforeName)
+	wrap := func(err error) error { return fmt.Errorf("remove what a join has replaced: %w", err) }
+	if _, err := os.Stat(filepath.Join(kept, datadir.JoiningName)); errors.Is(err, fs.ErrNotExist) {
 		return nil
+	} else if err != nil {
+		return wrap(err)
 	}
+	entries, err := os.ReadDir(kept)
 	if err != nil {
-		return fmt.Errorf("look at what a join has replaced: %w", err)
+		return wrap(err)
+	}
+	for _, e := range entries {
+		if e.Name() == datadir.JoiningName {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(kept, e.Name())); err != nil {
+			return wrap(err)
+		}
 	}
 	return datadir.RemoveKept(dir)
 }
