@@ -24,7 +24,9 @@ type MemberNode interface {
 
 // PromoterConfig wires a Promoter.
 type PromoterConfig struct {
-	Node   MemberNode
+	Node MemberNode
+	// State holds the operations; optional, for tests of the rest.
+	State  State
 	Submit Submitter
 	Logger *slog.Logger
 	Now    func() time.Time
@@ -94,8 +96,11 @@ func (p *Promoter) reign(ctx context.Context) {
 		return
 	}
 	known := map[uint64]*follower{}
-	for sleep(ctx, p.c.Interval) {
+	for n := 0; sleep(ctx, p.c.Interval); n++ {
 		st := p.c.Node.Status()
+		if n%tidyEvery == tidyEvery-1 {
+			p.tidy(ctx, st)
+		}
 		learners := st.Position.ConfState.GetLearners()
 		for id := range known {
 			if !slices.Contains(learners, id) {
@@ -146,6 +151,42 @@ func (p *Promoter) look(ctx context.Context, st raftnode.Status, m raftnode.Memb
 	}
 	p.c.Logger.Info("a learner has caught up and votes now", "event", "promoted", "node_changed", m.ID)
 	p.end(ctx, m, f, st.Commit, "caught up, and votes now")
+}
+
+// tidyEvery is every how many looks what has nothing to show any more is ended.
+const tidyEvery = 20
+
+// tidy ends the operations of nodes that are learners no more: somebody else made
+// them voters, or took them out, or this leader's predecessor did not come to it.
+func (p *Promoter) tidy(ctx context.Context, st raftnode.Status) {
+	if p.c.State == nil {
+		return
+	}
+	v := p.c.State.View()
+	var left []*commandpb.Operation
+	err := v.Operations(func(op *commandpb.Operation) bool {
+		if op.Kind != KindCatchUp || op.State != commandpb.OperationState_OPERATION_STATE_RUNNING {
+			return true
+		}
+		for _, id := range st.Position.ConfState.GetLearners() {
+			if m, ok := st.Position.Member(id); ok && operationID(m) == op.OperationId {
+				return true
+			}
+		}
+		left = append(left, op)
+		return true
+	})
+	if err = errors.Join(err, v.Close()); err != nil {
+		p.c.Logger.Error("cannot read how far the learners are", "err", err)
+		return
+	}
+	for _, op := range left {
+		op.State, op.Message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "the node is no learner any more"
+		if slices.Contains(st.Position.ConfState.GetVoters(), op.NodeId) {
+			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "the node votes now"
+		}
+		p.put(ctx, op, &follower{begun: true})
+	}
 }
 
 // operationID is the same for every leader that sees this member.

@@ -163,7 +163,7 @@ func nextMembers(members, set []Member, cs *raftpb.ConfState) []Member {
 	}
 	for i, m := range out {
 		if !inConfState(cs, m.ID) {
-			out[i] = Member{ID: m.ID, Disk: m.Disk, Removed: true}
+			out[i] = Member{ID: m.ID, Disk: m.Disk, ReadReplica: m.ReadReplica, Removed: true}
 		}
 		if slices.Contains(cs.GetVoters(), m.ID) {
 			out[i].ReadReplica = false

@@ -2,12 +2,15 @@ package recovery
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 
+	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
@@ -36,9 +39,17 @@ func code(err error) commandpb.Code {
 }
 
 // submit replicates one command until it is known what became of it: all
-// commands here may be repeated. It gives up when ctx is done or the refusal is
-// definite.
+// commands here may be repeated. It gives up when ctx is done, when the refusal
+// is definite, or when trying again does not help. When an attempt may have taken
+// effect the error matches raftnode.ErrAmbiguous, whatever the last one said.
 func (r *Recovery) submit(ctx context.Context, cmd *commandpb.Command) (*commandpb.Result, error) {
+	unknown := false
+	fail := func(err error) error {
+		if unknown && !errors.Is(err, raftnode.ErrAmbiguous) {
+			return fmt.Errorf("%w: %w", raftnode.ErrAmbiguous, err)
+		}
+		return err
+	}
 	for pause := 20 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		cmd.TimeMs = uint64(r.c.Now().UnixMilli())
 		res, err := r.c.Submit.Submit(ctx, cmd)
@@ -48,8 +59,13 @@ func (r *Recovery) submit(ctx context.Context, cmd *commandpb.Command) (*command
 			}
 			return res, nil
 		}
+		notDone, final := r.c.Judge(err)
+		unknown = unknown || !notDone
+		if final {
+			return nil, fail(err)
+		}
 		if !sleep(ctx, pause) {
-			return nil, fmt.Errorf("recovery: %w (last: %w)", ctx.Err(), err)
+			return nil, fail(fmt.Errorf("recovery: %w (last: %w)", ctx.Err(), err))
 		}
 		r.log.Debug("a command has to be repeated", "err", err)
 	}
@@ -88,7 +104,7 @@ func (r *Recovery) begin(ctx context.Context, op *commandpb.Operation) (*operati
 	}
 	// Whoever asks this node for the operation must find it.
 	if err := r.catchUp(ctx); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: the operation was recorded: %w", raftnode.ErrAmbiguous, err)
 	}
 	return &operation{r: r, op: op, last: r.c.Now()}, nil
 }
@@ -127,6 +143,29 @@ func (o *operation) progress(ctx context.Context, done uint64) {
 	if due {
 		_, _ = o.r.submit(ctx, cmd)
 	}
+}
+
+// beat changes the record of the operation until ctx is done, so that the leader
+// sees that somebody works on it, also where there is no progress to tell.
+func (o *operation) beat(ctx context.Context) {
+	for n := uint64(1); sleep(ctx, o.r.c.StallAfter/4); n++ {
+		o.mu.Lock()
+		o.op.Detail = binary.AppendUvarint(nil, n)
+		cmd := putOperation(o.op, false)
+		o.mu.Unlock()
+		_, _ = o.r.submit(ctx, cmd) // the next makes up for it
+	}
+}
+
+// beating runs fn while the operation beats.
+func (o *operation) beating(ctx context.Context, fn func() error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { o.beat(ctx) })
+	err := fn()
+	cancel()
+	wg.Wait()
+	return err
 }
 
 // end records how the operation ended.

@@ -48,6 +48,9 @@ type Config struct {
 	State    *router.FSM
 	Submit   Submitter
 	Shelf    *shelf.Shelf
+	// Judge says of an error of Submit whether it means that nothing was and will
+	// be done, and whether trying again does not help. Required.
+	Judge func(err error) (notDone, final bool)
 	// FS is the file system of State and Shelf.
 	FS vfs.FS
 	// MaxTransfers bounds the uploads and downloads of this node at a time.
@@ -103,19 +106,27 @@ type Recovery struct {
 	ctx     context.Context
 	wg      sync.WaitGroup
 	running map[string]bool // operations this process carries out
+	// prepared holds the restores this process has prepared, or when it failed to.
+	prepared map[string]preparation
+}
+
+// preparation is what came of preparing a restore.
+type preparation struct {
+	done   bool
+	failed time.Time
 }
 
 // New returns a Recovery; Run starts what works by itself.
 func New(c Config) (*Recovery, error) {
 	c.ensureDefaults()
-	if c.Node == nil || c.State == nil || c.Submit == nil || c.Shelf == nil || c.FS == nil || c.NodeID == 0 {
-		return nil, errors.New("recovery: NodeID, Node, State, Submit, Shelf and FS are required")
+	if c.Node == nil || c.State == nil || c.Submit == nil || c.Shelf == nil || c.FS == nil || c.Judge == nil || c.NodeID == 0 {
+		return nil, errors.New("recovery: NodeID, Node, State, Submit, Judge, Shelf and FS are required")
 	}
 	if err := c.Schedule.Validate(); err != nil {
 		return nil, err
 	}
 	return &Recovery{
-		c: c, log: c.Logger, transfers: make(chan struct{}, c.MaxTransfers), running: map[string]bool{},
+		c: c, log: c.Logger, transfers: make(chan struct{}, c.MaxTransfers), running: map[string]bool{}, prepared: map[string]preparation{},
 	}, nil
 }
 

@@ -70,11 +70,24 @@ func (r *Recovery) look(ctx context.Context) {
 			r.resume(ctx, op)
 		}
 	}
-	if stage.GetPhase() == commandpb.StagePhase_STAGE_PHASE_SEALED && !contains(stage.Ready, r.c.NodeID) {
+	// Once in each process, whatever it had reported: what was prepared does not
+	// outlive it.
+	if stage.GetPhase() == commandpb.StagePhase_STAGE_PHASE_SEALED && r.mayPrepare(stage.OperationId) {
 		if id := "prepare " + stage.OperationId; r.claim(id) {
-			r.spawn(id, func(ctx context.Context) { r.prepare(ctx, stage.OperationId) })
+			r.spawn(id, func(ctx context.Context) { r.prepare(ctx, stage.OperationId, contains(stage.Ready, r.c.NodeID)) })
 		}
 	}
+}
+
+// prepareRetry is the pause after a failed preparation, which may have read and
+// written gigabytes.
+const prepareRetry = 30 * time.Second
+
+func (r *Recovery) mayPrepare(id string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := r.prepared[id]
+	return !p.done && time.Since(p.failed) >= prepareRetry
 }
 
 func contains(list []uint64, v uint64) bool {
@@ -87,10 +100,17 @@ func contains(list []uint64, v uint64) bool {
 }
 
 // prepare builds the new state and tells the others.
-func (r *Recovery) prepare(ctx context.Context, id string) {
+func (r *Recovery) prepare(ctx context.Context, id string, reported bool) {
 	start := time.Now()
 	err := r.c.State.Prepare(ctx, id)
 	if ctx.Err() != nil {
+		return
+	}
+	r.mu.Lock()
+	clear(r.prepared) // there is one restore at a time
+	r.prepared[id] = preparation{done: err == nil, failed: time.Now()}
+	r.mu.Unlock()
+	if err == nil && reported {
 		return
 	}
 	report := &commandpb.ReportRestore{OperationId: id, NodeId: r.c.NodeID}
@@ -130,6 +150,16 @@ func (r *Recovery) resume(ctx context.Context, op *commandpb.Operation) {
 	s, err := r.c.Shelf.Open(snapshot)
 	if err != nil {
 		r.spawn(id, func(ctx context.Context) {
+			if r.catchUp(ctx) != nil {
+				return
+			}
+			if done, err := r.swapped(id); err == nil && done {
+				op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "the state was restored"
+				if _, err := r.submit(ctx, putOperation(op, false)); err != nil && ctx.Err() == nil {
+					r.log.Warn("the end of a restore could not be recorded", "operation", id, "err", err)
+				}
+				return
+			}
 			message := fmt.Sprintf("node %d was restarted and does not have snapshot %s any more; the live state was not touched", r.c.NodeID, snapshot)
 			_, _ = r.submit(ctx, abandon(id, message))
 			if err := r.fail(ctx, op, message); err != nil {
@@ -206,6 +236,8 @@ func (r *Recovery) watch(ctx context.Context) {
 			if _, err := r.submit(ctx, abandon(op.OperationId, message)); err != nil && code(err) == 0 {
 				continue
 			}
+			// The state machine refuses the word that a restore failed whose state
+			// was swapped in meanwhile.
 			if err := r.fail(ctx, op, message); err != nil {
 				r.log.Warn("the end of a restore could not be recorded", "operation", op.OperationId, "err", err)
 			}

@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -129,8 +131,11 @@ func (r *Recovery) Restore(ctx context.Context, id string) (string, error) {
 		return "", errors.Join(err, s.Close())
 	}
 	if !r.spawn(opID, func(ctx context.Context) { r.drive(ctx, op, s) }) {
-		err := op.end(ctx, commandpb.OperationState_OPERATION_STATE_FAILED, "node "+fmt.Sprint(r.c.NodeID)+" is stopping")
-		return "", errors.Join(raftStopping(), err, s.Close())
+		if err := op.end(ctx, commandpb.OperationState_OPERATION_STATE_FAILED, "node "+fmt.Sprint(r.c.NodeID)+" is stopping"); err != nil {
+			// It is recorded, and goes on when this node is back.
+			return "", errors.Join(fmt.Errorf("%w: the node is stopping", raftnode.ErrAmbiguous), err, s.Close())
+		}
+		return "", errors.Join(raftStopping(), s.Close())
 	}
 	return opID, nil
 }
@@ -140,17 +145,20 @@ func (r *Recovery) Restore(ctx context.Context, id string) (string, error) {
 func (r *Recovery) alone() error {
 	v := r.c.State.View()
 	defer v.Close()
-	stage, err := v.Stage()
-	if err != nil {
+	var other *commandpb.Operation
+	err := v.Operations(func(op *commandpb.Operation) bool {
+		if op.Kind == KindRestore && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
+			other = op
+		}
+		return other == nil
+	})
+	if err != nil || other == nil {
 		return err
 	}
-	if stage != nil {
-		return &RefusedError{&commandpb.Rejection{
-			Code: commandpb.Code_CODE_PRECONDITION, Subject: "restore of snapshot " + stage.SnapshotId,
-			Reason: "is under way as operation " + stage.OperationId + "; nothing was begun: wait for it, or cancel it",
-		}}
-	}
-	return nil
+	return &RefusedError{&commandpb.Rejection{
+		Code: commandpb.Code_CODE_PRECONDITION, Subject: "restore of " + other.Subject,
+		Reason: "is under way as operation " + other.OperationId + "; nothing was begun: wait for it, or cancel it",
+	}}
 }
 
 // drive carries a restore out, from wherever it is, and records its end.
@@ -158,7 +166,7 @@ func (r *Recovery) drive(ctx context.Context, op *operation, s *shelf.Reader) {
 	defer s.Close()
 	id := op.op.OperationId
 	log := r.log.With("operation", id, "snapshot", s.Record().ID)
-	err := r.carryOut(ctx, op, s)
+	err := op.beating(ctx, func() error { return r.carryOut(ctx, op, s) })
 	if ctx.Err() != nil {
 		return // goes on after the restart, or the leader ends it
 	}
@@ -245,6 +253,9 @@ func (r *Recovery) carryOut(ctx context.Context, op *operation, s *shelf.Reader)
 		return err
 	}
 	rec := s.Record()
+	if err := r.checkRoom(rec.Bytes); err != nil {
+		return err
+	}
 	_, err = r.submit(ctx, &commandpb.Command{Op: &commandpb.Command_BeginRestore{BeginRestore: &commandpb.BeginRestore{
 		OperationId: id, SnapshotId: rec.ID, Owner: r.c.NodeID, Source: src,
 	}}})
@@ -291,6 +302,23 @@ const (
 	chunksAhead = 4
 	cancelLook  = 200 * time.Millisecond
 )
+
+// restoreReserve is the free disk space that a restore leaves.
+const restoreReserve = 512 << 20
+
+// checkRoom refuses a restore this node has no room for: the chunks, the state
+// built out of them, and the one that is kept. The other nodes are as large.
+func (r *Recovery) checkRoom(bytes int64) error {
+	usage, err := r.c.FS.GetDiskUsage(r.c.State.Dir())
+	if err != nil {
+		return nil // not a file system that can tell
+	}
+	if need := uint64(3*bytes) + restoreReserve; usage.AvailBytes < need {
+		return fmt.Errorf("recovery: the restore needs about %d MiB of disk on every node, %d MiB are free here: %w",
+			need>>20, usage.AvailBytes>>20, syscall.ENOSPC)
+	}
+	return nil
+}
 
 // stage proposes what is not staged yet. Chunks are read and compressed while the
 // one before is replicated.
@@ -377,9 +405,18 @@ func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
 		}
 		op.progress(ctx, uint64(len(ready)))
 		lead := r.c.Node.Leadership().Leader
+		current, err := readOperation(r.c.State, id)
+		if err != nil {
+			return err
+		}
 		all := true
 		for _, m := range raftnode.Live(r.c.Node.Status().Position.Members) {
 			all = all && ready[m.ID]
+		}
+		for _, n := range []uint64{lead, r.c.NodeID} {
+			if why := fmt.Sprintf("node %d cannot prepare", n); !ready[n] && strings.HasPrefix(current.GetMessage(), why) {
+				return errors.New(current.GetMessage())
+			}
 		}
 		if all || ready[lead] && ready[r.c.NodeID] && r.c.Now().Sub(begun) >= r.c.ReadyWait {
 			return nil

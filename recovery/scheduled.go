@@ -10,6 +10,7 @@ import (
 
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
+	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/router/commandpb"
 )
 
@@ -86,7 +87,13 @@ func (r *Recovery) scheduled(ctx context.Context) {
 		r.log.Warn("a scheduled backup was not begun", "err", err)
 		return
 	}
-	name, bytes, err := r.backUp(ctx, op)
+	var name string
+	var bytes uint64
+	err = op.beating(ctx, func() error {
+		var err error
+		name, bytes, err = r.backUp(ctx, op)
+		return err
+	})
 	if ctx.Err() != nil {
 		return // the next start records it
 	}
@@ -114,7 +121,7 @@ func (r *Recovery) backUp(ctx context.Context, op *operation) (string, uint64, e
 	}
 	defer func() { _ = store.Close() }()
 	name := "scheduled-" + r.c.Now().UTC().Format("20060102T150405.000Z")
-	rec, err := r.Create(ctx, name)
+	rec, err := r.create(ctx, name, shelf.Temporary)
 	if err != nil {
 		return "", 0, err
 	}

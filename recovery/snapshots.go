@@ -24,10 +24,14 @@ func (r *Recovery) Create(ctx context.Context, id string) (shelf.Record, error) 
 	if id == "" {
 		id = uuid.NewString()
 	}
+	return r.create(ctx, id, shelf.Created)
+}
+
+func (r *Recovery) create(ctx context.Context, id string, origin shelf.Origin) (shelf.Record, error) {
 	if err := shelf.CheckID(id); err != nil {
 		return shelf.Record{}, err
 	}
-	rec, err := r.c.Shelf.Create(ctx, id, shelf.Created, func(dir string) (snap.Meta, error) {
+	rec, err := r.c.Shelf.Create(ctx, id, origin, func(dir string) (snap.Meta, error) {
 		pos, err := r.c.State.Image(dir)
 		// A backup holds state only: neither members nor votes.
 		return snap.Meta{Index: pos.Index, Term: pos.Term}, err

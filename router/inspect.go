@@ -82,3 +82,6 @@ func (v *View) AllGroupOffsets(fn func(group, source string, partition uint32, o
 // Check verifies every invariant of the state the view shows, as Image.Check
 // does.
 func (v *View) Check(ctx context.Context) error { return v.check(ctx, true) }
+
+// Dir returns the directory of the state.
+func (s *FSM) Dir() string { return s.root }

@@ -120,16 +120,33 @@ func (t *tx) putOperation(c *commandpb.PutOperation) *commandpb.Rejection {
 	if prev.State != commandpb.OperationState_OPERATION_STATE_RUNNING {
 		return reject(commandpb.Code_CODE_PRECONDITION, subject, "it has ended already, as %s", operationStateName(prev.State))
 	}
+	if failed := next.State == commandpb.OperationState_OPERATION_STATE_FAILED || next.State == commandpb.OperationState_OPERATION_STATE_CANCELLED; failed && t.swappedIn(next.OperationId) {
+		return reject(commandpb.Code_CODE_PRECONDITION, subject, "it has put its state in force, so it cannot have failed")
+	}
 	if prev.Kind != next.Kind {
 		return invalid(subject, "it is a %s, not a %s", prev.Kind, next.Kind)
 	}
 	next.CancelRequested = prev.CancelRequested
 	next.StartedAtMs, next.CreateRevision = prev.StartedAtMs, prev.CreateRevision
 	next.UpdatedAtMs, next.ModRevision = prev.UpdatedAtMs, prev.ModRevision
+	if next.Message == "" && next.State == prev.State && next.Phase == prev.Phase {
+		// What another node had to say of it stays until the next phase.
+		next.Message = prev.Message
+	}
 	if proto.Equal(prev, next) {
 		return nil
 	}
 	return t.saveOperation(prev, next)
+}
+
+// swappedIn reports whether the state of a restore is in force, or will be at the
+// end of this entry.
+func (t *tx) swappedIn(id string) bool {
+	if t.swap != nil && t.swap.OperationId == id {
+		return true
+	}
+	last := &commandpb.RestoreStage{}
+	return t.load(t.buf.meta(metaRestored), last) && last.OperationId == id
 }
 
 // operationStateName is spelled out because the generated names may change.

@@ -279,7 +279,8 @@ func (a *backupAPI) RestoreSnapshot(ctx context.Context, req *backuppb.RestoreSn
 		if rerr != nil {
 			return nil, rerr
 		}
-		return backuppb.NewBackupServiceClient(conn).RestoreSnapshot(rctx, req)
+		resp, err := backuppb.NewBackupServiceClient(conn).RestoreSnapshot(rctx, req)
+		return resp, relayedErr(err)
 	}
 	if req.GetValidateOnly() {
 		return a.validate(ctx, r, id)

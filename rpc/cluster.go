@@ -28,7 +28,8 @@ func (a *clusterAPI) TransferLeader(ctx context.Context, req *clusterpb.Transfer
 		if rerr != nil {
 			return nil, rerr
 		}
-		return clusterpb.NewClusterClient(conn).TransferLeader(rctx, req)
+		resp, err := clusterpb.NewClusterClient(conn).TransferLeader(rctx, req)
+		return resp, relayedErr(err)
 	}
 	if err != nil {
 		return nil, err

@@ -157,8 +157,14 @@ func grows(cmd *commandpb.Command) bool {
 		*commandpb.Command_TransitionSidecar,
 		*commandpb.Command_DeletePipeline,
 		*commandpb.Command_DeleteCheckpoint,
-		*commandpb.Command_LeaveGroup:
+		*commandpb.Command_LeaveGroup,
+		// The way out of a restore that has filled the disk.
+		*commandpb.Command_CancelOperation,
+		*commandpb.Command_AbandonRestore,
+		*commandpb.Command_ReportRestore:
 		return false
+	case *commandpb.Command_PutOperation:
+		return op.PutOperation.GetOperation().GetState() == commandpb.OperationState_OPERATION_STATE_RUNNING
 	case *commandpb.Command_SetPipelineEnabled:
 		return op.SetPipelineEnabled.GetEnabled() // enabling leads to assignments
 	case *commandpb.Command_UpdateServiceHealth:

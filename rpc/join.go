@@ -16,7 +16,7 @@ const joinWait = 10 * time.Second
 
 // silenceWait is how long a node that asks for the id of a member has to wait for
 // that member to fall silent; a live one answers every heartbeat.
-const silenceWait = 3 * time.Second
+const silenceWait = 10 * time.Second
 
 // JoinMember makes a node with an empty directory a learner, and says where it
 // gets its state from. A repeat by the same directory, as after a crash, changes
@@ -90,7 +90,10 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	add := raftnode.Change{
 		Kind: raftnode.AddLearner, ID: id, Addr: req.PeerAddr, Disk: req.DiskId, ReadReplica: req.GetReadReplica(), Rejoin: req.GetRejoin(),
 	}
-	if m, ok := pos.Member(id); ok && !m.Removed {
+	removed := false
+	if m, ok := pos.Member(id); ok && m.Removed {
+		add.ReadReplica = add.ReadReplica || m.ReadReplica
+	} else if ok {
 		expected := m.Disk == 0 && a.isLearner(pos, id)
 		switch {
 		case expected:
@@ -106,10 +109,14 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 			if _, err := a.await(ctx, raftnode.Change{Kind: raftnode.Remove, ID: id}); err != nil {
 				return nil, err
 			}
+			removed = true
 			add.ReadReplica = add.ReadReplica || m.ReadReplica
 		}
 	}
 	if pos, err = a.await(ctx, add); err != nil {
+		if removed {
+			err = fmt.Errorf("%w: its old self was taken out, ask again: %w", raftnode.ErrAmbiguous, err)
+		}
 		return nil, err
 	}
 	a.log.Info("a node joins", "event", "member_joins", "node_changed", id, "addr", req.PeerAddr, "version", req.GetVersion(), "index", pos.Index)
@@ -169,7 +176,9 @@ func (a *clusterAPI) fallsSilent(ctx context.Context, id uint64) bool {
 	for {
 		alive := false
 		for _, p := range a.cfg.Node.Status().Peers {
-			alive = alive || p.ID == id && p.Answered && !p.Silent
+			// Right after an election nobody has answered yet: that is no
+			// silence. Taken for one, a live voter would be removed.
+			alive = alive || p.ID == id && !p.Silent
 		}
 		if !alive {
 			return true

@@ -32,6 +32,7 @@ func atLeader[T any](ctx context.Context, a *clusterAPI, local func(context.Cont
 		}
 		if conn, rctx, rerr := a.relay.connect(ctx); rerr == nil {
 			out, err = remote(rctx, clusterpb.NewClusterClient(conn))
+			err = relayedErr(err)
 			if !elsewhere(err) {
 				return out, err
 			}

@@ -4,11 +4,14 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/raftnode"
 )
@@ -92,6 +95,20 @@ func (r *leaderRelay) to(ctx context.Context, node uint64) (*grpc.ClientConn, co
 		r.conns[node] = c
 	}
 	return c.conn, metadata.AppendToOutgoingContext(ctx, metadataRelayed, strconv.FormatUint(r.nodeID, 10)), nil
+}
+
+// relayedErr is the error of a call that was passed on, as the caller may hear it.
+// When the connection to the other node breaks, gRPC says UNAVAILABLE by itself;
+// here that means "certainly not done", which nobody knows.
+func relayedErr(err error) error {
+	st, ok := status.FromError(err)
+	if err == nil || !ok || st.Code() != codes.Unavailable || ReasonOf(st) != "" {
+		return err
+	}
+	if strings.Contains(st.Message(), "Error while dialing") {
+		return fmt.Errorf("%w (%s)", ErrUnreachable, st.Message())
+	}
+	return fmt.Errorf("%w: the node this call was passed on to broke off: %s", raftnode.ErrAmbiguous, st.Message())
 }
 
 func (r *leaderRelay) close() {

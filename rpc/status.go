@@ -261,6 +261,14 @@ func InvalidArgument(field, description string) *status.Status {
 		})
 }
 
+// Judge says of the error of a command whether nothing was and will be done, and
+// whether repeating it does not help.
+func Judge(err error) (notDone, final bool) {
+	notDone = OutcomeOf(Status(err)) == NotDone
+	final = notDone && (errors.Is(err, ErrNoSpace) || errors.Is(err, ErrInvalidCommand) || errors.Is(err, raftnode.ErrTooLarge))
+	return notDone, final
+}
+
 // ReasonOtherDisk is the reason of ErrOtherDisk, which a node that joins acts on.
 const ReasonOtherDisk = "OTHER_DISK"
 

@@ -31,7 +31,7 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now,
 	})
 	promoter := control.NewPromoter(control.PromoterConfig{
-		Node: s.node, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote, Held: replacer.Holds,
+		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote, Held: replacer.Holds,
 	})
 	return &controlLoops{liveness, placer, newChecker(s), promoter, replacer}, nil
 }

@@ -9,6 +9,7 @@ import (
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/recovery"
+	"conveyor.etl/router/rpc"
 )
 
 // openShelf opens the snapshots that people made of the state, or brought.
@@ -38,6 +39,7 @@ func (s *Server) startRecovery() error {
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Shelf: s.disk.shelf, FS: s.disk.points.FS(vfs.Default),
 		Endpoint:       actual(s.c.AdvertiseAddr, s.clientLis),
 		Schedule:       s.schedule(),
+		Judge:          rpc.Judge,
 		MaxUploadBytes: s.c.Backup.MaxBytes, Now: s.o.Now, Logger: s.log.With("part", "recovery"),
 	})
 	return err

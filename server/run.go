@@ -38,6 +38,9 @@ func Run(ctx context.Context, c *config.Config, o Options) error {
 		stopErr := s.Stop(stopCtx)
 		cancel()
 		if errors.Is(s.Err(), errRejoin) && ctx.Err() == nil {
+			if stopErr != nil {
+				return fmt.Errorf("the node could not be started again: %w", stopErr)
+			}
 			continue
 		}
 		if err := s.Err(); err != nil {

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"conveyor.etl/router/datadir"
@@ -88,5 +89,9 @@ func (s *Server) rejoinAs(r *rpc.RefusedError) error {
 		DiskID: s.disk.id.DiskID, NodeID: s.c.NodeID, Rejoin: true, Members: members,
 	})
 	s.disk.points.Pass("rejoin:after")
-	return errors.Join(errRejoin, err)
+	if err != nil {
+		// Starting again would only come here again.
+		return fmt.Errorf("note that this member has to join again: %w", err)
+	}
+	return errRejoin
 }

@@ -22,6 +22,9 @@ const (
 	Created  Origin = "created"
 	Uploaded Origin = "uploaded"
 	Undo     Origin = "undo" // the state that a restore replaced
+	// Temporary is a step of a backup that is made elsewhere; it does not outlive
+	// the process.
+	Temporary Origin = "temporary"
 )
 
 // Record describes one snapshot.
@@ -33,6 +36,8 @@ type Record struct {
 	// CreatedMS is when the copy of the state was made, in Unix milliseconds, by
 	// the clock of the node that made it.
 	CreatedMS int64 `json:"created_ms"`
+	// ArrivedMS is when it came to this node, by which the oldest is told.
+	ArrivedMS int64 `json:"arrived_ms"`
 	// Bytes is the size of the image.
 	Bytes int64 `json:"bytes"`
 	// Index, Term, Revision and Epoch are those of the state.

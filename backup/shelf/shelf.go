@@ -1,6 +1,7 @@
 package shelf
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -118,6 +119,12 @@ func Open(f vfs.FS, dir string, o Options) (*Shelf, error) {
 		if err != nil {
 			// Not a reason to refuse to start: the state is elsewhere.
 			o.Logger.Warn("ignoring the record of a snapshot that cannot be read", "snapshot", id, "err", err)
+			continue
+		}
+		if r.Origin == Temporary {
+			if err := removeRecord(f, dir, id); err != nil {
+				return nil, fmt.Errorf("shelf: remove record %s: %w", id, err)
+			}
 			continue
 		}
 		if !have[r.Image] {
@@ -283,7 +290,8 @@ func (s *Shelf) add(ctx context.Context, id string, origin Origin, describe func
 		return Record{}, err
 	}
 	defer done()
-	r := Record{ID: id, Origin: origin, CreatedMS: s.o.Now().UnixMilli()}
+	now := s.o.Now().UnixMilli()
+	r := Record{ID: id, Origin: origin, CreatedMS: now, ArrivedMS: now}
 	info, err := make(func(dir string) error { return describe(dir, &r) })
 	if err != nil {
 		return Record{}, err
@@ -316,13 +324,21 @@ func (s *Shelf) add(ctx context.Context, id string, origin Origin, describe func
 	return r, nil
 }
 
+// counts reports whether a snapshot is one that users keep.
+func (r *Record) counts() bool { return r.Origin != Undo && r.Origin != Temporary }
+
 // checkQuota refuses a snapshot that does not fit. Shared images count once.
 func (s *Shelf) checkQuota(r *Record) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !r.counts() {
+		return nil
+	}
 	sizes := map[string]int64{r.Image: r.Bytes}
 	for _, have := range s.records {
-		sizes[have.Image] = have.Bytes
+		if have.counts() {
+			sizes[have.Image] = have.Bytes
+		}
 	}
 	var sum int64
 	for _, n := range sizes {
@@ -339,11 +355,12 @@ func (s *Shelf) checkQuota(r *Record) error {
 // writeMu is held.
 func (s *Shelf) retire(newest string) {
 	list := s.List()
+	slices.SortStableFunc(list, func(a, b Record) int { return cmp.Compare(b.ArrivedMS, a.ArrivedMS) })
 	s.mu.Lock()
 	kept := 0
 	var old []string
 	for _, r := range list {
-		if r.Origin == Undo {
+		if !r.counts() {
 			continue
 		}
 		if kept++; kept > s.o.MaxSnapshots && r.ID != newest && s.reading[r.ID] == 0 {
