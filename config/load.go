@@ -289,7 +289,7 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 	if c.ReadReplica && !joins && !faults.about("read_replica", "join") {
 		faults.add(l.source("read_replica", ""), "read_replica", "needs --join: a node that founds a cluster votes")
 	}
-	if c.NodeID == 0 && !joins && !faults.about("node_id") {
+	if c.NodeID == 0 && !joins && !faults.about("node_id", "join") {
 		faults.add(l.source("node_id", "flag --node-id"), "node_id",
 			"is missing: give every node its own id, 1 or more (in a StatefulSet it follows from POD_NAME and REPLICAS)")
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
@@ -92,6 +93,17 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	}
 	removed := false
 	if m, ok := pos.Member(id); ok && m.Removed {
+		// Taken out by an operator it stays out; taken out to come back, by an
+		// earlier attempt of this very directory, it comes back.
+		op, err := a.rejoining(id, req.DiskId)
+		if err != nil {
+			return nil, err
+		}
+		if req.GetRejoin() && !op {
+			return nil, fmt.Errorf("%w: node %d was removed and ids are not reused: let it join with another id, or with none to be given one",
+				raftnode.ErrMembershipRefused, id)
+		}
+		removed = op
 		add.ReadReplica = add.ReadReplica || m.ReadReplica
 	} else if ok {
 		expected := m.Disk == 0 && a.isLearner(pos, id)
@@ -106,6 +118,9 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 				raftnode.ErrMembershipRefused, id)
 		default:
 			a.log.Warn("a member has lost its data directory; it is taken out and comes back as a learner", "event", "member_rejoins", "node_changed", id)
+			if err := a.noteRejoin(ctx, id, req.DiskId, commandpb.OperationState_OPERATION_STATE_RUNNING); err != nil {
+				return nil, err
+			}
 			if _, err := a.await(ctx, raftnode.Change{Kind: raftnode.Remove, ID: id}); err != nil {
 				return nil, err
 			}
@@ -118,6 +133,11 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 			err = fmt.Errorf("%w: its old self was taken out, ask again: %w", raftnode.ErrAmbiguous, err)
 		}
 		return nil, err
+	}
+	if removed {
+		if err := a.noteRejoin(ctx, id, req.DiskId, commandpb.OperationState_OPERATION_STATE_DONE); err != nil {
+			a.log.Warn("that a member has come back was not recorded", "node_changed", id, "err", err)
+		}
 	}
 	a.log.Info("a node joins", "event", "member_joins", "node_changed", id, "addr", req.PeerAddr, "version", req.GetVersion(), "index", pos.Index)
 	return a.joined(pos, id, pos.Index), nil
@@ -136,6 +156,39 @@ func (a *clusterAPI) joined(pos raftnode.Position, id, index uint64) *clusterpb.
 		resp.Members = append(resp.Members, d)
 	}
 	return resp
+}
+
+// rejoinID names the operation that remembers, across changes of leader, that a
+// member was taken out only to come back with another directory.
+func rejoinID(node, disk uint64) string { return fmt.Sprintf("rejoin-%d-%016x", node, disk) }
+
+// rejoining reports whether a removed member is on its way back.
+func (a *clusterAPI) rejoining(node, disk uint64) (bool, error) {
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	op, err := v.Operation(rejoinID(node, disk))
+	return op.GetState() == commandpb.OperationState_OPERATION_STATE_RUNNING, err
+}
+
+// noteRejoin records the beginning or the end of a rejoin.
+func (a *clusterAPI) noteRejoin(ctx context.Context, node, disk uint64, state commandpb.OperationState) error {
+	res, err := a.cfg.Submitter.Submit(ctx, &commandpb.Command{
+		TimeMs: uint64(a.cfg.Now().UnixMilli()),
+		Op: &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{
+			Create: state == commandpb.OperationState_OPERATION_STATE_RUNNING,
+			Operation: &commandpb.Operation{
+				OperationId: rejoinID(node, disk), Kind: "rejoin", State: state, NodeId: node,
+				Subject: fmt.Sprintf("node %d", node), Phase: "exchange of its old self", Message: "its data directory was lost",
+			},
+		}},
+	})
+	if err != nil {
+		return err
+	}
+	if r := res.GetRejection(); r != nil && r.GetCode() != commandpb.Code_CODE_EXISTS {
+		return FromRejection(r).Err()
+	}
+	return nil
 }
 
 // await makes a change, after the one that is under way.

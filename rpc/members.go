@@ -135,6 +135,7 @@ func (a *clusterAPI) describeMember(st raftnode.Status, m raftnode.Member) *clus
 
 // change makes one change of the membership on this node, which has to lead.
 func (a *clusterAPI) change(ctx context.Context, c raftnode.Change) (*clusterpb.ChangeMemberResponse, error) {
+	a.heardOf(ctx)
 	before := a.cfg.Node.Status()
 	pos, err := a.cfg.Node.ChangeMembership(ctx, c)
 	if err != nil {
@@ -162,6 +163,28 @@ func (a *clusterAPI) steer(ctx context.Context) (func(), error) {
 		return func() { <-a.steering }, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: another change of the membership is being made: %w", ErrNotProposed, ctx.Err())
+	}
+}
+
+// heardOf waits, for a moment, until every member has answered this leader or owes
+// it too many answers. Right after an election nobody has answered yet, and a
+// change is refused for want of live voters who are all there.
+func (a *clusterAPI) heardOf(ctx context.Context) {
+	deadline := time.Now().Add(2 * time.Second)
+	for time.Now().Before(deadline) && ctx.Err() == nil {
+		open := false
+		for _, p := range a.cfg.Node.Status().Peers {
+			open = open || !p.Answered && !p.Silent
+		}
+		if !open {
+			return
+		}
+		timer := time.NewTimer(10 * time.Millisecond)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
 	}
 }
 

@@ -84,6 +84,14 @@ func (a *clusterAPI) CancelOperation(ctx context.Context, req *clusterpb.CancelO
 	if err := checkID("operation_id", req.GetOperationId()); err != nil {
 		return nil, err
 	}
+	op, err := a.GetOperation(ctx, &clusterpb.GetOperationRequest{OperationId: req.GetOperationId()})
+	if err != nil {
+		return nil, err
+	}
+	if op.GetState() != clusterpb.OperationState_OPERATION_STATE_RUNNING {
+		return nil, status.Errorf(codes.FailedPrecondition, "operation %s has ended already, as %s; nothing was changed",
+			req.OperationId, strings.ToLower(strings.TrimPrefix(op.GetState().String(), "OPERATION_STATE_")))
+	}
 	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_CancelOperation{
 		CancelOperation: &commandpb.CancelOperation{OperationId: req.OperationId},
 	}})

@@ -195,6 +195,13 @@ cancelled, or a check failed with --check, 7 --timeout passed first (it goes on)
 				if err != nil {
 					return err
 				}
+				if !req.Detach && reply.GetOperation() != nil {
+					// The node that answered may be the one that was exchanged, and have
+					// stopped: others know how it went on.
+					if op := followOperation(ctx, c, reply.GetOperation()); op != nil {
+						reply.Operation = op
+					}
+				}
 				return a.printReplacement(req, reply)
 			})
 		},

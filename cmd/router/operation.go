@@ -166,3 +166,22 @@ func printOperation(a *app, op *clusterpb.Operation) error {
 	}
 	return g.Write(a.stdout)
 }
+
+// followOperation waits for the end of an operation, through whichever node
+// answers, until ctx is done; it returns the newest that was heard of it.
+func followOperation(ctx context.Context, c *clients, op *clusterpb.Operation) *clusterpb.Operation {
+	for op.GetState() == clusterpb.OperationState_OPERATION_STATE_RUNNING && ctx.Err() == nil {
+		next, err := c.Cluster.WaitOperation(ctx, &clusterpb.WaitOperationRequest{OperationId: op.GetOperationId()})
+		if err == nil {
+			op = next
+			continue
+		}
+		pause := time.NewTimer(100 * time.Millisecond)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+		}
+		pause.Stop()
+	}
+	return op
+}
