@@ -4,6 +4,8 @@
 //
 //	IDENTITY         whose data this is; written once, checked at every start
 //	LOCK             held by the one process that uses the directory
+//	JOINING          only while the node joins: what it remembers meanwhile
+//	PEERS            which data directory every other node came with first
 //	wal/             the replicated log
 //	state/           the replicated state
 //	images/          images of the state, received or to be sent

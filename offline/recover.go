@@ -102,6 +102,7 @@ func rebuild(d *Directory, p *Plan, o *RecoverOptions) (res *Recovered, err erro
 	if id.ClusterID, err = newClusterID(d.Identity.ClusterID); err != nil {
 		return nil, err
 	}
+	id.RaftAddr, id.Removed = "", false
 	id.Members, id.CreatedAt = p.Members, time.Now().UTC().Truncate(time.Second)
 
 	pos, revision, err := recoverState(d, b, p, r.Dir(), o)
@@ -153,7 +154,8 @@ func recoverState(d *Directory, b base, p *Plan, dir string, o *RecoverOptions) 
 
 // alsoMake makes the directory of another member from the state in from.
 func alsoMake(m NewMember, id datadir.Identity, pos raftnode.Position, from string, s *Settings) error {
-	id.NodeID = m.ID
+	// Its directory gets an id of its own at the first start.
+	id.NodeID, id.DiskID = m.ID, 0
 	return makeMember(m.Dir, s, func(dir string) (datadir.Identity, raftnode.Position, error) {
 		return id, pos, installInto(dir, filepath.Join(from, datadir.StateName), s)
 	})

@@ -50,14 +50,20 @@ func (s *Server) askBefore(ctx context.Context, self rpc.Identity) error {
 	return nil
 }
 
+// outdated reports whether node, which is at pos, knows better than somebody who
+// has applied no more than applied. What a node says of the members was so there:
+// a later word of the cluster, which this node has applied itself, outweighs it.
+// One that lags may not know yet that this node has joined again.
+func outdated(pos raftnode.Position, node, applied uint64) bool {
+	m, ok := pos.Member(node)
+	return ok && !m.Removed && pos.Index > bootstrapIndex && applied <= pos.Index
+}
+
 // refused is told when another node does not talk to this one. It does not
 // block.
 func (s *Server) refused(r *rpc.RefusedError) {
-	// What a node says of the members was so at the index it has applied: a later
-	// word of the cluster, which this node has applied itself, outweighs it. One
-	// that lags may not know yet that this node has joined again.
 	pos := s.disk.machine.Applied()
-	if m, ok := pos.Member(s.c.NodeID); ok && !m.Removed && pos.Index > bootstrapIndex && r.Applied <= pos.Index {
+	if outdated(pos, s.c.NodeID, r.Applied) {
 		s.log.Debug("a node that lags refuses this one", "peer", r.Peer, "applied_there", r.Applied, "err", r)
 		return
 	}
