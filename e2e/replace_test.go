@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
@@ -214,4 +215,30 @@ func TestLaggardListensToALeaderThatRejoined(t *testing.T) {
 		t.Logf("node %d leads by now", lead.ID)
 	}
 	c.WaitSameState()
+}
+
+// TestReadReplicaWatches: a watch on a read replica shows what is written
+// elsewhere.
+func TestReadReplicaWatches(t *testing.T) {
+	c := NewCluster(t, Options{Nodes: 1})
+	replica := c.Join(2, "--read-replica")
+	replica.Start()
+	c.WaitServing(replica)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	watch, err := replica.Cluster().WatchChanges(ctx, &clusterpb.WatchChangesRequest{Tables: []string{"pipelines"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := watch.Header(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.Nodes[0].Admin().CreatePipeline(ctx, &adminpb.CreatePipelineRequest{Config: testPipeline("default/watched", "x")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ev, err := watch.Recv()
+	if err != nil || ev.GetTable() != "pipelines" || !strings.Contains(ev.GetSummary(), "created") {
+		t.Fatalf("%v %v", ev, err)
+	}
 }
