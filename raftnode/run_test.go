@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -157,17 +158,17 @@ func TestStopAnswersEveryone(t *testing.T) {
 // hookedLog lets a test into Append.
 type hookedLog struct {
 	*memLog
-	hook func() error
+	hook func(ents []*raftpb.Entry) error
 }
 
 func (l *hookedLog) Append(hs *raftpb.HardState, ents []*raftpb.Entry, sync bool) error {
-	if err := l.hook(); err != nil {
+	if err := l.hook(ents); err != nil {
 		return err
 	}
 	return l.memLog.Append(hs, ents, sync)
 }
 
-func runHooked(t *testing.T, hook func() error, tune func(*Config)) (*Node, chan error) {
+func runHooked(t *testing.T, hook func([]*raftpb.Entry) error, tune func(*Config)) (*Node, chan error) {
 	t.Helper()
 	fs := vfs.NewMem()
 	images, err := snap.OpenStore(fs, "images", snap.Options{})
@@ -191,9 +192,9 @@ func runHooked(t *testing.T, hook func() error, tune func(*Config)) (*Node, chan
 // A failed write ends the node with the reason, and its callers with the truth.
 func TestFailedAppendEndsRun(t *testing.T) {
 	boom := errors.New("disk on fire")
-	var armed atomic.Bool
-	n, done := runHooked(t, func() error {
-		if armed.Load() {
+	n, done := runHooked(t, func(ents []*raftpb.Entry) error {
+		// Not before the command: else the node ends before it is asked.
+		if slices.ContainsFunc(ents, func(e *raftpb.Entry) bool { return len(e.GetData()) > 0 }) {
 			return boom
 		}
 		return nil
@@ -201,7 +202,6 @@ func TestFailedAppendEndsRun(t *testing.T) {
 	for changed := n.Changed(); !n.Leadership().Leading; changed = n.Changed() {
 		<-changed
 	}
-	armed.Store(true)
 	if _, err := n.Propose(context.Background(), []byte("x")); !errors.Is(err, ErrAmbiguous) {
 		t.Fatalf("the caller was told %v", err)
 	}
@@ -214,7 +214,7 @@ func TestFailedAppendEndsRun(t *testing.T) {
 func TestHungAppendEndsRun(t *testing.T) {
 	var hang atomic.Bool
 	release := make(chan struct{})
-	n, done := runHooked(t, func() error {
+	n, done := runHooked(t, func([]*raftpb.Entry) error {
 		if hang.Load() {
 			<-release
 		}
