@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cockroachdb/datadriven"
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 )
@@ -49,9 +50,10 @@ func (zeroRandom) Read(b []byte) (int, error) {
 //	flush n, compact n index  make the state durable; truncate the log
 //	images n                  build and send the images asked for
 //	truncate n                let n decide whether to truncate its log
-//	break-disk n, lose-images n, lose-state n
+//	break-disk n, lose-images n, lose-state n, lose-all n
 //	new-group, jump n time    begin anew; move n's clock
 //	status, log n, state n    what there is
+//	members n                 what n's state knows of members, also removed ones
 //	do, quietly               the commands in the lines that follow; quietly
 //	                          shows only leaders, outcomes and what is asked for
 func TestTraces(t *testing.T) {
@@ -229,6 +231,10 @@ func (tr *trace) command(d *datadriven.TestData) {
 		h.clock.advance(by)
 	case "lose-state":
 		h.sm = newMemMachine(h.fs, bootPosition(h.sm.Applied().ConfState.GetVoters()...))
+	case "lose-all":
+		pos := Position{ConfState: &raftpb.ConfState{}}
+		h.fs = vfs.NewMem()
+		h.log, h.sm = newMemLog(pos), newMemMachine(h.fs, pos)
 	case "truncate":
 		if _, err := h.truncator.step(h.clock.Now()); err != nil {
 			tr.printf("%d stops: %v", h.id, err)
@@ -237,6 +243,10 @@ func (tr *trace) command(d *datadriven.TestData) {
 		h.log.fail = func(string) error { return fmt.Errorf("input/output error") }
 	case "status":
 		tr.status()
+	case "members":
+		for _, m := range h.sm.Applied().Members {
+			tr.printf("%s", memberOf(m))
+		}
 	case "log":
 		for _, e := range h.log.ents {
 			tr.printf("%s", raft.DescribeEntry(e, traceFormat))
@@ -316,6 +326,20 @@ func (tr *trace) status() {
 		tr.printf("%d %-8s term %d, leader %d, log [%d,%d], commit %d, applied %d, durable %d; %s", h.id, roleOf(l.state), l.term, l.leader,
 			h.log.index+1, h.log.last(), l.commit, h.Applied(), h.sm.Durable(), confStateOf(h.sm.Applied().ConfState))
 	}
+}
+
+func memberOf(m Member) string {
+	s := fmt.Sprintf("%d", m.ID)
+	if m.Addr != "" {
+		s += " at " + m.Addr
+	}
+	if m.Disk != 0 {
+		s += fmt.Sprintf(", disk %d", m.Disk)
+	}
+	if m.Removed {
+		s += ", removed"
+	}
+	return s
 }
 
 func confStateOf(cs *raftpb.ConfState) string {

@@ -50,7 +50,8 @@ type Change struct {
 	// Addr is its peer address: for AddLearner and UpdateAddr.
 	Addr string
 	// Disk is the id of its data directory: of AddLearner; of UpdateAddr for a
-	// member of which it is not known; of Remove, so that it is remembered.
+	// member of which it is not known, while another than the known one is
+	// refused; of Remove, so that it is remembered.
 	Disk uint64
 	// ReadReplica, with AddLearner, keeps it a learner.
 	ReadReplica bool
@@ -237,6 +238,13 @@ func (l *loop) checkChange(c Change) error {
 		}
 		if c.Addr == "" {
 			return refuse("the address is missing")
+		}
+		// Where it is applied, the disk known before stays: without this the
+		// caller would take it for replaced.
+		for _, m := range l.members() {
+			if m.ID == c.ID && c.Disk != 0 && m.Disk != 0 && m.Disk != c.Disk {
+				return refuse("it has the data directory %016x and not %016x; if that one is lost, remove the node and let it rejoin", m.Disk, c.Disk)
+			}
 		}
 		return nil
 	default:
