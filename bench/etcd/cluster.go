@@ -18,15 +18,18 @@ import (
 	"conveyor.etl/router/bench"
 )
 
-const members = 3
+const (
+	members = 3
+	joiner  = members // position of a fourth process, which joins the others
+)
 
-// cluster is three server processes of one system.
+// cluster is three server processes of one system, and a fourth while one joins.
 type cluster struct {
 	s     system
 	o     *options
 	dir   string
-	procs [members]*exec.Cmd
-	ended [members]chan struct{}
+	procs [members + 1]*exec.Cmd
+	ended [members + 1]chan struct{}
 }
 
 // system is what differs between the two.
@@ -105,20 +108,28 @@ func (c *cluster) kill(i int) {
 	<-c.ended[i]
 }
 
-// stop ends all members and removes their data.
-func (c *cluster) stop() {
+// end ends all members and keeps their data.
+func (c *cluster) end() {
 	for i, p := range c.procs {
 		if p != nil {
 			c.kill(i)
+			c.procs[i] = nil
 		}
 	}
-	_ = os.RemoveAll(c.dir)
+}
+
+// stop ends all members and removes their data.
+func (c *cluster) stop() {
+	c.end()
+	if !c.o.keep {
+		_ = os.RemoveAll(c.dir)
+	}
 }
 
 // pids returns the process ids of the members.
 func (c *cluster) pids() []int {
 	var out []int
-	for _, p := range c.procs {
+	for _, p := range c.procs[:members] {
 		out = append(out, p.Process.Pid)
 	}
 	return out

@@ -30,6 +30,17 @@ type options struct {
 	idle         time.Duration
 	basePort     int
 	limit        time.Duration
+	// Of the recovery rows.
+	etcdutl   string
+	content   string
+	systems   string
+	writeRate float64
+	creates   int
+	missed    int
+	behind    int
+	patience  time.Duration
+	logLevel  string
+	keep      bool
 }
 
 func main() {
@@ -38,7 +49,7 @@ func main() {
 	flag.StringVar(&o.etcd, "etcd", "bin/etcd", "etcd binary")
 	flag.StringVar(&o.data, "data", "data/bench", "directory for the clusters' data; emptied before and after")
 	flag.StringVar(&o.out, "out", "data/bench-results", "directory for results.md and results.json")
-	flag.StringVar(&o.rows, "rows", "", "rows to run, by name and comma; empty = all: "+strings.Join(rowNames(), ","))
+	flag.StringVar(&o.rows, "rows", "", "rows to run, by name and comma; empty = all that compare loads, recovery = all about recovery: "+strings.Join(rowNames(), ","))
 	flag.IntVar(&o.pairs, "pairs", 3, "alternating runs of each cluster")
 	flag.DurationVar(&o.duration, "duration", 6*time.Second, "measurement of one load")
 	flag.DurationVar(&o.warmup, "warmup", 2*time.Second, "load before it")
@@ -48,6 +59,16 @@ func main() {
 	flag.DurationVar(&o.idle, "idle", 20*time.Second, "how long the idle row watches")
 	flag.IntVar(&o.basePort, "base-port", 27100, "first of 60 ports on loopback")
 	flag.DurationVar(&o.limit, "limit", 90*time.Minute, "end everything after this long")
+	flag.StringVar(&o.etcdutl, "etcdutl", "bin/etcdutl", "etcdutl binary, for the recovery rows")
+	flag.StringVar(&o.content, "content", contentText, "values of the recovery rows: text, random or repeat")
+	flag.StringVar(&o.systems, "systems", "etcd,router", "systems the recovery rows run")
+	flag.Float64Var(&o.writeRate, "write-rate", 2000, "writes a second beside what the recovery rows measure")
+	flag.IntVar(&o.creates, "creates", 10, "snapshots made by the snapshot row")
+	flag.IntVar(&o.missed, "missed", 100_000, "puts the follower of the missed row misses")
+	flag.IntVar(&o.behind, "behind", 250_000, "objects written while the follower of the catchup row is away: more than the log keeps")
+	flag.DurationVar(&o.patience, "patience", 30*time.Second, "how long a member may take to report that it has caught up")
+	flag.StringVar(&o.logLevel, "log-level", "warn", "of the router's processes")
+	flag.BoolVar(&o.keep, "keep", false, "keep data and logs in the end")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -64,12 +85,12 @@ func run(ctx context.Context, o *options) error {
 	if err != nil {
 		return err
 	}
-	for _, p := range []*string{&o.router, &o.etcd, &o.data, &o.out} {
+	for _, p := range []*string{&o.router, &o.etcd, &o.etcdutl, &o.data, &o.out} {
 		if *p, err = filepath.Abs(*p); err != nil {
 			return err
 		}
 	}
-	for _, bin := range []string{o.router, o.etcd} {
+	for _, bin := range needed(o, rows) {
 		if _, err := os.Stat(bin); err != nil {
 			return fmt.Errorf("%w; build it with `make bench`", err)
 		}
@@ -86,6 +107,20 @@ func run(ctx context.Context, o *options) error {
 	fmt.Println()
 	fmt.Print(res.markdown())
 	return err
+}
+
+// needed lists the binaries the rows start.
+func needed(o *options, rows []row) []string {
+	bins := []string{o.router, o.etcd}
+	for _, r := range rows {
+		if r.recovery != nil && strings.Contains(o.systems, "etcd") {
+			return append(bins, o.etcdutl)
+		}
+		if r.recovery != nil {
+			return []string{o.router}
+		}
+	}
+	return bins
 }
 
 // measure runs the chosen rows. Loads alternate between the systems, a whole
@@ -125,7 +160,7 @@ func measure(ctx context.Context, o *options, rows []row, res *results) error {
 			}
 		}
 	}
-	return nil
+	return measureRecovery(ctx, o, rows, res)
 }
 
 // runLoads starts a fresh cluster, fills it, and puts each load on it.

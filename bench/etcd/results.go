@@ -55,9 +55,16 @@ type results struct {
 func newResults(o *options) *results {
 	return &results{
 		When: time.Now().UTC().Truncate(time.Second), Machine: machine(o.data),
-		Command: fmt.Sprintf("make bench ROWS=%s PAIRS=%d DURATION=%v", o.rows, o.pairs, o.duration),
+		Command: command(o),
 		Runs:    make(map[string]map[string][]run1), Figures: make(map[string]map[string]map[string]float64),
 	}
+}
+
+func command(o *options) string {
+	if rows, err := chooseRows(o.rows); err == nil && rows[0].recovery != nil {
+		return fmt.Sprintf("make bench-recovery ROWS=%s OBJECTS=%d CONTENT=%s", o.rows, o.objects, o.content)
+	}
+	return fmt.Sprintf("make bench ROWS=%s PAIRS=%d DURATION=%v", o.rows, o.pairs, o.duration)
 }
 
 func (r *results) add(row, system string, m run1) {

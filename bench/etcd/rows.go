@@ -30,7 +30,11 @@ type row struct {
 	load        *load
 	special     func(context.Context, *options, system, *results) error
 	tuned       bool // run etcd with the router's timing as well
-	goals       []goal
+	// recovery measures on a cluster that is filled already and that the rows
+	// share; of the router alone when own is set.
+	recovery func(context.Context, *cluster, *results) error
+	own      bool
+	goals    []goal
 }
 
 // goal is one figure to reach.
@@ -87,6 +91,27 @@ func allRows() []row {
 			goals: []goal{atMost("resident MB", 0.4, 0), atMost("all killed to read s", 0.2, 0), atMost("follower restart s", 0.25, 0)}},
 		{name: "idle", title: "idle cluster, per member", special: idle,
 			goals: []goal{atMost("idle cores", 0.03, 0).own(), atMost("idle MB", 60, 0).own()}},
+
+		{name: "snapshot", title: "CreateSnapshot beside writes", recovery: snapshotRow, own: true,
+			goals: []goal{atMost("create max ms", 150, 0).own(), atMost("write p99 during / before", 1.3, 0).own()}},
+		{name: "stream", title: "StreamSnapshot on loopback", recovery: streamRow, own: true,
+			goals: []goal{atLeast("zstd MB/s", 100, 0).own(), atMost("resident growth MB", 64*1.048576, 0).own()}},
+		{name: "validate", title: "RestoreSnapshot validate_only", recovery: validateRow, own: true,
+			goals: []goal{atMost("validate s", 10, 0).own()}},
+		{name: "restore", title: "online RestoreSnapshot into the changed cluster, beside reads and writes", recovery: restoreRow, own: true,
+			goals: []goal{atMost("restore s", 20, 0).own(), atMost("longest read gap ms", 1000, 0).own(), atMost("writes paused ms", 1000, 0).own()}},
+		{name: "restart", title: "restart after kill -9 to a linearizable read, each node in turn", recovery: restartRow, own: true,
+			goals: []goal{atMost("restart max s", 2, 0).own()}},
+		{name: "catchup", title: "a follower the log does not reach back to, beside writes", recovery: catchupRow, own: true,
+			goals: []goal{atLeast("image MB/s", 150, 0).own(), atMost("write p99 during / before", 1.5, 0).own()}},
+		{name: "save", title: "snapshot of a running cluster to a file", recovery: saveRow,
+			goals: []goal{atMost("save s", 0.5, 0)}},
+		{name: "missed", title: "a follower that missed puts, on a cluster that is idle since", recovery: missedRow,
+			goals: []goal{atMost("holds all s", 0.5, 0), atMost("reported behind that s", 0.5, 0).own()}},
+		{name: "newcluster", title: "a new cluster from the file", recovery: newClusterRow,
+			goals: []goal{atMost("restore and start s", 0.5, 0)}},
+		{name: "learner", title: "an empty new node, on an idle cluster", recovery: learnerRow,
+			goals: []goal{atMost("holds all s", 0.5, 0), atMost("reported behind that s", 0.5, 0).own(), atMost("voter s", 15, 0).own()}},
 	}
 }
 
@@ -100,10 +125,15 @@ func rowNames() []string {
 
 // chooseRows picks rows by name; an empty text is all of them.
 func chooseRows(text string) ([]row, error) {
-	if strings.TrimSpace(text) == "" {
-		return allRows(), nil
-	}
 	var out []row
+	if text = strings.TrimSpace(text); text == "" || text == "recovery" {
+		for _, r := range allRows() {
+			if (r.recovery != nil) == (text == "recovery") {
+				out = append(out, r)
+			}
+		}
+		return out, nil
+	}
 	for name := range strings.SplitSeq(text, ",") {
 		found := false
 		for _, r := range allRows() {

@@ -44,18 +44,29 @@ func (s *etcdSystem) endpoint(_ *options, i int) string {
 	return fmt.Sprintf("127.0.0.1:%d", s.base+i+1)
 }
 
+func (s *etcdSystem) peer(i int) string { return fmt.Sprintf("http://127.0.0.1:%d", s.base+10+i) }
+
+// initial lists the members a cluster begins with.
+func (s *etcdSystem) initial() []string {
+	var out []string
+	for i := range members {
+		out = append(out, fmt.Sprintf("m%d=%s", i+1, s.peer(i)))
+	}
+	return out
+}
+
 func (s *etcdSystem) command(o *options, dir string, i int) *exec.Cmd {
-	peer := func(i int) string { return fmt.Sprintf("http://127.0.0.1:%d", s.base+10+i) }
-	var initial []string
-	for j := range members {
-		initial = append(initial, fmt.Sprintf("m%d=%s", j+1, peer(j)))
+	initial := s.initial()
+	state := "new"
+	if i == joiner {
+		initial, state = append(initial, fmt.Sprintf("m%d=%s", i+1, s.peer(i))), "existing"
 	}
 	client := "http://" + s.endpoint(o, i)
 	args := []string{
 		"--name", fmt.Sprintf("m%d", i+1), "--data-dir", dir,
 		"--listen-client-urls", client, "--advertise-client-urls", client,
-		"--listen-peer-urls", peer(i), "--initial-advertise-peer-urls", peer(i),
-		"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-state", "new", "--initial-cluster-token", "bench",
+		"--listen-peer-urls", s.peer(i), "--initial-advertise-peer-urls", s.peer(i),
+		"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-state", state, "--initial-cluster-token", "bench",
 		"--log-level", "warn", "--quota-backend-bytes", "8589934592",
 	}
 	if s.tuned {
@@ -216,15 +227,25 @@ func (s *routerSystem) endpoint(_ *options, i int) string {
 }
 
 func (s *routerSystem) command(o *options, dir string, i int) *exec.Cmd {
-	peer := func(i int) string { return fmt.Sprintf("127.0.0.1:%d", s.base+10+i) }
 	args := []string{
 		"serve", "--cluster-name", "bench", "--node-id", fmt.Sprint(i + 1), "--data-dir", dir,
-		"--listen-addr", s.endpoint(o, i), "--raft-addr", peer(i), "--log-level", "warn",
+		"--listen-addr", s.endpoint(o, i), "--raft-addr", s.peer(i), "--log-level", o.logLevel,
 	}
-	for j := range members {
-		args = append(args, "--peers", fmt.Sprintf("%d:%s", j+1, peer(j)))
+	if i == joiner {
+		return exec.Command(o.router, append(args, "--join", s.endpoint(o, 0))...)
 	}
-	return exec.Command(o.router, args...)
+	return exec.Command(o.router, append(args, s.peers()...)...)
+}
+
+func (s *routerSystem) peer(i int) string { return fmt.Sprintf("127.0.0.1:%d", s.base+10+i) }
+
+// peers is the list of members as arguments.
+func (s *routerSystem) peers() []string {
+	var out []string
+	for i := range members {
+		out = append(out, "--peers", fmt.Sprintf("%d:%s", i+1, s.peer(i)))
+	}
+	return out
 }
 
 func (s *routerSystem) leader(ctx context.Context, c *cluster) (int, error) {

@@ -1,0 +1,324 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"conveyor.etl/router/bench"
+)
+
+// restartRow kills each member while clients write through another one.
+func restartRow(ctx context.Context, c *cluster, res *results) error {
+	var took []float64
+	for i := range members {
+		_, stop, err := writeProbe(ctx, c, (i+1)%members)
+		if err != nil {
+			return err
+		}
+		settle(ctx, 2*time.Second)
+		c.kill(i)
+		from := time.Now()
+		if err = c.start(i); err == nil {
+			var d time.Duration
+			d, err = c.serves(ctx, i, from, bench.Key(c.o.objects-1))
+			took = append(took, d.Seconds())
+		}
+		stop()
+		if err != nil {
+			return err
+		}
+		settle(ctx, time.Second)
+	}
+	note(c, res, "restart", "restart median s", median(took))
+	note(c, res, "restart", "restart max s", slices.Max(took))
+	return nil
+}
+
+// catchupRow stops a follower until the log does not reach back to it, and
+// starts it while clients write.
+func catchupRow(ctx context.Context, c *cluster, res *results) error {
+	leader, err := c.s.leader(ctx, c)
+	if err != nil {
+		return err
+	}
+	follower := (leader + 1) % members
+	var image float64
+	err = withConn(c, leader, func(conn *grpc.ClientConn) error {
+		made, _, err := create(ctx, conn, "row-catchup")
+		if err != nil {
+			return err
+		}
+		image = float64(made.GetSizeBytes()) / 1e6
+		return drop(ctx, conn, made.GetSnapshotId())
+	})
+	if err != nil {
+		return err
+	}
+	writes, stop, err := writeProbe(ctx, c, leader)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	settle(ctx, time.Second)
+	calm := span{from: time.Now()}
+	settle(ctx, 5*time.Second)
+	calm.to = time.Now()
+	c.kill(follower)
+	for done := 0; done < c.o.behind; done += c.o.objects {
+		if err := batches(ctx, c, 0, min(c.o.objects, c.o.behind-done)); err != nil {
+			return err
+		}
+	}
+	settle(ctx, quiet)
+	during := span{from: time.Now()}
+	if err := c.start(follower); err != nil {
+		return err
+	}
+	// With writes going on, whoever is less than this behind keeps up.
+	near := uint64(c.o.writeRate / 10)
+	if err := awaitApplied(ctx, c, leader, follower, near, time.Minute); err != nil {
+		return err
+	}
+	during.to = time.Now()
+	stop()
+	a, _ := writes.p99(calm)
+	b, _ := writes.p99(during)
+	note(c, res, "catchup", "caught up s", during.took().Seconds())
+	note(c, res, "catchup", "image MB", image)
+	note(c, res, "catchup", "image MB/s", image/during.took().Seconds())
+	note(c, res, "catchup", "write p99 before ms", a)
+	note(c, res, "catchup", "write p99 during ms", b)
+	note(c, res, "catchup", "write p99 during / before", b/a)
+	return nil
+}
+
+var errPatience = errors.New("it never reported that it has caught up")
+
+// awaitApplied waits until member i reports to have applied what the leader has
+// committed, but for near entries.
+func awaitApplied(ctx context.Context, c *cluster, leader, i int, near uint64, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	return withConn(c, leader, func(from *grpc.ClientConn) error {
+		return withConn(c, i, func(conn *grpc.ClientConn) error {
+			for {
+				try, done := context.WithTimeout(ctx, time.Second)
+				_, committed, err := c.s.(recoverer).progress(try, from)
+				if err == nil {
+					var applied uint64
+					applied, _, err = c.s.(recoverer).progress(try, conn)
+					if err == nil && applied+near >= committed {
+						done()
+						return nil
+					}
+				}
+				done()
+				if !settle(ctx, 10*time.Millisecond) {
+					return errors.Join(errPatience, err)
+				}
+			}
+		})
+	})
+}
+
+// awaitHeld waits until member i answers a read of key from what it holds.
+func awaitHeld(ctx context.Context, c *cluster, i int, key string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	return withConn(c, i, func(conn *grpc.ClientConn) error {
+		for {
+			try, done := context.WithTimeout(ctx, time.Second)
+			yes, err := c.s.(recoverer).has(try, conn, key, true)
+			done()
+			if yes {
+				return nil
+			}
+			select {
+			case <-c.ended[i]:
+				raw, _ := os.ReadFile(filepath.Join(c.dir, fmt.Sprintf("%d.log", i+1)))
+				return fmt.Errorf("member %d ended: %s", i+1, raw[max(0, len(raw)-2000):])
+			case <-ctx.Done():
+				return errors.Join(ctx.Err(), err)
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	})
+}
+
+// caughtUp starts member i on a cluster that nobody writes to any more and notes
+// when it holds everything and how much later it says so.
+func caughtUp(ctx context.Context, c *cluster, res *results, row string, leader, i int) (time.Time, error) {
+	key, err := marker(ctx, c, leader, int(time.Now().UnixMilli()))
+	if err != nil {
+		return time.Time{}, err
+	}
+	settle(ctx, time.Second)
+	from := time.Now()
+	if err := c.start(i); err != nil {
+		return from, err
+	}
+	if err := awaitHeld(ctx, c, i, key); err != nil {
+		return from, err
+	}
+	held := time.Now()
+	note(c, res, row, "holds all s", held.Sub(from).Seconds())
+	err = awaitApplied(ctx, c, leader, i, 0, c.o.patience)
+	if errors.Is(err, errPatience) {
+		fmt.Printf("%-10s %-8s %v within %v\n", row, c.s.name(), err, c.o.patience)
+		err = nil
+	}
+	note(c, res, row, "reported behind that s", time.Since(held).Seconds())
+	return from, err
+}
+
+// missedRow lets a follower miss puts.
+func missedRow(ctx context.Context, c *cluster, res *results) error {
+	leader, err := c.s.leader(ctx, c)
+	if err != nil {
+		return err
+	}
+	follower := (leader + 1) % members
+	c.kill(follower)
+	if err := puts(ctx, c, c.o.missed); err != nil {
+		return err
+	}
+	settle(ctx, quiet)
+	_, err = caughtUp(ctx, c, res, "missed", leader, follower)
+	return err
+}
+
+// saveRow writes a snapshot of the leader to a file, several times.
+func saveRow(ctx context.Context, c *cluster, res *results) error {
+	leader, err := c.s.leader(ctx, c)
+	if err != nil {
+		return err
+	}
+	return withConn(c, leader, func(conn *grpc.ClientConn) error {
+		for _, compression := range c.compressions() {
+			var took []float64
+			for range 3 {
+				began := time.Now()
+				if err := c.s.(recoverer).save(ctx, conn, c.file(), compression); err != nil {
+					return err
+				}
+				took = append(took, time.Since(began).Seconds())
+				settle(ctx, time.Second)
+			}
+			name := "save s"
+			if compression == "none" && c.s.streams() {
+				name = "save uncompressed s"
+			}
+			note(c, res, "save", name, median(took))
+			info, err := os.Stat(c.file())
+			if err != nil {
+				return err
+			}
+			note(c, res, "save", fmt.Sprintf("file (%s) MB", compression), float64(info.Size())/1e6)
+		}
+		return nil
+	})
+}
+
+// file is where the snapshot of the cluster is saved.
+func (c *cluster) file() string { return filepath.Join(c.dir, "saved") }
+
+// compressions lists the ways the system can save, the usual one last.
+func (c *cluster) compressions() []string {
+	if c.s.streams() {
+		return []string{"none", "zstd"}
+	}
+	return []string{"none"}
+}
+
+// newClusterRow puts a new cluster from the saved file in the place of this one.
+func newClusterRow(ctx context.Context, c *cluster, res *results) error {
+	key, err := marker(ctx, c, 0, int(time.Now().UnixMilli()))
+	if err != nil {
+		return err
+	}
+	leader, err := c.s.leader(ctx, c)
+	if err != nil {
+		return err
+	}
+	err = withConn(c, leader, func(conn *grpc.ClientConn) error { return c.s.(recoverer).save(ctx, conn, c.file(), "zstd") })
+	if err != nil {
+		return err
+	}
+	c.end()
+	for i := range members + 1 {
+		if err := os.RemoveAll(filepath.Join(c.dir, fmt.Sprint(i+1))); err != nil {
+			return err
+		}
+	}
+	settle(ctx, quiet)
+	from := time.Now()
+	for i := range members {
+		cmd := c.s.(recoverer).restore(c.o, c.file(), filepath.Join(c.dir, fmt.Sprint(i+1)), i)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("restore of member %d: %w: %s", i+1, err, out)
+		}
+	}
+	restored := time.Now()
+	for i := range members {
+		if err := c.start(i); err != nil {
+			return err
+		}
+	}
+	if _, err := slowestOf(ctx, c, []int{0, 1, 2}, restored, key); err != nil {
+		return err
+	}
+	whole := time.Now()
+	note(c, res, "newcluster", "restore of a member s", restored.Sub(from).Seconds()/members)
+	note(c, res, "newcluster", "start to read everywhere s", whole.Sub(restored).Seconds())
+	note(c, res, "newcluster", "restore and start s", whole.Sub(from).Seconds())
+	return withConn(c, 0, func(conn *grpc.ClientConn) error {
+		found, err := c.s.(recoverer).has(ctx, conn, key, false)
+		if err == nil && !found {
+			err = errors.New("the new cluster does not hold what was saved")
+		}
+		return err
+	})
+}
+
+// learnerRow adds a fourth member to an idle cluster. It is the last row: the
+// member stays.
+func learnerRow(ctx context.Context, c *cluster, res *results) error {
+	leader, err := c.s.leader(ctx, c)
+	if err != nil {
+		return err
+	}
+	err = c.s.(recoverer).join(ctx, c)
+	if errors.Is(err, errNoJoin) {
+		fmt.Printf("learner    %-8s left out: %v\n", c.s.name(), err)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	from, err := caughtUp(ctx, c, res, "learner", leader, joiner)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.o.patience)
+	defer cancel()
+	return withConn(c, leader, func(conn *grpc.ClientConn) error {
+		for {
+			yes, err := c.s.(recoverer).promote(ctx, c, conn)
+			if yes {
+				note(c, res, "learner", "voter s", time.Since(from).Seconds())
+				return nil
+			}
+			if !settle(ctx, 20*time.Millisecond) {
+				fmt.Printf("learner    %-8s not promoted within %v: %v\n", c.s.name(), c.o.patience, err)
+				return nil
+			}
+		}
+	})
+}
