@@ -90,6 +90,18 @@ bench: build ## compare with etcd 3.7.3 on this machine; ROWS=unary64,outage pic
 	$(BIN)/bench-etcd -router $(BIN)/router -etcd $(BIN)/etcd \
 		-rows '$(ROWS)' -pairs $(PAIRS) -duration $(DURATION)
 
+# Values of the objects: text (random hex digits), random or repeat.
+OBJECTS ?= 1000000
+CONTENT ?= text
+SYSTEMS ?= etcd,router
+.PHONY: bench-recovery
+bench-recovery: build ## figures of backup, restore and catch-up, beside etcd's; ROWS=snapshot,restore picks rows
+	cd bench/etcd/build && go build -trimpath -o $(BIN)/etcd go.etcd.io/etcd/server/v3 && \
+		go build -trimpath -o $(BIN)/etcdutl go.etcd.io/etcd/etcdutl/v3
+	cd bench/etcd && go build -trimpath -o $(BIN)/bench-etcd .
+	$(BIN)/bench-etcd -router $(BIN)/router -etcd $(BIN)/etcd -etcdutl $(BIN)/etcdutl -out data/bench-recovery \
+		-rows '$(or $(ROWS),recovery)' -systems $(SYSTEMS) -objects $(OBJECTS) -content $(CONTENT)
+
 .PHONY: profile
 profile: build ## renew cmd/router/default.pgo, by which the compiler optimises
 	bench/profile.sh

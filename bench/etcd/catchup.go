@@ -65,11 +65,13 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 	if err != nil {
 		return err
 	}
-	defer stop()
 	settle(ctx, time.Second)
 	calm := span{from: time.Now()}
 	settle(ctx, 5*time.Second)
 	calm.to = time.Now()
+	writes.reach(ctx, calm.to)
+	stop()
+	a, _ := writes.p99(calm)
 	c.kill(follower)
 	for done := 0; done < c.o.behind; done += c.o.objects {
 		if err := batches(ctx, c, 0, min(c.o.objects, c.o.behind-done)); err != nil {
@@ -77,6 +79,11 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 		}
 	}
 	settle(ctx, quiet)
+	if writes, stop, err = writeProbe(ctx, c, leader); err != nil {
+		return err
+	}
+	defer stop()
+	settle(ctx, time.Second)
 	during := span{from: time.Now()}
 	if err := c.start(follower); err != nil {
 		return err
@@ -87,8 +94,7 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 		return err
 	}
 	during.to = time.Now()
-	stop()
-	a, _ := writes.p99(calm)
+	writes.reach(ctx, during.to)
 	b, _ := writes.p99(during)
 	note(c, res, "catchup", "caught up s", during.took().Seconds())
 	note(c, res, "catchup", "image MB", image)

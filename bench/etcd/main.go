@@ -62,7 +62,7 @@ func main() {
 	flag.StringVar(&o.etcdutl, "etcdutl", "bin/etcdutl", "etcdutl binary, for the recovery rows")
 	flag.StringVar(&o.content, "content", contentText, "values of the recovery rows: text, random or repeat")
 	flag.StringVar(&o.systems, "systems", "etcd,router", "systems the recovery rows run")
-	flag.Float64Var(&o.writeRate, "write-rate", 2000, "writes a second beside what the recovery rows measure")
+	flag.Float64Var(&o.writeRate, "write-rate", 1000, "writes a second beside what the recovery rows measure")
 	flag.IntVar(&o.creates, "creates", 10, "snapshots made by the snapshot row")
 	flag.IntVar(&o.missed, "missed", 100_000, "puts the follower of the missed row misses")
 	flag.IntVar(&o.behind, "behind", 250_000, "objects written while the follower of the catchup row is away: more than the log keeps")

@@ -60,6 +60,19 @@ func startProbe(ctx context.Context, rate float64, callers []bench.Call) *probe 
 	return p
 }
 
+// reach waits until calls due at t have ended, so that what was due before is
+// known: a server that stood still has to make up for it first.
+func (p *probe) reach(ctx context.Context, t time.Time) {
+	for give := time.Now().Add(20 * time.Second); time.Now().Before(give); {
+		p.mu.Lock()
+		reached := len(p.samples) > 0 && p.samples[len(p.samples)-1].due.After(t)
+		p.mu.Unlock()
+		if reached || !settle(ctx, 20*time.Millisecond) {
+			return
+		}
+	}
+}
+
 // stop ends the calls and waits for them.
 func (p *probe) stop() {
 	p.cancel()

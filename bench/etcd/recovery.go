@@ -63,6 +63,20 @@ func recoveryOf(ctx context.Context, o *options, s system, rows []row, res *resu
 	return nil
 }
 
+// cpu returns a function that says how many seconds of processor time the
+// members have used since: on a machine that others use too, this says more
+// than the time that went by.
+func cpu(c *cluster) func() float64 {
+	before, _, err := c.usage()
+	return func() float64 {
+		after, _, err2 := c.usage()
+		if errors.Join(err, err2) != nil {
+			return 0
+		}
+		return (after - before).Seconds()
+	}
+}
+
 // note prints a figure and keeps it.
 func note(c *cluster, res *results, row, name string, v float64) {
 	res.figure(row, c.s.name(), name, v)
@@ -118,7 +132,7 @@ func snapshotRow(ctx context.Context, c *cluster, res *results) error {
 	if err != nil {
 		return err
 	}
-	settle(ctx, 200*time.Millisecond) // the last writes end
+	writes.reach(ctx, during[len(during)-1].to)
 	stop()
 	calm, _ := writes.p99(before...)
 	busy, calls := writes.p99(during...)
@@ -170,15 +184,17 @@ func streamRow(ctx context.Context, c *cluster, res *results) error {
 			}
 			settle(ctx, time.Second)
 			grown := watchResident(ctx, c.procs[leader].Process.Pid)
-			began := time.Now()
+			began, used := time.Now(), cpu(c)
 			raw, sent, err := download(ctx, conn, made.GetSnapshotId(), way.c)
 			took := time.Since(began).Seconds()
+			burnt := used()
 			growth := grown()
 			if err != nil {
 				return err
 			}
 			note(c, res, "stream", way.name+" s", took)
 			note(c, res, "stream", way.name+" MB/s", state/took)
+			note(c, res, "stream", way.name+" CPU s", burnt)
 			note(c, res, "stream", way.name+" MB sent", float64(sent)/1e6)
 			if way.name == "zstd" {
 				note(c, res, "stream", "image MB", float64(raw)/1e6)
@@ -237,7 +253,7 @@ func validateRow(ctx context.Context, c *cluster, res *results) error {
 		if err := batches(ctx, c, 0, c.o.objects/100); err != nil {
 			return err
 		}
-		began := time.Now()
+		began, used := time.Now(), cpu(c)
 		r, err := backuppb.NewBackupServiceClient(conn).RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{
 			SnapshotId: made.GetSnapshotId(), ValidateOnly: true,
 		})
@@ -248,6 +264,7 @@ func validateRow(ctx context.Context, c *cluster, res *results) error {
 			return err
 		}
 		note(c, res, "validate", "validate s", time.Since(began).Seconds())
+		note(c, res, "validate", "CPU s", used())
 		return drop(ctx, conn, made.GetSnapshotId())
 	})
 }
@@ -291,7 +308,7 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 	settle(ctx, 5*time.Second)
 	calm.to = time.Now()
 
-	during := span{from: time.Now()}
+	during, used := span{from: time.Now()}, cpu(c)
 	r, err := backuppb.NewBackupServiceClient(conn).RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{
 		SnapshotId: made.GetSnapshotId(), Detach: true,
 	})
@@ -302,6 +319,8 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 		return err
 	}
 	during.to = time.Now()
+	note(c, res, "restore", "CPU s", used())
+	writes.reach(ctx, during.to)
 	settle(ctx, 2*time.Second)
 	shown := span{during.from, time.Now()}
 	note(c, res, "restore", "restore s", during.took().Seconds())
@@ -339,7 +358,7 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 // followRestore waits for the end of operation id and notes how long its phases
 // took.
 func followRestore(ctx context.Context, c *cluster, conn *grpc.ClientConn, res *results, id string) error {
-	phase, since := "verify", time.Now()
+	phase, since, used := "verify", time.Now(), cpu(c)
 	for {
 		op, err := clusterpb.NewClusterClient(conn).GetOperation(stale(ctx), &clusterpb.GetOperationRequest{OperationId: id})
 		// A member that is exchanging its state may refuse for a moment.
@@ -347,7 +366,8 @@ func followRestore(ctx context.Context, c *cluster, conn *grpc.ClientConn, res *
 			ended := op.GetState() != clusterpb.OperationState_OPERATION_STATE_RUNNING
 			if op.GetPhase() != phase || ended {
 				note(c, res, "restore", phase+" s", time.Since(since).Seconds())
-				phase, since = op.GetPhase(), time.Now()
+				note(c, res, "restore", phase+" CPU s", used())
+				phase, since, used = op.GetPhase(), time.Now(), cpu(c)
 			}
 			if ended {
 				if op.GetState() != clusterpb.OperationState_OPERATION_STATE_DONE {
