@@ -40,6 +40,7 @@ type options struct {
 	behind    int
 	patience  time.Duration
 	logLevel  string
+	debug     bool
 	keep      bool
 }
 
@@ -68,6 +69,7 @@ func main() {
 	flag.IntVar(&o.behind, "behind", 250_000, "objects written while the follower of the catchup row is away: more than the log keeps")
 	flag.DurationVar(&o.patience, "patience", 30*time.Second, "how long a member may take to report that it has caught up")
 	flag.StringVar(&o.logLevel, "log-level", "warn", "of the router's processes")
+	flag.BoolVar(&o.debug, "debug", false, "the router's processes serve profiles, on the ports from base-port + 35")
 	flag.BoolVar(&o.keep, "keep", false, "keep data and logs in the end")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

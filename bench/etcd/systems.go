@@ -231,6 +231,9 @@ func (s *routerSystem) command(o *options, dir string, i int) *exec.Cmd {
 		"serve", "--cluster-name", "bench", "--node-id", fmt.Sprint(i + 1), "--data-dir", dir,
 		"--listen-addr", s.endpoint(o, i), "--raft-addr", s.peer(i), "--log-level", o.logLevel,
 	}
+	if o.debug {
+		args = append(args, "--debug-addr", fmt.Sprintf("127.0.0.1:%d", s.base+15+i))
+	}
 	if i == joiner {
 		return exec.Command(o.router, append(args, "--join", s.endpoint(o, 0))...)
 	}
