@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
@@ -82,9 +83,16 @@ func (s *etcdSystem) restore(o *options, path, dir string, i int) *exec.Cmd {
 }
 
 func (s *etcdSystem) join(ctx context.Context, c *cluster) error {
+	ctx, cancel := context.WithTimeout(ctx, c.o.patience)
+	defer cancel()
 	return withConn(c, 0, func(conn *grpc.ClientConn) error {
-		_, err := pb.NewClusterClient(conn).MemberAdd(ctx, &pb.MemberAddRequest{PeerURLs: []string{s.peer(joiner)}, IsLearner: true})
-		return err
+		for {
+			_, err := pb.NewClusterClient(conn).MemberAdd(ctx, &pb.MemberAddRequest{PeerURLs: []string{s.peer(joiner)}, IsLearner: true})
+			// It wants its members to have been connected for some seconds.
+			if status.Code(err) != codes.Unavailable || !settle(ctx, 200*time.Millisecond) {
+				return err
+			}
+		}
 	})
 }
 
