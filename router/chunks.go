@@ -36,7 +36,7 @@ type Chunk struct {
 // concurrent use when used for whole blocks.
 var coders = sync.OnceValues(func() (*zstd.Encoder, *zstd.Decoder) {
 	// With these constant options neither fails.
-	enc, _ := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault))
+	enc, _ := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	dec, _ := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxPlainBytes))
 	return enc, dec
 })
