@@ -114,6 +114,7 @@ type Recovery struct {
 type preparation struct {
 	done   bool
 	failed time.Time
+	sealed bool // the restore was, when it ended
 }
 
 // New returns a Recovery; Run starts what works by itself.

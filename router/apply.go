@@ -163,6 +163,9 @@ func (s *FSM) commit(t *tx) error {
 	s.mu.Unlock()
 	s.publishClock(t.clock)
 	s.hub.publish(t.sets, t.clock.Revision)
+	if t.staged {
+		s.stage.moved.ring()
+	}
 	if t.wipeStage {
 		s.stage.abandoned(s)
 	}

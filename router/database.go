@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
+	"github.com/cockroachdb/pebble/v2/sstable"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
@@ -154,6 +156,9 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 	return d, nil
 }
 
+// separateBytes is how large a value must be to get a place of its own.
+const separateBytes = 64 << 10
+
 func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 	po := &pebble.Options{
 		FS:                          fs,
@@ -163,9 +168,12 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 		FormatMajorVersion:          pebble.FormatNewest,
 		MemTableSize:                uint64(o.MemTableBytes),
 		MemTableStopWritesThreshold: 4,
-		L0CompactionThreshold:       4,
-		L0StopWritesThreshold:       20,
-		MaxOpenFiles:                512,
+		// A compaction out of L0 rewrites most of the state, whose keys are spread
+		// over all of it. Point reads look into filters first, so that some more
+		// tables cost them little.
+		L0CompactionThreshold: 8,
+		L0StopWritesThreshold: 24,
+		MaxOpenFiles:          512,
 		// An image links, and who opens it opens, each table: with Pebble's 2 MiB
 		// at the top a snapshot of a gigabyte is some hundred of both.
 		TargetFileSizes: [7]int64{8 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20, 64 << 20, 64 << 20},
@@ -174,6 +182,20 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 			o.Logger.Error("state: a file is damaged", "file", i.Path, "error", i.Details)
 		}},
 	}
+	// The chunks of a restore, which are a megabyte each, stay out of compactions:
+	// those would write each of them three or four times before it is used once.
+	po.Experimental.ValueSeparationPolicy = func() pebble.ValueSeparationPolicy {
+		return pebble.ValueSeparationPolicy{
+			Enabled: true, MinimumSize: separateBytes, MaxBlobReferenceDepth: 10,
+			RewriteMinimumAge: time.Minute, TargetGarbageRatio: 0.5,
+		}
+	}
+	// MinLZ where the processor has an assembly of it: Pebble's default is Snappy,
+	// which takes longer for larger tables.
+	// Not the large values, which are chunks for the most part and compressed.
+	profile := *sstable.FastestCompression
+	profile.ValueBlocks = sstable.NoCompression.ValueBlocks
+	po.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.UniformDBCompressionSettings(&profile) })
 	// Most reads ask whether a key exists, and for a new one the answer is no.
 	for i := range po.Levels {
 		po.Levels[i].FilterPolicy = bloom.FilterPolicy(10)

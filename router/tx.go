@@ -29,6 +29,8 @@ type tx struct {
 
 	// wipeStage is set when all chunks go before anything else is written.
 	wipeStage bool
+	// staged is set when there is something new for who builds from the stage.
+	staged bool
 
 	// Of the running entry.
 	revision uint64 // its index plus the clock's revision base
