@@ -53,6 +53,9 @@ var (
 	// ErrSnapshotUnreachable: the snapshot may lie on a node that does not
 	// answer. Nothing was done.
 	ErrSnapshotUnreachable = errors.New("rpc: the snapshot cannot be reached")
+	// ErrStalled: the client of a transfer stands still. The transfer was ended,
+	// and nothing of an upload was kept.
+	ErrStalled = errors.New("rpc: the transfer stands still")
 	// ErrQuarantined: the state of this node differs from that of the other
 	// members, or nobody knows whose is right. Nothing was read or changed;
 	// another node may answer.

@@ -91,6 +91,7 @@ func statusTable() []statusRow {
 		{shelf.ErrExists, codes.AlreadyExists, "SNAPSHOT_EXISTS", NotDone, 0},
 		{shelf.ErrQuota, codes.ResourceExhausted, "SNAPSHOT_QUOTA", NotDone, 0},
 		{ErrSnapshotUnreachable, codes.Unavailable, "SNAPSHOT_UNREACHABLE", NotDone, later},
+		{ErrStalled, codes.DeadlineExceeded, "TRANSFER_STALLED", NotDone, 0},
 		{recovery.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, later},
 		{recovery.ErrDamaged, codes.DataLoss, "SNAPSHOT_DAMAGED", NotDone, 0},
 		{recovery.ErrNoUndo, codes.FailedPrecondition, "NO_UNDO", NotDone, 0},

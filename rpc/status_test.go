@@ -63,6 +63,7 @@ func statusCases() map[string]struct {
 		"rpc.ErrOperationRunning":    {ErrOperationRunning, codes.FailedPrecondition, NotDone},
 		"rpc.ErrMalformed":           {ErrMalformed, codes.InvalidArgument, NotDone},
 		"rpc.ErrClosed":              {ErrClosed, codes.Unavailable, NotDone},
+		"rpc.ErrStalled":             {ErrStalled, codes.DeadlineExceeded, NotDone},
 		"rpc.ErrQuarantined":         {ErrQuarantined, codes.Unavailable, NotDone},
 
 		"router.ErrClosed":         {router.ErrClosed, codes.Unavailable, NotDone},
