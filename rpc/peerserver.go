@@ -165,8 +165,9 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 	if err := stream.RecvMsg(&in); err != nil {
 		return err
 	}
-	from, session, disk := in.hello.GetNodeId(), in.hello.GetSession(), in.hello.GetDiskId()
-	done, err := s.greet(in.hello, true)
+	hello := in.hello
+	from, session := hello.GetNodeId(), hello.GetSession()
+	done, err := s.greet(hello, true)
 	if err != nil {
 		return err
 	}
@@ -176,14 +177,15 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 		return err
 	}
 	defer s.leave(from, door)
-	if err := stream.Send(s.self.hello(from)); err != nil {
+	if err := stream.Send(s.c.Transport.identity().hello(from)); err != nil {
 		return err
 	}
 	for {
 		if len(in.msgs) > 0 {
 			// A node that was removed may be the last to hear of it, for nobody
-			// sends it anything any more. It hears it in answer to what it sends.
-			if err := s.c.Transport.checkRemoved(from, disk); err != nil {
+			// sends it anything any more. It hears it in answer to what it sends. So
+			// does one whose word was taken until this node knew better.
+			if err := s.c.Transport.recheck(hello); err != nil {
 				return Status(err).Err()
 			}
 			for _, m := range in.msgs {

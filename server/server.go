@@ -59,8 +59,6 @@ type Server struct {
 	quarantined sync.Once
 	rebuilds    chan struct{}
 
-	// doubts are nodes that came with unknown disks.
-	doubts  chan doubt
 	leaving sync.Once
 
 	failOnce sync.Once
@@ -77,7 +75,6 @@ func New(c config.Config, o Options) *Server {
 		log:      o.Logger.With("node", c.NodeID),
 		gate:     rpc.NewStateGate(),
 		rebuilds: make(chan struct{}),
-		doubts:   make(chan doubt, 16),
 		failed:   make(chan struct{}),
 		nodeDone: make(chan struct{}),
 	}
@@ -119,13 +116,13 @@ func (s *Server) start(ctx context.Context) error {
 		return err
 	}
 	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
-		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"), Doubt: s.doubted,
-		Applied: func() uint64 { return s.disk.fsm.Applied().Index }, Also: s.alsoAt,
+		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"),
+		Position: s.disk.machine.Applied, Also: s.alsoAt,
 	})
 	if err != nil {
 		return err
 	}
-	if err := s.rebuild(ctx, self); err != nil {
+	if err := s.rebuild(ctx, self.At(s.disk.machine.Applied())); err != nil {
 		return err
 	}
 	if err := s.startNode(ctx, self); err != nil {
@@ -258,7 +255,6 @@ func (s *Server) runNode() {
 	s.loops.Go(func() { s.guard.Run(loops) })
 	s.loops.Go(func() { s.beats.Run(loops) })
 	s.loops.Go(func() { s.recovery.Run(loops) })
-	s.loops.Go(func() { s.followDoubts(loops) })
 	s.loops.Go(func() { s.reportAddress(loops, actual(s.c.AdvertiseRaftAddr, s.peerLis)) })
 	s.control.start(loops, &s.loops)
 }

@@ -110,7 +110,12 @@ type Hello struct {
 	Session uint64 `protobuf:"varint,8,opt,name=session,proto3" json:"session,omitempty"`
 	// Random, drawn when the data directory was made. A member that comes with
 	// another one has lost its promises: see rpc/disks.go.
-	DiskId        uint64 `protobuf:"varint,9,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"`
+	DiskId uint64 `protobuf:"varint,9,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"`
+	// The index the sender has applied, when the membership there lists the sender
+	// with disk_id; zero when it does not, as for a first member of a cluster and
+	// for a directory that is new. To a node that has applied less it is the proof
+	// that the cluster has taken this directory in: see rpc/disks.go.
+	ListedAt      uint64 `protobuf:"varint,10,opt,name=listed_at,json=listedAt,proto3" json:"listed_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -204,6 +209,13 @@ func (x *Hello) GetSession() uint64 {
 func (x *Hello) GetDiskId() uint64 {
 	if x != nil {
 		return x.DiskId
+	}
+	return 0
+}
+
+func (x *Hello) GetListedAt() uint64 {
+	if x != nil {
+		return x.ListedAt
 	}
 	return 0
 }
@@ -1281,7 +1293,7 @@ var File_conveyor_peer_peer_proto protoreflect.FileDescriptor
 
 const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\n" +
-	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\x84\x02\n" +
+	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xa1\x02\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x1d\n" +
 	"\n" +
@@ -1294,7 +1306,9 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\aversion\x18\x06 \x01(\tR\aversion\x12\x1b\n" +
 	"\tpeer_addr\x18\a \x01(\tR\bpeerAddr\x12\x18\n" +
 	"\asession\x18\b \x01(\x04R\asession\x12\x17\n" +
-	"\adisk_id\x18\t \x01(\x04R\x06diskId\"j\n" +
+	"\adisk_id\x18\t \x01(\x04R\x06diskId\x12\x1b\n" +
+	"\tlisted_at\x18\n" +
+	" \x01(\x04R\blistedAt\"j\n" +
 	"\x12StateHashesRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\x12\x14\n" +

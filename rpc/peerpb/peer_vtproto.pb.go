@@ -49,6 +49,11 @@ func (m *Hello) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ListedAt != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ListedAt))
+		i--
+		dAtA[i] = 0x50
+	}
 	if m.DiskId != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.DiskId))
 		i--
@@ -1143,6 +1148,9 @@ func (m *Hello) SizeVT() (n int) {
 	if m.DiskId != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.DiskId))
 	}
+	if m.ListedAt != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ListedAt))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -1770,6 +1778,25 @@ func (m *Hello) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.DiskId |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ListedAt", wireType)
+			}
+			m.ListedAt = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ListedAt |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
