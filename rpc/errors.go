@@ -40,6 +40,9 @@ var (
 	// ErrSuperseded: the stream belongs to a connection whose node has made a
 	// later one. What it carried last was dropped, as best effort allows.
 	ErrSuperseded = errors.New("rpc: a later connection of the same node took over")
+	// ErrMemberRemoved: a node asks to come back under the id of a member that was
+	// removed, and not only to come back. Nothing was done; the id is spent.
+	ErrMemberRemoved = errors.New("rpc: the member of this id was removed")
 	// ErrOtherDisk: a node asks to join under the id of a member that has another
 	// data directory. Nothing was changed.
 	ErrOtherDisk = errors.New("rpc: the member of this id has another data directory")
