@@ -226,7 +226,7 @@ func TestLaggardAmongRejoinedMembers(t *testing.T) {
 	c := NewCluster(t, Options{Nodes: 5})
 	leader := c.Leader()
 	rest := c.Followers(leader)
-	laggard, wiped := rest[0], rest[1:3]
+	laggard, wiped := rest[0], rest[1:3:3]
 	laggard.Kill()
 	for _, n := range wiped {
 		n.Kill()

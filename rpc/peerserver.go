@@ -30,6 +30,9 @@ type PeerServerConfig struct {
 	Gate *StateGate
 	// State is what the hashes are of; nil refuses to tell any.
 	State HashedState
+	// Agreed is told up to which index, of which epoch, the state of this node was
+	// seen to be that of a majority; nil = nobody is told.
+	Agreed func(index, epoch uint64)
 	// Suspect looks into the word of node from that the state of this node is
 	// not that of the majority, which was expected at an index; without sums in
 	// expected, that nobody knows whose is right. It says whether this node

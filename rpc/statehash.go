@@ -48,6 +48,9 @@ func (s *PeerServer) StateHashes(ctx context.Context, req *peerpb.StateHashesReq
 	if s.c.State == nil {
 		return nil, status.Error(codes.Unimplemented, "this node keeps no hashes of its state")
 	}
+	if req.GetAgreedIndex() > 0 && s.c.Agreed != nil {
+		s.c.Agreed(req.GetAgreedIndex(), req.GetAgreedEpoch())
+	}
 	resp := &peerpb.StateHashesResponse{Hello: s.c.Transport.identity().hello(req.GetHello().GetNodeId())}
 	if req.GetFull() {
 		h, err := s.c.State.HashAt(ctx, req.GetIndex())
@@ -132,8 +135,8 @@ func askFailed(node uint64, err error) error {
 	return fromPeer(node, err)
 }
 
-func (c hashClient) sums(ctx context.Context) ([]router.Sums, error) {
-	hashes, err := c.ask(ctx, &peerpb.StateHashesRequest{})
+func (c hashClient) sums(ctx context.Context, req *peerpb.StateHashesRequest) ([]router.Sums, error) {
+	hashes, err := c.ask(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -144,15 +147,17 @@ func (c hashClient) sums(ctx context.Context) ([]router.Sums, error) {
 	return out, nil
 }
 
-// Sums returns what node tells of its state. It blocks until ctx is done at
-// most.
-func (t *PeerTransport) Sums(ctx context.Context, node uint64) ([]router.Sums, error) {
+// Sums returns what node tells of its state, and tells it up to which index, of
+// which epoch, that was seen to be a majority's; an index of zero tells nothing. It
+// blocks until ctx is done at most.
+func (t *PeerTransport) Sums(ctx context.Context, node, agreedIndex, agreedEpoch uint64) ([]router.Sums, error) {
 	conn, err := t.connect(node)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	return hashClient{t.identity(), node, conn, t.checkDisk}.sums(ctx)
+	return hashClient{t.identity(), node, conn, t.checkDisk}.sums(ctx,
+		&peerpb.StateHashesRequest{AgreedIndex: agreedIndex, AgreedEpoch: agreedEpoch})
 }
 
 // HashAt lets node read all of its state at exactly index, 0 for now. It fails
@@ -219,7 +224,7 @@ func FetchSums(ctx context.Context, o FetchOptions) (map[uint64][]router.Sums, e
 				return
 			}
 			defer conn.Close()
-			sums, err := hashClient{o.Identity, p.ID, conn, nil}.sums(ctx)
+			sums, err := hashClient{o.Identity, p.ID, conn, nil}.sums(ctx, &peerpb.StateHashesRequest{})
 			answers <- answer{p.ID, sums, err}
 		}()
 	}

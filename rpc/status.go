@@ -90,6 +90,7 @@ func statusTable() []statusRow {
 
 		{shelf.ErrNotFound, codes.NotFound, "SNAPSHOT_NOT_FOUND", NotDone, 0},
 		{shelf.ErrExists, codes.AlreadyExists, "SNAPSHOT_EXISTS", NotDone, 0},
+		{shelf.ErrSuspect, codes.FailedPrecondition, "SNAPSHOT_SUSPECT", NotDone, 0},
 		{shelf.ErrQuota, codes.ResourceExhausted, "SNAPSHOT_QUOTA", NotDone, 0},
 		{ErrSnapshotUnreachable, codes.Unavailable, "SNAPSHOT_UNREACHABLE", NotDone, later},
 		{ErrStalled, codes.DeadlineExceeded, "TRANSFER_STALLED", NotDone, 0},

@@ -224,7 +224,7 @@ func (s *Server) startPeers() error {
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
-		Gate: s.gate, State: s.disk.fsm, Suspect: s.suspect,
+		Gate: s.gate, State: s.disk.fsm, Agreed: s.agreed, Suspect: s.suspect,
 		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
 		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})

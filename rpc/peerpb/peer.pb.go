@@ -221,10 +221,14 @@ func (x *Hello) GetListedAt() uint64 {
 }
 
 type StateHashesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
-	Full          bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`   // read everything and hash it
-	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // with full: not before this index
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Hello *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Full  bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`   // read everything and hash it
+	Index uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // with full: not before this index
+	// Up to which index, of which epoch, the asker has seen that the state of the
+	// asked node was that of a majority; index zero: not yet.
+	AgreedIndex   uint64 `protobuf:"varint,4,opt,name=agreed_index,json=agreedIndex,proto3" json:"agreed_index,omitempty"`
+	AgreedEpoch   uint64 `protobuf:"varint,5,opt,name=agreed_epoch,json=agreedEpoch,proto3" json:"agreed_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -276,6 +280,20 @@ func (x *StateHashesRequest) GetFull() bool {
 func (x *StateHashesRequest) GetIndex() uint64 {
 	if x != nil {
 		return x.Index
+	}
+	return 0
+}
+
+func (x *StateHashesRequest) GetAgreedIndex() uint64 {
+	if x != nil {
+		return x.AgreedIndex
+	}
+	return 0
+}
+
+func (x *StateHashesRequest) GetAgreedEpoch() uint64 {
+	if x != nil {
+		return x.AgreedEpoch
 	}
 	return 0
 }
@@ -1308,11 +1326,13 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\asession\x18\b \x01(\x04R\asession\x12\x17\n" +
 	"\adisk_id\x18\t \x01(\x04R\x06diskId\x12\x1b\n" +
 	"\tlisted_at\x18\n" +
-	" \x01(\x04R\blistedAt\"j\n" +
+	" \x01(\x04R\blistedAt\"\xb0\x01\n" +
 	"\x12StateHashesRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\x12\x14\n" +
-	"\x05index\x18\x03 \x01(\x04R\x05index\"s\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12!\n" +
+	"\fagreed_index\x18\x04 \x01(\x04R\vagreedIndex\x12!\n" +
+	"\fagreed_epoch\x18\x05 \x01(\x04R\vagreedEpoch\"s\n" +
 	"\x13StateHashesResponse\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x120\n" +
 	"\x06hashes\x18\x02 \x03(\v2\x18.conveyor.peer.StateHashR\x06hashes\"_\n" +
