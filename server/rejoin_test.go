@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
 	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc"
 )
 
 // running is a node that Run keeps.
@@ -109,6 +111,20 @@ func TestRejoinAfterItsDirectoryWasLostAgain(t *testing.T) {
 	for _, s := range nodes[:2] {
 		stop(t, s)
 	}
+}
+
+// Goal: an empty node that several others refuse at once takes note of it once.
+func TestRefusedBySeveralAtOnce(t *testing.T) {
+	s := start(t, settings(t, t.TempDir(), 3)[0])
+	var wg sync.WaitGroup
+	for i := range uint64(32) {
+		wg.Go(func() { s.refused(&rpc.RefusedError{Peer: 2 + i%2, Kind: rpc.Wiped, Told: true}) })
+	}
+	wg.Wait()
+	if err := s.Err(); !errors.Is(err, errRejoin) {
+		t.Errorf("it ends for: %v", err)
+	}
+	stop(t, s)
 }
 
 // Goal: a member that was removed for good is told so, on its directory, on an empty

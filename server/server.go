@@ -59,7 +59,8 @@ type Server struct {
 	quarantined sync.Once
 	rebuilds    chan struct{}
 
-	leaving sync.Once
+	leaving   sync.Once
+	rejoining sync.Once
 
 	failOnce sync.Once
 	failed   chan struct{}

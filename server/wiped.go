@@ -80,7 +80,8 @@ func (s *Server) refused(r *rpc.RefusedError) {
 				"if it was copied or restored, remove the node from the cluster and let it join again", "event", "disk_unknown", "err", r)
 			return
 		}
-		s.fail(s.rejoinAs(r))
+		// Several may say so at once, and there is one note to write.
+		s.rejoining.Do(func() { s.fail(s.rejoinAs(r)) })
 	}
 }
 
