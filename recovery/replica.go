@@ -168,7 +168,7 @@ func (r *Recovery) resume(ctx context.Context, op *commandpb.Operation) {
 				}
 				return
 			}
-			message := fmt.Sprintf("node %d was restarted and does not have snapshot %s any more; the live state was not touched", r.c.NodeID, snapshot)
+			message := fmt.Sprintf("node %d was restarted and cannot go on with snapshot %s (%v); the live state was not touched", r.c.NodeID, snapshot, err)
 			_, _ = r.submit(ctx, abandon(id, message))
 			if err := r.fail(ctx, op, message); err != nil {
 				r.log.Warn("the end of a restore could not be recorded", "operation", id, "err", err)

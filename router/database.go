@@ -17,8 +17,10 @@ import (
 )
 
 // stateFormat is the version of the key layout. A release refuses a state with
-// a higher one.
-const stateFormat = 1
+// a higher one. 2 keeps the membership apart from the position, which is written
+// with every batch: a group that has had many members would pay for all of them
+// each time.
+const stateFormat = 2
 
 // Position says which prefix of the log a state reflects and the group's
 // configuration there. ConfState and Members are kept for the caller as they
@@ -72,11 +74,13 @@ func decodePosition(b []byte) (p Position, err error) {
 // database is one open Pebble directory. Views keep it open after an image has
 // replaced it; the last one closes and removes it.
 type database struct {
-	db   *pebble.DB
-	fs   vfs.FS
-	dir  string
-	name string // of dir below the root
-	log  *slog.Logger
+	db *pebble.DB
+	// apart: the membership is kept apart from the position. Of Apply.
+	apart bool
+	fs    vfs.FS
+	dir   string
+	name  string // of dir below the root
+	log   *slog.Logger
 
 	refs     atomic.Int64
 	obsolete atomic.Bool
@@ -153,6 +157,11 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 	if err := checkFormat(db); err != nil {
 		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
 	}
+	v, err := getCopy(db, key(nil).meta(metaMembership))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
+	}
+	d.apart = v != nil
 	return d, nil
 }
 
@@ -245,7 +254,9 @@ func getCopy(r pebble.Reader, k []byte) ([]byte, error) {
 	return out, closer.Close()
 }
 
-func readPosition(r pebble.Reader) (Position, error) {
+// readApplied reads the position without the membership there, unless a release
+// that kept the two together has written it.
+func readApplied(r pebble.Reader) (Position, error) {
 	v, err := getCopy(r, key(nil).meta(metaPosition))
 	if err != nil {
 		return Position{}, err
@@ -254,6 +265,30 @@ func readPosition(r pebble.Reader) (Position, error) {
 		return Position{}, fmt.Errorf("%w: it holds no applied position", ErrCorrupt)
 	}
 	return decodePosition(v)
+}
+
+// readPosition reads the position and the membership there.
+func readPosition(r pebble.Reader) (Position, error) {
+	p, err := readApplied(r)
+	if err != nil || len(p.ConfState)+len(p.Members) > 0 {
+		return p, err
+	}
+	v, err := getCopy(r, key(nil).meta(metaMembership))
+	if err != nil || v == nil {
+		return p, err
+	}
+	m, err := decodePosition(v)
+	p.ConfState, p.Members = m.ConfState, m.Members
+	return p, err
+}
+
+// applied is what of p every batch writes.
+func (p Position) applied() []byte { return Position{Index: p.Index, Term: p.Term}.append(nil) }
+
+// membership is what of p a change of the membership writes. It does not say at
+// which index that was: the position does.
+func (p Position) membership() []byte {
+	return Position{ConfState: p.ConfState, Members: p.Members}.append(nil)
 }
 
 func (d *database) report(err error) {
