@@ -24,7 +24,7 @@ func operationToAPI(op *commandpb.Operation) *clusterpb.Operation {
 	}
 	return &clusterpb.Operation{
 		OperationId: op.OperationId, Kind: op.Kind, State: clusterpb.OperationState(op.State), Subject: op.Subject,
-		NodeId: op.NodeId, Phase: op.Phase, Done: op.Done, Total: op.Total, Unit: op.Unit, Message: op.Message,
+		NodeId: op.NodeId, Phase: op.Phase, Done: op.Done, Total: op.Total, Unit: op.Unit, Message: Plain(op.Message),
 		StartedAt: at(op.StartedAtMs), UpdatedAt: at(op.UpdatedAtMs), EndedAt: at(op.EndedAtMs),
 		CancelRequested: op.CancelRequested, Revision: op.ModRevision,
 	}
