@@ -4,7 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
@@ -21,6 +25,17 @@ type clusterAPI struct {
 // TransferLeader moves leadership to a node, or to the best one. It works on
 // every node.
 func (a *clusterAPI) TransferLeader(ctx context.Context, req *clusterpb.TransferLeaderRequest) (*clusterpb.TransferLeaderResponse, error) {
+	if id := req.GetNodeId(); id != 0 {
+		st := a.cfg.Node.Status()
+		m, known := st.Position.Member(id)
+		switch {
+		case st.Leader != st.ID: // who leads knows better
+		case !known || m.Removed:
+			return nil, status.Errorf(codes.NotFound, "node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id)
+		case !slices.Contains(st.Position.ConfState.GetVoters(), id):
+			return nil, status.Errorf(codes.FailedPrecondition, "node %d is a learner and cannot lead; nothing was changed: promote it first", id)
+		}
+	}
 	err := a.cfg.Node.TransferLeader(ctx, req.GetNodeId())
 	var elsewhere *raftnode.NotLeaderError
 	if errors.As(err, &elsewhere) {

@@ -135,7 +135,7 @@ func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now t
 		if p.ID != n.NodeId {
 			continue
 		}
-		n.Healthy, n.MatchIndex = !p.Silent, p.Match
+		n.Healthy, n.HealthUnknown, n.MatchIndex = p.Answered && !p.Silent, !p.Answered && !p.Silent, p.Match
 		if p.Answered {
 			n.LastContact = timestamppb.New(now.Add(-p.Silence))
 		}
@@ -146,6 +146,9 @@ func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now t
 }
 
 func silence(n *adminpb.NodeStatus, now time.Time) string {
+	if n.HealthUnknown {
+		return fmt.Sprintf("node %d (%s) has not answered the new leader yet", n.NodeId, n.Address)
+	}
 	since := "since it began to lead"
 	if n.LastContact != nil {
 		since = "for " + now.Sub(n.LastContact.AsTime()).Round(time.Second).String()

@@ -48,14 +48,17 @@ func newMemberListCommand(a *app, name string) *cobra.Command {
 					if m.GetReadReplica() {
 						role += ", read replica"
 					}
-					g.Add(m.GetNodeId(), role, yesNo(m.GetHealthy()), lag(m, reply), dash(m.GetState()),
+					g.Add(m.GetNodeId(), role, health(m.GetHealthy(), m.GetHealthUnknown()), lag(m, reply), dash(m.GetState()),
 						dash(m.GetPeerAddr()), dash(m.GetClientAddr()), dash(m.GetDiskId()))
 				}
 				if err := g.Write(a.stdout); err != nil {
 					return err
 				}
+				for _, alarm := range reply.GetAlarms() {
+					fmt.Fprintf(a.stdout, "\nALARM: %s\n", output.Clean(alarm))
+				}
 				if removed := reply.GetRemoved(); len(removed) > 0 {
-					fmt.Fprintf(a.stdout, "\nremoved, never to be used again: %s\n", idList(removed))
+					fmt.Fprintf(a.stdout, "\nRemoved, never to be used again: %s\n", idList(removed))
 				}
 				return nil
 			})
@@ -280,6 +283,9 @@ func (a *app) changeMember(cmd *cobra.Command, done string,
 			fmt.Fprintf(a.stdout, "; learners %s", idList(reply.GetLearners()))
 		}
 		fmt.Fprintln(a.stdout)
+		if len(reply.GetVoters()) == 2 {
+			fmt.Fprintln(a.stdout, "With two voters, losing either one stops the cluster: let a third node join.")
+		}
 		return nil
 	})
 }

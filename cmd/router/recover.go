@@ -90,7 +90,7 @@ func parseMembers(texts []string) ([]offline.NewMember, error) {
 func (a *app) purge(dir string) error {
 	removed, err := offline.Purge(dir)
 	if err != nil {
-		return offlineError(err)
+		return err
 	}
 	if removed {
 		fmt.Fprintln(a.stdout, "removed what the recovery had kept")
@@ -107,7 +107,7 @@ func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) erro
 		return a.applyRecovery(o, nil)
 	}
 	if plan == nil {
-		return offlineError(err)
+		return err
 	}
 	if a.format == output.Table {
 		printPlan(a.stdout, plan)
@@ -128,6 +128,9 @@ func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) erro
 	if !yes {
 		fmt.Fprintf(a.stdout, "\nType the name of the cluster (%s) to go on: ", plan.ClusterName)
 		answer, rerr := bufio.NewReader(io.LimitReader(a.stdin, 1<<10)).ReadString('\n')
+		if rerr != nil {
+			fmt.Fprintln(a.stdout) // nobody has ended the line of the question
+		}
 		if rerr != nil && !errors.Is(rerr, io.EOF) {
 			return rerr
 		}
@@ -147,7 +150,7 @@ func (a *app) applyRecovery(o *offline.RecoverOptions, plan *offline.Plan) error
 	o.Logger = quietLogger(a.stderr)
 	res, err := offline.Recover(*o, plan)
 	if err != nil {
-		return offlineError(err)
+		return err
 	}
 	if a.format != output.Table {
 		return output.Document(a.stdout, a.format, res)

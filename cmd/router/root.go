@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -26,6 +27,12 @@ type app struct {
 	timeout time.Duration // --timeout: for one call; 0 = none
 	stale   bool          // --stale
 	format  output.Format // -o
+
+	// showing guards shown, the progress on the terminal, nil when there is none.
+	showing sync.Mutex
+	shown   *output.Progress
+	// waiters are those of the connections that were made.
+	waiters []*waiter
 }
 
 // constructors lists the commands of the binary, in the order help shows them.
@@ -62,9 +69,11 @@ func newRootCommand(a *app) *cobra.Command {
 		Long: `router runs a node of Conveyor's metadata cluster (router serve) and talks to
 one: pipelines, sidecars, services, groups, offsets and the cluster itself.
 
-Exit codes: 0 done, 1 error, 2 wrong use, 3 not found, 4 conflict, 5 unavailable
-or no leader, 6 denied, 7 deadline passed (outcome unknown), 8 a check failed, 9 (serve) the node was
-removed from its cluster.`,
+Exit codes, of every command: 0 done; 1 error; 2 wrong use; 3 not found; 4 conflict,
+the state does not allow it; 5 no node or no leader answered in time or it was too
+busy, nothing was done; 6 denied; 7 a deadline passed or a connection broke, the
+outcome is unknown or the operation goes on; 8 a check failed, something is damaged
+or an operation failed; 9 (serve) the node was removed from its cluster.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -147,6 +156,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root := newRootCommand(a)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
+	for _, w := range a.waiters {
+		w.close()
+	}
 	if err == nil {
 		return exitOK
 	}

@@ -68,5 +68,9 @@ func serve(ctx context.Context, c *config.Config, log *slog.Logger) error {
 	if errors.Is(err, server.ErrRemoved) {
 		return codedError{exitRemoved, err}
 	}
-	return err
+	if err != nil {
+		// Whatever else ends a node is one code to those who supervise it.
+		return codedError{exitError, err}
+	}
+	return nil
 }

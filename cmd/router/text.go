@@ -39,8 +39,10 @@ func (a *app) confirm(question string) error {
 	case "y", "yes":
 		return nil
 	}
+	if err != nil {
+		fmt.Fprintln(a.stderr) // nobody has ended the line of the question
+	}
 	if err != nil && line == "" {
-		fmt.Fprintln(a.stderr)
 		return errors.New("nothing was changed: nobody answered; give --yes to go on without asking")
 	}
 	return errors.New("nothing was changed")
