@@ -267,6 +267,10 @@ func plain(err error) string {
 	if st, ok := status.FromError(err); ok {
 		text = st.Message()
 	}
+	return plainText(text)
+}
+
+func plainText(text string) string {
 	text = rpc.Plain(text)
 	for _, t := range transportWords {
 		text = t.words.ReplaceAllString(text, t.plain)
