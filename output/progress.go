@@ -58,18 +58,11 @@ func (p *Progress) Fit(columns func() int) { p.columns = columns }
 // Set shows that done of total was reached, unless something was shown just
 // before. A total of 0 is unknown.
 func (p *Progress) Set(done, total int64) {
-	interval := lineInterval
-	if p.mode == BarProgress {
-		interval = barInterval
-	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	now := p.now()
-	if p.mode == NoProgress || now.Sub(p.drawn) < interval {
-		return
+	if p.dueLocked() {
+		p.draw(p.text(done, total, p.drawn))
 	}
-	p.drawn = now
-	p.draw(p.text(done, total, now))
 }
 
 // Note shows text in place of amounts, at once.
@@ -79,6 +72,29 @@ func (p *Progress) Note(text string) {
 	if p.mode != NoProgress {
 		p.draw(p.title + ": " + Clean(text))
 	}
+}
+
+// Tell shows text in place of amounts, unless something was shown just before.
+func (p *Progress) Tell(text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dueLocked() {
+		p.draw(p.title + ": " + Clean(text))
+	}
+}
+
+// dueLocked reports whether it is time to show something again.
+func (p *Progress) dueLocked() bool {
+	interval := lineInterval
+	if p.mode == BarProgress {
+		interval = barInterval
+	}
+	now := p.now()
+	if p.mode == NoProgress || now.Sub(p.drawn) < interval {
+		return false
+	}
+	p.drawn = now
+	return true
 }
 
 // Say writes a line of its own, above the bar if there is one, in any mode.

@@ -266,6 +266,9 @@ func (a *backupAPI) RestoreSnapshot(ctx context.Context, req *backuppb.RestoreSn
 	if err := shelf.CheckID(id); err != nil {
 		return nil, err
 	}
+	if err := checkText("source", req.GetSource(), MaxText); err != nil {
+		return nil, err
+	}
 	rec, err := a.cfg.Recovery.Get(id)
 	if err != nil {
 		if relayed(ctx) != "" {
@@ -288,7 +291,7 @@ func (a *backupAPI) RestoreSnapshot(ctx context.Context, req *backuppb.RestoreSn
 	if err := a.reader.Wait(ctx); err != nil {
 		return nil, err
 	}
-	op, err := r.Restore(ctx, id)
+	op, err := r.Restore(ctx, id, req.GetSource())
 	if err != nil {
 		return nil, err
 	}

@@ -134,6 +134,14 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 	}
 	ctx, cancel := context.WithCancelCause(stream.Context())
 	defer cancel(nil)
+	first, err := stream.Recv()
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	origin := shelf.Uploaded
+	if first.GetTemporary() {
+		origin = shelf.ForRestore
+	}
 	in, out := io.Pipe()
 	type outcome struct {
 		rec shelf.Record
@@ -141,7 +149,7 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 	}
 	done := make(chan outcome, 1)
 	go func() {
-		rec, err := r.Import(ctx, in)
+		rec, err := r.Import(ctx, in, origin)
 		if err == nil {
 			// What comes behind the archive is no part of it.
 			err = drained(in)
@@ -154,7 +162,7 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 		in.CloseWithError(cmpErr(err, io.ErrClosedPipe))
 		done <- outcome{rec, err}
 	}()
-	err = receiveArchive(stream, out)
+	err = receiveArchive(stream, first, err, out)
 	if err != nil {
 		cancel(err)
 	}
@@ -198,11 +206,10 @@ func drained(in io.Reader) error {
 }
 
 // receiveArchive writes the chunks of stream to out. It returns errImportEnded
-// when the reader of out has given up.
-func receiveArchive(stream backuppb.BackupService_UploadSnapshotServer, out io.Writer) error {
+// when the reader of out has given up. chunk and err are what came first.
+func receiveArchive(stream backuppb.BackupService_UploadSnapshotServer, chunk *backuppb.DataChunk, err error, out io.Writer) error {
 	var at uint64
-	for {
-		chunk, err := stream.Recv()
+	for ; ; chunk, err = stream.Recv() {
 		if errors.Is(err, io.EOF) {
 			return invalid("is_last", "the upload ended after %d bytes without a last chunk; nothing was kept", at)
 		}

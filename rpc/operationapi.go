@@ -132,7 +132,7 @@ func (a *clusterAPI) UndoRestore(ctx context.Context, req *clusterpb.UndoRestore
 	if err != nil {
 		return nil, err
 	}
-	opID, err := a.cfg.Recovery.Restore(ctx, id)
+	opID, err := a.cfg.Recovery.Restore(ctx, id, fmt.Sprintf("the state before the last restore (snapshot %s)", id))
 	if err != nil {
 		return nil, err
 	}

@@ -210,11 +210,11 @@ func TestImport(t *testing.T) {
 	}
 	nothing := func(string, *Record) error { return nil }
 	for _, damage := range []string{"000001.sst", "000002.sst", "MANIFEST"} {
-		if _, err := s.Import(t.Context(), "b", fill(damage), nothing); !errors.Is(err, snap.ErrCorrupt) {
+		if _, err := s.Import(t.Context(), "b", Uploaded, fill(damage), nothing); !errors.Is(err, snap.ErrCorrupt) {
 			t.Errorf("damaged %s: %v", damage, err)
 		}
 	}
-	got := must[Record](t)(s.Import(t.Context(), "b", fill(""), nothing))
+	got := must[Record](t)(s.Import(t.Context(), "b", Uploaded, fill(""), nothing))
 	if got.Origin != Uploaded || got.Index != 7 {
 		t.Fatalf("%+v", got)
 	}
@@ -226,7 +226,7 @@ func TestImport(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := s.Import(ctx, "c", fill(""), nothing); !errors.Is(err, context.Canceled) {
+	if _, err := s.Import(ctx, "c", Uploaded, fill(""), nothing); !errors.Is(err, context.Canceled) {
 		t.Fatalf("cancelled: %v", err)
 	}
 	if names, _ := f.List("backups/images"); len(names) != 1 {

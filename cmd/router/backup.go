@@ -71,14 +71,14 @@ type placeFlag struct{ text string }
 func (p *placeFlag) String() string { return p.text }
 func (p *placeFlag) Type() string   { return "url" }
 
-// Set refuses what looks like a node: in these commands -s is the source, as
+// Set refuses what looks like a node: in these commands -s is the store, as
 // existing tools have it, and elsewhere the server.
 func (p *placeFlag) Set(text string) error {
 	if p.text != "" {
 		return errors.New("given twice")
 	}
 	if hostPort.MatchString(text) {
-		return errors.New("that is a node, not a place of backups; name nodes by --server or --target")
+		return errors.New("that is a node, not a place of backups; name nodes by --server (-s is the store in the backup commands)")
 	}
 	// Whether it is a location is found out when it is opened: the message for
 	// a flag would repeat a password that somebody has put into it.
@@ -86,14 +86,19 @@ func (p *placeFlag) Set(text string) error {
 	return nil
 }
 
-func destFlag(cmd *cobra.Command, p *placeFlag, help string) {
+// storeFlags adds the flags that name a store. Existing tools call it --dest where
+// backups are made and cleaned up, and --source where they are read; each command
+// takes both names, so that nobody has to remember which is which. In all of
+// these commands -s is the store: --server keeps its long name, and no letter has
+// two meanings.
+func (a *app) storeFlags(cmd *cobra.Command, p *placeFlag, help string) {
 	cmd.Flags().VarP(p, "dest", "d", help)
+	cmd.Flags().VarP(p, "source", "s", "the same as --dest (-s is not --server in the backup commands)")
+	a.serverFlag(cmd)
 }
 
-// sourceFlag takes -s for the source of a backup. --server keeps its long name,
-// so that no command has two meanings of one letter.
-func (a *app) sourceFlag(cmd *cobra.Command, p *placeFlag) {
-	cmd.Flags().VarP(p, "source", "s", "store of the backup; without it, the snapshots on the nodes (-s is not --server here)")
+// serverFlag is --server without its letter.
+func (a *app) serverFlag(cmd *cobra.Command) {
 	cmd.Flags().StringSliceVar(&a.servers, "server", a.servers, "client addresses (host:port) of one or more nodes; env CONVEYOR_ROUTER_SERVER")
 }
 

@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
@@ -44,7 +42,7 @@ func newBackupListCommand(a *app) *cobra.Command {
 			})
 		},
 	}
-	destFlag(cmd, &dest, "store of the backups; without it, the snapshots on the nodes are listed")
+	a.storeFlags(cmd, &dest, "store of the backups; without it, the snapshots on the nodes are listed")
 	cmd.Flags().IntVarP(&limit, "limit", "l", 20, "show only the newest; 0: all")
 	return cmd
 }
@@ -140,7 +138,7 @@ func newBackupDescribeCommand(a *app) *cobra.Command {
 			})
 		},
 	}
-	a.sourceFlag(cmd, &source)
+	a.storeFlags(cmd, &source, "store of the backup; without it, the snapshots on the nodes")
 	return cmd
 }
 
@@ -227,7 +225,7 @@ Exit code 8 when the backup is damaged.`,
 			})
 		},
 	}
-	a.sourceFlag(cmd, &source)
+	a.storeFlags(cmd, &source, "store of the backup; without it, the snapshots on the nodes")
 	return cmd
 }
 
@@ -269,7 +267,7 @@ func (a *app) verifySnapshot(cmd *cobra.Command, id string) error {
 		return err
 	}
 	defer c.Close()
-	reply, err := a.validate(cmd, c, id)
+	reply, err := a.validate(cmd, c, snapshotToRestore{id: id, name: "snapshot " + id})
 	if err != nil {
 		return err
 	}
@@ -280,17 +278,15 @@ func (a *app) verifySnapshot(cmd *cobra.Command, id string) error {
 }
 
 // validate lets the cluster check a snapshot of its own.
-func (a *app) validate(cmd *cobra.Command, c *client.Client, id string) (*backuppb.RestoreSnapshotResponse, error) {
+func (a *app) validate(cmd *cobra.Command, c *client.Client, snap snapshotToRestore) (*backuppb.RestoreSnapshotResponse, error) {
 	ctx, cancel := a.slow(cmd, cmd.Context())
 	defer cancel()
-	reply, err := c.Backup().RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{SnapshotId: id, ValidateOnly: true})
+	reply, err := c.Backup().RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{SnapshotId: snap.id, ValidateOnly: true})
 	switch {
-	case status.Code(err) == codes.DataLoss:
-		return nil, checkFailed(about("snapshot "+id, err))
 	case err != nil:
-		return nil, readError{about("snapshot "+id, err)}
+		return nil, readError{about(snap.name, err)}
 	case !reply.GetSuccess():
-		return nil, checkFailed(fmt.Errorf("snapshot %s cannot be restored: %s", id, reply.GetMessage()))
+		return nil, checkFailed(fmt.Errorf("%s cannot be restored: %s", snap.name, reply.GetMessage()))
 	}
 	return reply, nil
 }
@@ -349,7 +345,7 @@ func newBackupDeleteCommand(a *app) *cobra.Command {
 			})
 		},
 	}
-	destFlag(cmd, &dest, "store of the backup; without it, the snapshot is deleted from the nodes")
+	a.storeFlags(cmd, &dest, "store of the backup; without it, the snapshot is deleted from the nodes")
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not ask")
 	cmd.Flags().BoolVarP(&force, "yes", "y", false, "as --force")
 	return cmd
@@ -385,7 +381,7 @@ within a day. What cannot be read is left alone and does not count.`,
 			})
 		},
 	}
-	destFlag(cmd, &dest, "store of the backups (required)")
+	a.storeFlags(cmd, &dest, "store of the backups (required)")
 	cmd.Flags().IntVarP(&keep, "keep", "k", 10, "how many of the newest are kept")
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return cmd
