@@ -189,7 +189,7 @@ func (a *backupAPI) ListSnapshots(ctx context.Context, req *backuppb.ListSnapsho
 		return strings.Compare(x.SnapshotId, y.SnapshotId)
 	})
 	for id, err := range failed {
-		resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %d could not be asked, its snapshots are not listed: %v", id, err))
+		resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %d could not be asked, its snapshots are not listed: %s", id, Plain(err.Error())))
 	}
 	slices.Sort(resp.Warnings)
 	return resp, nil

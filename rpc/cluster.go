@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
@@ -31,9 +30,11 @@ func (a *clusterAPI) TransferLeader(ctx context.Context, req *clusterpb.Transfer
 		switch {
 		case st.Leader != st.ID: // who leads knows better
 		case !known || m.Removed:
-			return nil, status.Errorf(codes.NotFound, "node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id)
+			return nil, newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id),
+				"NOT_A_MEMBER", NotDone, 0, nil).Err()
 		case !slices.Contains(st.Position.ConfState.GetVoters(), id):
-			return nil, status.Errorf(codes.FailedPrecondition, "node %d is a learner and cannot lead; nothing was changed: promote it first", id)
+			return nil, newStatus(codes.FailedPrecondition, fmt.Sprintf("node %d is a learner and cannot lead; nothing was changed: promote it first", id),
+				"LEARNER", NotDone, 0, nil).Err()
 		}
 	}
 	err := a.cfg.Node.TransferLeader(ctx, req.GetNodeId())

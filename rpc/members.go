@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -94,6 +95,15 @@ func (a *clusterAPI) ownMembers(own *clusterpb.ListMembersResponse) *clusterpb.L
 	why := fmt.Sprintf("the leader, node %d, cannot be reached from node %d", own.LeaderId, own.NodeId)
 	if own.LeaderId == 0 {
 		why = "there is no leader: a majority of the voters must be up and reach each other, nothing can be written and the membership cannot be changed"
+		var unreached []string
+		for _, m := range own.Members {
+			if !m.Healthy {
+				unreached = append(unreached, fmt.Sprintf("node %d (%s)", m.NodeId, m.PeerAddr))
+			}
+		}
+		if len(unreached) > 0 {
+			why += fmt.Sprintf("; node %d cannot reach %s", own.NodeId, strings.Join(unreached, ", "))
+		}
 	}
 	own.Alarms = append([]string{fmt.Sprintf("%s; what is shown is what node %d knows, and may be out of date", why, own.NodeId)}, own.Alarms...)
 	return own

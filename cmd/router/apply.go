@@ -11,6 +11,7 @@ import (
 	"conveyor.etl/router/manifest"
 	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/rpc/client"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 )
 
@@ -148,8 +149,15 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
 		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
 	})
+	if err != nil && !dryRun && client.OutcomeOf(err) == client.Unknown {
+		what := "apply it again: a pipeline that is as declared already is left alone"
+		if expected != nil {
+			what = fmt.Sprintf("'router pipeline get %s' shows which version there is", id)
+		}
+		return applied{}, codedError{exitDeadline, fmt.Errorf("pipeline %s: it is not known whether it was applied: %s\nTo find out, %s.", id, plain(err), what)}
+	}
 	if err != nil {
-		return applied{}, about("pipeline "+id, err)
+		return applied{}, about("pipeline "+id+" was not applied", err)
 	}
 	if !reply.GetSuccess() {
 		text := reply.GetError()

@@ -52,7 +52,7 @@ be, and is given up when nothing has moved for --patience.
 To make a new cluster from a backup, or a backup of a node that does not run, use
 'router snapshot'.
 
-Exit codes are those of 'router help': 3 no such backup, 4 there is one already or
+Of the exit codes ('router help exit-codes'): 3 no such backup, 4 there is one already or
 another restore runs, 5 no node answered, 7 a deadline passed (outcome unknown, or
 the restore goes on), 8 the backup is damaged, or the restore failed and nothing was
 changed.`,

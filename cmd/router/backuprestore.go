@@ -155,7 +155,7 @@ func (a *app) restoreSnapshot(cmd *cobra.Command, c *client.Client, snap snapsho
 		if done, err := a.showDifference(cmd, c, snap, o.validateOnly); err != nil || done {
 			return false, err
 		}
-		if err := a.confirm("Replace the state of the cluster at " + c.Endpoint() + " by this?"); err != nil {
+		if err := a.confirm(cmd.Context(), "Replace the state of the cluster at "+c.Endpoint()+" by this?"); err != nil {
 			return false, err
 		}
 	}
@@ -343,7 +343,7 @@ the next undo-restore goes back to.`,
 				if done, err := a.showDifference(cmd, c, snap, validateOnly); err != nil || done {
 					return err
 				}
-				if err := a.confirm("Go back to the state before the last restore, and lose what was written since?"); err != nil {
+				if err := a.confirm(cmd.Context(), "Go back to the state before the last restore, and lose what was written since?"); err != nil {
 					return err
 				}
 			}

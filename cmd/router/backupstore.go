@@ -307,7 +307,7 @@ func newBackupDeleteCommand(a *app) *cobra.Command {
 				if force {
 					return nil
 				}
-				return a.confirm("Delete " + what + " for good?")
+				return a.confirm(cmd.Context(), "Delete "+what+" for good?")
 			}
 			if dest.text != "" {
 				return withStore(cmd.Context(), dest.text, false, func(s *backup.Store) error {
@@ -399,7 +399,7 @@ func (a *app) cleanup(ctx context.Context, s *backup.Store, keep int, yes bool) 
 		for _, b := range plan.Abandoned {
 			fmt.Fprintf(a.stderr, "  %s, never finished, %s\n", b.ID, output.Bytes(b.Bytes))
 		}
-		if err := a.confirm(fmt.Sprintf("Delete these for good and keep the newest %d?", len(plan.Kept))); err != nil {
+		if err := a.confirm(ctx, fmt.Sprintf("Delete these for good and keep the newest %d?", len(plan.Kept))); err != nil {
 			return err
 		}
 	}

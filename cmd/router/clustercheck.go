@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
@@ -60,7 +61,7 @@ func printCheck(a *app, reply *clusterpb.CheckStateResponse) error {
 	}
 	g := &output.Grid{Header: []string{"NODE", "INDEX", "EQUAL", "DETAIL"}}
 	for _, m := range reply.GetMembers() {
-		equal, differs := yesNo(m.GetEqual()), plainText(m.GetError())
+		equal, differs := yesNo(m.GetEqual()), rpc.Plain(m.GetError())
 		if differs != "" {
 			equal = "unknown" // it could not be asked, which does not make it differ
 		}

@@ -108,7 +108,7 @@ func (a *app) connect(ctx context.Context, cmd *cobra.Command, given []string) (
 	if nodes, err = a.reach(ctx, nodes); err != nil {
 		return nil, err
 	}
-	w := &waiter{a: a, nodes: strings.Join(nodes, ", ")}
+	w := &waiter{a: a}
 	c, err := client.Dial(nodes, client.Options{
 		Timeout: slowCall, AttemptTimeout: slowCall,
 		DialOptions: []grpc.DialOption{
@@ -227,7 +227,7 @@ func unreachable(nodes, problems []string, within string) error {
 
 // probe asks a node for a sign of life.
 func probe(ctx context.Context, node string) error {
-	conn, err := grpc.NewClient("passthrough:///"+node, grpc.WithTransportCredentials(insecure.NewCredentials()),
+	conn, err := grpc.NewClient(passthrough+node, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDisableServiceConfig())
 	if err != nil {
 		return err

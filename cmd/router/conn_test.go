@@ -91,31 +91,31 @@ func TestUnreachableNodes(t *testing.T) {
 func TestWaiterSaysWhatItWaitsFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out strings.Builder
-		w := &waiter{a: &app{stderr: &out}, nodes: "a:1"}
+		w := &waiter{a: &app{stderr: &out}}
 		said := func(after time.Duration) string {
-			time.Sleep(after)
+			<-time.After(after)
 			synctest.Wait()
 			defer out.Reset()
 			return out.String()
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		w.begin(ctx, "/x.Cluster/ListMembers")
+		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1")
 		if got := said(2 * time.Second); got != "waiting for a:1 to answer; giving up in 58s\n" && got != "waiting for a:1 to answer; giving up in 59s\n" {
 			t.Errorf("%q", got)
 		}
 		w.end(status.Error(codes.Unavailable, "rpc: no leader"))
-		w.begin(ctx, "/x.Cluster/ListMembers")
+		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1")
 		if got := said(noticeAgain); !strings.HasPrefix(got, "trying again: no leader; giving up in ") {
 			t.Errorf("%q", got)
 		}
 		w.end(nil)
-		w.begin(ctx, "/x.Cluster/WaitOperation")
+		w.begin(ctx, "/x.Cluster/WaitOperation", "passthrough:///a:1")
 		if got := said(time.Second * 20); got != "" {
 			t.Errorf("%q", got)
 		}
 		w.close()
-		w.begin(ctx, "/x.Cluster/ListMembers")
+		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1")
 		if got := said(5 * time.Second); got != "" {
 			t.Errorf("after the end: %q", got)
 		}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -25,8 +24,7 @@ import (
 	"conveyor.etl/router/wal"
 )
 
-// The exit codes, documented in doc.go, in the help of the root command and in
-// the README.
+// The exit codes, documented in doc.go, exitCodesHelp and docs/commands.md.
 const (
 	exitOK          = 0
 	exitError       = 1
@@ -39,6 +37,27 @@ const (
 	exitCheckFailed = 8
 	exitRemoved     = 9
 )
+
+// exitCodesHelp is `router help exit-codes`.
+const exitCodesHelp = `The exit codes of every command:
+
+  0  done
+  1  error that none of the others describes
+  2  wrong use: unknown command or flag, bad argument, bad setting
+  3  not found
+  4  conflict: the state does not allow it, it changed meanwhile, or a node runs on
+     the data directory; nothing was done
+  5  no node or no leader answered in time, or they were too busy; nothing was done
+  6  denied
+  7  a deadline passed or a connection broke: whether a change was made is not
+     known, or the operation goes on ('router operation wait')
+  8  a check failed, something is damaged, an operation failed or was cancelled,
+     or calls of 'router bench' failed
+  9  serve: the node was removed from its cluster
+
+What a command prints on stderr says which object it was about, whether something
+was done, and what to do. With 5 it is always safe to repeat the command; with 7
+look first.`
 
 // errorCodes gives the errors of packages their exit codes; the first row that
 // matches wins. It and statusCodes are the only places where this is decided:
@@ -247,35 +266,13 @@ func parts(err error) []error {
 	return out
 }
 
-// transportWords are what gRPC says when a connection fails, and what that means.
-var transportWords = []struct {
-	words *regexp.Regexp
-	plain string
-}{
-	{regexp.MustCompile(`connection error: desc = "((?:[^"\\]|\\.)*)"`), "$1"},
-	{regexp.MustCompile(`transport: Error while dialing: `), ""},
-	{regexp.MustCompile(`dial tcp:? (?:lookup )?`), ""},
-	{regexp.MustCompile(`: connect: `), ": "},
-	{regexp.MustCompile(`error reading server preface: .*`), "it does not answer as a node does; is that the client address of one?"},
-	{regexp.MustCompile(`context deadline exceeded`), "no answer in time"},
-	{regexp.MustCompile(`context canceled`), "interrupted"},
-}
-
 // plain returns the text of one error without package names and gRPC's words.
 func plain(err error) string {
 	text := err.Error()
 	if st, ok := status.FromError(err); ok {
-		text = st.Message()
+		text = strings.ReplaceAll(st.Message(), "read with metadata "+rpc.MetadataConsistency+": stale", "give --stale to read what one node has")
 	}
-	return plainText(text)
-}
-
-func plainText(text string) string {
-	text = rpc.Plain(text)
-	for _, t := range transportWords {
-		text = t.words.ReplaceAllString(text, t.plain)
-	}
-	return text
+	return rpc.Plain(text)
 }
 
 // advise says of one error what it left behind and what to do.
@@ -291,7 +288,14 @@ func advise(err error) string {
 		if outcomeUnknown(err, st) {
 			return unknown
 		}
-		return "Nothing was done. Check that the nodes given by --server run and that a majority of the cluster is up, then try again."
+		done := ""
+		if !strings.Contains(strings.ToLower(st.Message()), "nothing was") {
+			done = "Nothing was done. "
+		}
+		if rpc.ReasonOf(st) != "" { // a node has answered
+			return done + "A majority of the nodes must be up and reach each other; 'router cluster status' shows what a node knows of them."
+		}
+		return done + "Check that the nodes given by --server run and that a majority of the cluster is up, then try again."
 	case codes.DeadlineExceeded:
 		if read {
 			return "The time allowed by --timeout passed, nothing was read. The cluster may have no leader: " +
@@ -300,6 +304,10 @@ func advise(err error) string {
 		return "The time allowed by --timeout passed. A change may or may not have been made: look before you repeat it."
 	case codes.Unknown:
 		return unknown
+	case codes.Canceled:
+		if !read {
+			return unknown
+		}
 	case codes.ResourceExhausted:
 		return "Nothing was done. Try again later."
 	case codes.Aborted:

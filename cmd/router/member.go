@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -150,7 +151,7 @@ is refused. The node stops by itself; erase its data directory.`,
 				return err
 			}
 			if !yes {
-				if err := a.confirm(fmt.Sprintf("Remove node %d for good?", id)); err != nil {
+				if err := a.confirm(cmd.Context(), fmt.Sprintf("Remove node %d for good?", id)); err != nil {
 					return err
 				}
 			}
@@ -189,7 +190,7 @@ cancelled, or a check failed with --check, 7 --timeout passed first (it goes on)
 				return err
 			}
 			if !yes && !req.PreflightOnly {
-				if err := a.confirm(fmt.Sprintf("Replace node %d by node %d, for good?", req.OldNodeId, req.NewNodeId)); err != nil {
+				if err := a.confirm(cmd.Context(), fmt.Sprintf("Replace node %d by node %d, for good?", req.OldNodeId, req.NewNodeId)); err != nil {
 					return err
 				}
 			}
@@ -283,8 +284,11 @@ func (a *app) changeMember(cmd *cobra.Command, done string,
 			fmt.Fprintf(a.stdout, "; learners %s", idList(reply.GetLearners()))
 		}
 		fmt.Fprintln(a.stdout)
-		if len(reply.GetVoters()) == 2 {
+		switch voters := reply.GetVoters(); {
+		case len(voters) == 2:
 			fmt.Fprintln(a.stdout, "With two voters, losing either one stops the cluster: let a third node join.")
+		case len(voters) == 1 && slices.Contains(reply.GetLearners(), reply.GetMember().GetNodeId()) && !reply.GetMember().GetReadReplica():
+			fmt.Fprintln(a.stdout, "Once it votes there are two voters, and losing either one stops the cluster: let a third node join soon.")
 		}
 		return nil
 	})

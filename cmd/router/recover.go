@@ -1,7 +1,7 @@
 package main
 
 import (
-	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -59,7 +59,7 @@ cannot be recovered from.`,
 			if !planOnly && !yes && a.format != output.Table {
 				return usageError{cmd, errors.New("with -o json or yaml, give --plan or --yes: nobody can be asked")}
 			}
-			return a.recoverCluster(&o, planOnly, yes)
+			return a.recoverCluster(cmd.Context(), &o, planOnly, yes)
 		},
 	}
 	dataDirFlag(cmd, &o.Dir)
@@ -100,7 +100,7 @@ func (a *app) purge(dir string) error {
 	return nil
 }
 
-func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) error {
+func (a *app) recoverCluster(ctx context.Context, o *offline.RecoverOptions, planOnly, yes bool) error {
 	plan, err := offline.PlanRecovery(*o)
 	if errors.Is(err, offline.ErrUnfinished) && !planOnly {
 		// It was agreed to before; there is nothing left to decide.
@@ -126,16 +126,13 @@ func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) erro
 		return nil
 	}
 	if !yes {
-		fmt.Fprintf(a.stdout, "\nType the name of the cluster (%s) to go on: ", plan.ClusterName)
-		answer, rerr := bufio.NewReader(io.LimitReader(a.stdin, 1<<10)).ReadString('\n')
-		if rerr != nil {
-			fmt.Fprintln(a.stdout) // nobody has ended the line of the question
+		fmt.Fprintln(a.stdout)
+		answer, err := a.ask(ctx, "Type the name of the cluster to go on", "["+plan.ClusterName+"]")
+		if err != nil {
+			return err
 		}
-		if rerr != nil && !errors.Is(rerr, io.EOF) {
-			return rerr
-		}
-		if strings.TrimSpace(answer) != plan.ClusterName {
-			return errors.New("not confirmed, nothing was changed")
+		if answer != plan.ClusterName {
+			return fmt.Errorf("nothing was changed: %q is not the name of the cluster, %q", output.Clean(answer), plan.ClusterName)
 		}
 	}
 	return a.applyRecovery(o, plan)

@@ -69,11 +69,7 @@ func newRootCommand(a *app) *cobra.Command {
 		Long: `router runs a node of Conveyor's metadata cluster (router serve) and talks to
 one: pipelines, sidecars, services, groups, offsets and the cluster itself.
 
-Exit codes, of every command: 0 done; 1 error; 2 wrong use; 3 not found; 4 conflict,
-the state does not allow it; 5 no node or no leader answered in time or it was too
-busy, nothing was done; 6 denied; 7 a deadline passed or a connection broke, the
-outcome is unknown or the operation goes on; 8 a check failed, something is damaged
-or an operation failed; 9 (serve) the node was removed from its cluster.`,
+The exit codes are the same for every command: 'router help exit-codes'.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -88,6 +84,8 @@ or an operation failed; 9 (serve) the node was removed from its cluster.`,
 	for _, newCommand := range constructors() {
 		root.AddCommand(newCommand(a))
 	}
+	// Without something to run it is a topic of the help.
+	root.AddCommand(&cobra.Command{Use: "exit-codes", Short: "The exit codes of every command", Long: exitCodesHelp})
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)

@@ -16,14 +16,15 @@ const (
 	noticeAfter = 1500 * time.Millisecond
 	// noticeAgain is how often it says that it still waits.
 	noticeAgain = 10 * time.Second
+	// passthrough is what the address of a connection begins with.
+	passthrough = "passthrough:///"
 )
 
 // waiter says on stderr what a command waits for when its calls do not get
 // through. The client underneath repeats them without a word; somebody who looks
 // at a silent terminal cannot tell that from a command that hangs.
 type waiter struct {
-	a     *app
-	nodes string
+	a *app
 
 	mu sync.Mutex
 	// timer runs while nothing gets through; last is why.
@@ -31,6 +32,7 @@ type waiter struct {
 	last   string
 	ctx    context.Context
 	method string
+	node   string
 	closed bool
 }
 
@@ -44,10 +46,10 @@ func patient(method string) bool {
 	return false
 }
 
-func (w *waiter) begin(ctx context.Context, method string) {
+func (w *waiter) begin(ctx context.Context, method, target string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.ctx, w.method = ctx, method
+	w.ctx, w.method, w.node = ctx, method, strings.TrimPrefix(target, passthrough)
 	if w.timer == nil && !w.closed {
 		w.timer = time.AfterFunc(noticeAfter, w.fire)
 	}
@@ -81,7 +83,7 @@ func (w *waiter) close() {
 
 func (w *waiter) fire() {
 	w.mu.Lock()
-	ctx, last, method, on := w.ctx, w.last, w.method, w.timer != nil && w.ctx.Err() == nil
+	ctx, last, method, node, on := w.ctx, w.last, w.method, w.node, w.timer != nil && w.ctx.Err() == nil
 	if on {
 		w.timer.Reset(noticeAgain)
 	}
@@ -91,19 +93,19 @@ func (w *waiter) fire() {
 	case last != "":
 		w.a.notice("trying again: %s%s", last, remaining(ctx))
 	case !patient(method):
-		w.a.notice("waiting for %s to answer%s", w.nodes, remaining(ctx))
+		w.a.notice("waiting for %s to answer%s", node, remaining(ctx))
 	}
 }
 
 func (w *waiter) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	w.begin(ctx, method)
+	w.begin(ctx, method, cc.Target())
 	err := invoke(ctx, method, req, reply, cc, opts...)
 	w.end(err)
 	return err
 }
 
 func (w *waiter) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	w.begin(ctx, method)
+	w.begin(ctx, method, cc.Target())
 	s, err := open(ctx, desc, cc, method, opts...)
 	w.end(err)
 	return s, err
