@@ -157,7 +157,7 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 		return applied{}, codedError{exitDeadline, fmt.Errorf("pipeline %s: it is not known whether it was applied: %s\nTo find out, %s.", id, plain(err), what)}
 	}
 	if err != nil {
-		return applied{}, about("pipeline "+id+" was not applied", err)
+		return applied{}, about("pipeline "+id, err)
 	}
 	if !reply.GetSuccess() {
 		text := reply.GetError()

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/client"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
@@ -239,7 +240,7 @@ func probe(ctx context.Context, node string) error {
 	}
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-		if client.OutcomeOf(err) == client.Unknown {
+		if st, _ := status.FromError(err); rpc.ReasonOf(st) == "" {
 			return err // made up by gRPC: no node has said it
 		}
 	}

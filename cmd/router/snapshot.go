@@ -141,7 +141,7 @@ backup is damaged or not what it says.`,
 	dataDirFlag(cmd, &o.Dir)
 	flags := cmd.Flags()
 	flags.Uint64VarP(&o.NodeID, "node-id", "n", 0, "id of the node the directory is for (required)")
-	flags.StringArrayVar(&peers, "peers", nil, "ID:HOST:PORT of a member, as for 'router serve'; repeat for each, with or without this node")
+	flags.StringArrayVar(&peers, "peers", nil, "ID:HOST:PORT of a member, as for 'router serve'; repeat for each")
 	flags.StringVar(&o.ClusterName, "cluster-name", "conveyor", "name of the new cluster, as for 'router serve'")
 	flags.StringVar(&o.Token, "token", "", "any text, the same for all members: tells clusters apart that are made from one backup with the same name and members")
 	flags.Int64Var(&o.MaxBytes, "max-bytes", 0, "refuse a backup whose state is larger; 0: 64 GiB")
