@@ -211,7 +211,10 @@ func printPlan(w io.Writer, p *offline.Plan) {
 	if p.Chosen().Damage != "" {
 		fmt.Fprintf(w, "LOST: everything behind entry %d of this directory, whose log is damaged: %s\n", p.Chosen().LastIndex, p.Chosen().Damage)
 	}
-	if p.Uncommitted > 0 {
+	if p.Uncommitted == 1 {
+		fmt.Fprintln(w, "The last entry is not known to have been committed. It is kept: its callers may have been told that it was done.")
+	}
+	if p.Uncommitted > 1 {
 		fmt.Fprintf(w, "The last %d entries are not known to have been committed. They are kept: some of their callers may have been told that they were done.\n", p.Uncommitted)
 	}
 	if p.KeepsBefore {

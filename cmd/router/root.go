@@ -103,7 +103,11 @@ func strictGroups(cmd *cobra.Command) {
 	}
 	if args := cmd.Args; args != nil {
 		cmd.Args = func(cmd *cobra.Command, given []string) error {
-			if err := args(cmd, given); err != nil {
+			err := args(cmd, given)
+			if err != nil && !cmd.HasSubCommands() && strings.HasPrefix(err.Error(), "unknown command ") {
+				err = fmt.Errorf("%s takes no argument: %q", cmd.CommandPath(), given[0]) // cobra takes it for a command
+			}
+			if err != nil {
 				return usageError{cmd, err}
 			}
 			return nil
