@@ -66,6 +66,9 @@ func NewHistogram() *hdrhistogram.Histogram {
 	return hdrhistogram.New(1, maxLatency.Microseconds(), digits)
 }
 
+// ErrAllFailed: no call of a drive got through.
+var ErrAllFailed = errors.New("bench: every call failed")
+
 // recorder is what one caller counts by itself, so that callers share nothing.
 type recorder struct {
 	latency   *hdrhistogram.Histogram
@@ -94,7 +97,7 @@ type phases struct {
 
 // Drive runs the callers and returns what it measured. A failed call is counted
 // and does not end the drive, but a drive in which every call failed is an
-// error.
+// error, ErrAllFailed.
 func Drive(ctx context.Context, c DriveConfig) (*Measurement, error) {
 	if len(c.Callers) == 0 || c.Duration <= 0 {
 		return nil, errors.New("bench: a drive needs callers and a duration")
@@ -141,7 +144,7 @@ func Drive(ctx context.Context, c DriveConfig) (*Measurement, error) {
 	m := merge(recorders)
 	m.Took = took
 	if m.Calls == 0 && m.Errors > 0 {
-		return m, fmt.Errorf("bench: all %d calls failed, the last one with: %s", m.Errors, m.LastError)
+		return m, fmt.Errorf("%w: all %d, the last one with: %s", ErrAllFailed, m.Errors, m.LastError)
 	}
 	return m, nil
 }
@@ -160,8 +163,17 @@ func merge(recorders []*recorder) *Measurement {
 	return m
 }
 
+// After a failure a caller pauses, the longer the more follow each other: a node
+// that is down refuses a hundred thousand calls a second, which measures nothing
+// and takes the machine from the others.
+const (
+	minPause = time.Millisecond
+	maxPause = 200 * time.Millisecond
+)
+
 // drive calls until ctx is done. A call counts when it ended while measured.
 func drive(ctx context.Context, p *phases, s *schedule, call Call, r *recorder) {
+	pause := minPause
 	for {
 		due := time.Now()
 		if s != nil {
@@ -177,6 +189,18 @@ func drive(ctx context.Context, p *phases, s *schedule, call Call, r *recorder) 
 		if p.measured.Load() {
 			r.record(time.Since(due), n, err)
 		}
+		if err == nil {
+			pause = minPause
+			continue
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+		pause = min(2*pause, maxPause)
 	}
 }
 

@@ -325,6 +325,15 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 	if c.NodeID == 0 && !joins || faults.about("peers", "listen_addr", "raft_addr", "advertise_addr", "advertise_raft_addr") {
 		return
 	}
+	// Lists without the node itself are what the original took, so self may be
+	// missing; but an odd number of others is a whole cluster, and to found one of
+	// an even number is what a wrong id looks like.
+	if n := len(c.Peers); !joins && n >= 3 && n%2 == 1 && !slices.Contains(c.Members(), c.NodeID) {
+		faults.add(l.source("peers", ""), "peers", "node %d, as which this node is started (%s), is not among them (%s): list every voter, this node too; "+
+			"a node that is added to a running cluster is started with --join in place of --peers",
+			c.NodeID, l.source("node_id", "flag --node-id"), ids(c.Members()))
+		return
+	}
 	l.addresses(in)
 	slices.SortFunc(c.Peers, func(a, b Peer) int { return cmp.Compare(a.ID, b.ID) })
 	for _, p := range c.Peers {
@@ -333,6 +342,15 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 		}
 	}
 	l.refresh("peers", "advertise_addr", "advertise_raft_addr")
+}
+
+// ids lists node ids for people.
+func ids(list []uint64) string {
+	parts := make([]string, len(list))
+	for i, id := range list {
+		parts[i] = strconv.FormatUint(id, 10)
+	}
+	return strings.Join(parts, ", ")
 }
 
 // addresses settles what this node is reached at and makes it its own peer.

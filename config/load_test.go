@@ -251,6 +251,8 @@ func TestFaults(t *testing.T) {
 		{"peer twice", append(one, "--peers", "2:a:1", "--peers", "2:b:1"), nil, "", []string{"node 2 is listed twice"}},
 		{"peer address twice", append(one, "--peers", "2:a:1", "--peers", "3:a:1"), nil, "", []string{"node 2 has the same address"}},
 		{"peer is me", append(one, "--raft-addr", "a:1", "--peers", "2:a:1"), nil, "", []string{"node 2 has the address of this node"}},
+		{"not among the peers", []string{"-n", "4", "--peers", "1:a:1,2:b:1,3:c:1"}, nil, "",
+			[]string{"flag --peers: peers: node 4, as which this node is started (flag --node-id), is not among them (1, 2, 3): list every voter, this node too"}},
 		{"all peers of a list at once", append(one, "--peers", "x,2:h,3:h:1"), nil, "", []string{`"x" is not`, `"2:h" is not`}},
 		{"peers in a variable", one, []string{"CONVEYOR_ROUTER_PEERS=2=h:1"}, "", []string{`env CONVEYOR_ROUTER_PEERS: peers: "2=h:1" is not ID:HOST:PORT`}},
 		{"peers in a file", one, nil, "data_dir: /x\npeers:\n  - 2:h:1\n  - 3:h\n", []string{`router.yaml:4: peers: "3:h" is not`}},

@@ -62,7 +62,7 @@ func settings() []*setting {
 			bind: func(c *Config) value { return dial{&c.AdvertiseAddr} }},
 		{key: "advertise_raft_addr", flag: "advertise-raft-addr", usage: "host:port other nodes are told to use; default: this node's entry in --peers, else --raft-addr",
 			bind: func(c *Config) value { return dial{&c.AdvertiseRaftAddr} }},
-		{key: "peers", flag: "peers", list: true, usage: "ID:HOST:PORT of a member; repeat for each, with or without this node",
+		{key: "peers", flag: "peers", list: true, usage: "ID:HOST:PORT of a voter the cluster is founded with; repeat for each, this node too",
 			bind: func(c *Config) value { return peers{&c.Peers} }},
 		{key: "join", flag: "join", list: true, usage: "host:port of the client listener of a member; the node joins its cluster instead of founding one; repeat for more; of no meaning once it has joined",
 			bind: func(c *Config) value { return dials{&c.Join} }},

@@ -55,6 +55,9 @@ type CheckerConfig struct {
 	Members MemberClient
 	// Electorate returns the members of the group as of now.
 	Electorate func() Electorate
+	// Silent reports whether a member has not answered this leader for so long
+	// that it must be down or cut off. nil: none is known to be.
+	Silent func(node uint64) bool
 	// Nudge replicates a command that changes nothing, so that the log of an
 	// idle group gets to an index at which everybody can be looked at.
 	Nudge func(ctx context.Context) error
@@ -88,6 +91,9 @@ func (c *CheckerConfig) EnsureDefaults() {
 	}
 	if c.Agreed == nil {
 		c.Agreed = func(uint64, uint64) {}
+	}
+	if c.Silent == nil {
+		c.Silent = func(uint64) bool { return false }
 	}
 	if c.Interval == 0 {
 		c.Interval = 5 * time.Second

@@ -182,6 +182,9 @@ func (p *Promoter) tidy(ctx context.Context, st raftnode.Status) {
 	}
 	for _, op := range left {
 		op.State, op.Message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "the node is no learner any more"
+		if slices.Contains(st.Position.ConfState.GetLearners(), op.NodeId) {
+			op.Message = "the node has come with a directory of its own since; an operation of that one shows how far it is"
+		}
 		if slices.Contains(st.Position.ConfState.GetVoters(), op.NodeId) {
 			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "the node votes now"
 		}

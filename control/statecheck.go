@@ -12,6 +12,8 @@ import (
 	"conveyor.etl/router/router"
 )
 
+var errSilent = errors.New("it does not answer the leader")
+
 // StateReport is one comparison of all members that somebody asked for.
 type StateReport struct {
 	// Index is where they were compared, 0 when they could not be.
@@ -104,17 +106,34 @@ func report(e Electorate, members []MemberState) StateReport {
 		}
 	}
 	r.Equal = len(differ) == 0 && len(silent) == 0
+	compared := len(members) - len(silent)
 	switch {
+	case r.Equal && compared == 1:
+		r.Message = fmt.Sprintf("there is one member, and nothing to compare its state at index %d with", r.Index)
 	case r.Equal:
-		r.Message = fmt.Sprintf("all members have the same state at index %d", r.Index)
-	case reference == nil && len(differ) > 0:
+		r.Message = fmt.Sprintf("all %d members have the same state at index %d", compared, r.Index)
+	case reference == nil && len(silent) > 0:
+		// Perhaps they would agree with one of the others.
+		r.Message = fmt.Sprintf("too few members could be compared at index %d to say whose state is right", r.Index)
+	case reference == nil:
 		r.Message = fmt.Sprintf("no majority of the voters has the same state at index %d: nobody knows whose is right", r.Index)
 	case len(differ) > 0:
-		r.Message = fmt.Sprintf("the state of nodes %s at index %d is not that of the majority", list(differ), r.Index)
+		r.Message = fmt.Sprintf("the state of %s at index %d is not that of the majority", nodes(differ), r.Index)
 	default:
-		r.Message = fmt.Sprintf("nodes %s could not be compared; the others have the same state at index %d", list(silent), r.Index)
+		r.Message = fmt.Sprintf("the %d members that could be compared have the same state at index %d", compared, r.Index)
+	}
+	if len(silent) > 0 {
+		r.Message += fmt.Sprintf("; nothing is known of %s: repeat the check when all members answer", nodes(silent))
 	}
 	return r
+}
+
+// nodes names nodes in a sentence.
+func nodes(ids []uint64) string {
+	if len(ids) == 1 {
+		return fmt.Sprintf("node %d", ids[0])
+	}
+	return "nodes " + list(ids)
 }
 
 // compareSums finds the newest index of which all members that answer know
@@ -232,9 +251,13 @@ func (k *Checker) hashAll(ctx context.Context, e Electorate, index uint64) []Mem
 		wg.Go(func() {
 			var h router.StateHash
 			var err error
-			if id == k.c.Self {
+			switch {
+			case id == k.c.Self:
 				h, err = k.c.State.HashAt(ctx, index)
-			} else {
+			case k.c.Silent(id):
+				// Asking would take all the time there is.
+				err = errSilent
+			default:
 				h, err = k.c.Members.HashAt(ctx, id, index)
 			}
 			members[i] = MemberState{Node: id, Index: h.Index, Full: h.Hash, Err: err}

@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"time"
+	"unicode/utf8"
 )
 
 // The ways a Progress can be shown.
@@ -24,65 +26,112 @@ const (
 )
 
 // Progress shows how far something is. It draws when it is told, and starts no
-// goroutines. It is for one caller at a time.
+// goroutines. Its methods are safe for concurrent use.
 type Progress struct {
 	w     io.Writer
 	mode  ProgressMode
 	title string
 	bytes bool
 	now   func() time.Time
+	// columns returns the width of the terminal, 0 when it is not known.
+	columns func() int
 
+	mu           sync.Mutex
 	begun, drawn time.Time
-	// width is that of the line on the terminal, to be wiped.
-	width int
+	// line is what stands on the terminal, to be wiped or drawn again.
+	line string
 }
 
 // NewProgress returns the progress of title, written to w. Amounts are bytes, or
 // plain numbers without inBytes.
 func NewProgress(w io.Writer, mode ProgressMode, title string, inBytes bool) *Progress {
-	p := &Progress{w: w, mode: mode, title: title, bytes: inBytes, now: time.Now}
+	p := &Progress{w: w, mode: mode, title: title, bytes: inBytes, now: time.Now, columns: func() int { return 0 }}
 	p.begun = p.now()
 	p.drawn = p.begun
 	return p
 }
 
+// Fit makes bars fit into the columns of the terminal: a line that wraps could
+// not be wiped. columns is asked for each line; 0 is unknown.
+func (p *Progress) Fit(columns func() int) { p.columns = columns }
+
 // Set shows that done of total was reached, unless something was shown just
 // before. A total of 0 is unknown.
 func (p *Progress) Set(done, total int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dueLocked() {
+		p.draw(p.text(done, total, p.drawn))
+	}
+}
+
+// Note shows text in place of amounts, at once.
+func (p *Progress) Note(text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mode != NoProgress {
+		p.draw(p.title + ": " + Clean(text))
+	}
+}
+
+// Tell shows text in place of amounts, unless something was shown just before.
+func (p *Progress) Tell(text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dueLocked() {
+		p.draw(p.title + ": " + Clean(text))
+	}
+}
+
+// dueLocked reports whether it is time to show something again.
+func (p *Progress) dueLocked() bool {
 	interval := lineInterval
 	if p.mode == BarProgress {
 		interval = barInterval
 	}
 	now := p.now()
 	if p.mode == NoProgress || now.Sub(p.drawn) < interval {
-		return
+		return false
 	}
 	p.drawn = now
-	p.draw(p.text(done, total, now))
+	return true
 }
 
-// Note shows text in place of amounts, at once.
-func (p *Progress) Note(text string) {
-	if p.mode != NoProgress {
-		p.draw(p.title + ": " + Clean(text))
+// Say writes a line of its own, above the bar if there is one, in any mode.
+func (p *Progress) Say(line string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.line == "" {
+		fmt.Fprintln(p.w, line)
+		return
 	}
+	wipe := max(utf8.RuneCountInString(p.line)-utf8.RuneCountInString(line), 0)
+	fmt.Fprintf(p.w, "\r%s%s\n%s", line, strings.Repeat(" ", wipe), p.line)
 }
 
 // Done ends the progress with a line that says how much it was.
 func (p *Progress) Done(total int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.mode == NoProgress {
 		return
 	}
 	took := p.now().Sub(p.begun)
 	p.draw(fmt.Sprintf("%s: %s in %s (%s/s)", p.title, p.amount(total), took.Round(10*time.Millisecond), p.amount(perSecond(total, took))))
-	p.End()
+	p.endLocked()
 }
 
 // End leaves the line as it is, so that something else can be written.
 func (p *Progress) End() {
-	if p.mode == BarProgress && p.width > 0 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.endLocked()
+}
+
+func (p *Progress) endLocked() {
+	if p.line != "" {
 		fmt.Fprintln(p.w)
-		p.width = 0
+		p.line = ""
 	}
 }
 
@@ -111,9 +160,13 @@ func (p *Progress) draw(line string) {
 		fmt.Fprintln(p.w, line)
 		return
 	}
-	wipe := max(p.width-len(line), 0)
+	// The last column stays free: terminals wrap when it is written.
+	if room := p.columns() - 1; room > 0 && utf8.RuneCountInString(line) > room {
+		line = string([]rune(line)[:room])
+	}
+	wipe := max(utf8.RuneCountInString(p.line)-utf8.RuneCountInString(line), 0)
 	fmt.Fprintf(p.w, "\r%s%s", line, strings.Repeat(" ", wipe))
-	p.width = len(line)
+	p.line = line
 }
 
 func perSecond(n int64, d time.Duration) int64 {

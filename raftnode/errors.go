@@ -9,7 +9,7 @@ import (
 // the command can still take effect; nothing else about an error does.
 var (
 	// ErrNoLeader: no leader is known. The command was not proposed.
-	ErrNoLeader = errors.New("raftnode: the group has no leader")
+	ErrNoLeader = errors.New("raftnode: the cluster has no leader")
 	// ErrStopping: the node is shutting down. The command was not proposed.
 	ErrStopping = errors.New("raftnode: the node is stopping")
 	// ErrBusy: a limit on waiting proposals was reached, or raft dropped the

@@ -145,6 +145,13 @@ func (o *operation) progress(ctx context.Context, done uint64) {
 	}
 }
 
+// say sets what the next progress tells in words.
+func (o *operation) say(text string) {
+	o.mu.Lock()
+	o.op.Message = text
+	o.mu.Unlock()
+}
+
 // beat changes the record of the operation until ctx is done, so that the leader
 // sees that somebody works on it, also where there is no progress to tell.
 func (o *operation) beat(ctx context.Context) {

@@ -121,6 +121,11 @@ func (r *Recovery) prepare(ctx context.Context, id string, reported bool) {
 	if err == nil && reported {
 		return
 	}
+	if err != nil && !r.staged(id) {
+		// A node that was away catches up on a restore that did not wait for it.
+		r.log.Info("the restore has ended without this node having prepared for it", "event", "restore_unprepared", "operation", id)
+		return
+	}
 	report := &commandpb.ReportRestore{OperationId: id, NodeId: r.c.NodeID}
 	if err != nil {
 		r.log.Error("the staged state could not be prepared", "operation", id, "err", err)
@@ -132,6 +137,15 @@ func (r *Recovery) prepare(ctx context.Context, id string, reported bool) {
 	if err != nil && ctx.Err() == nil {
 		r.log.Warn("the others could not be told that the staged state is prepared", "operation", id, "err", err)
 	}
+}
+
+// staged reports whether the stage of operation id is there and waits for the
+// replicas to prepare.
+func (r *Recovery) staged(id string) bool {
+	v := r.c.State.Latest()
+	defer v.Close()
+	stage, err := v.Stage()
+	return err != nil || stage.GetOperationId() == id
 }
 
 // forget ends a backup that an earlier process of this node had begun. What it
@@ -154,7 +168,10 @@ func (r *Recovery) resume(ctx context.Context, op *commandpb.Operation) {
 	if !r.claim(id) {
 		return
 	}
-	snapshot := strings.TrimPrefix(op.Subject, "snapshot ")
+	snapshot := op.SnapshotId
+	if snapshot == "" { // begun by an older release
+		snapshot = strings.TrimPrefix(op.Subject, "snapshot ")
+	}
 	s, err := r.c.Shelf.Open(snapshot)
 	if err != nil {
 		r.spawn(id, func(ctx context.Context) {
@@ -204,6 +221,7 @@ func (r *Recovery) watch(ctx context.Context) {
 	}
 	seen := map[string]sight{}
 	for sleep(ctx, interval) {
+		r.tidy()
 		if !r.c.Node.Leadership().Leading {
 			clear(seen)
 			continue

@@ -109,8 +109,12 @@ func damaged(s *shelf.Reader, err error) error {
 }
 
 // Restore begins to put snapshot id of this node in the place of the live state
-// and returns the operation that shows how it goes. Restores run one at a time.
-func (r *Recovery) Restore(ctx context.Context, id string) (string, error) {
+// and returns the operation that shows how it goes, under the name source when
+// that is given: what users call the snapshot. Restores run one at a time.
+func (r *Recovery) Restore(ctx context.Context, id, source string) (string, error) {
+	if source == "" {
+		source = "snapshot " + id
+	}
 	s, err := r.c.Shelf.Open(id)
 	if err != nil {
 		return "", err
@@ -121,7 +125,7 @@ func (r *Recovery) Restore(ctx context.Context, id string) (string, error) {
 	opID := "restore-" + uuid.NewString()
 	r.claim(opID)
 	op, err := r.begin(ctx, &commandpb.Operation{
-		OperationId: opID, Kind: KindRestore, Subject: "snapshot " + id, Phase: phaseVerify,
+		OperationId: opID, Kind: KindRestore, Subject: source, SnapshotId: id, Phase: phaseVerify,
 	})
 	if err != nil {
 		r.release(opID)
@@ -162,6 +166,13 @@ func (r *Recovery) alone() error {
 func (r *Recovery) drive(ctx context.Context, op *operation, s *shelf.Reader) {
 	defer s.Close()
 	id := op.op.OperationId
+	if s.Record().Origin == shelf.ForRestore {
+		defer func() {
+			if ctx.Err() == nil { // otherwise it is needed after the restart
+				r.drop(s.Record().ID)
+			}
+		}()
+	}
 	log := r.log.With("operation", id, "snapshot", s.Record().ID)
 	err := op.beating(ctx, func() error { return r.carryOut(ctx, op, s) })
 	if ctx.Err() != nil {
@@ -171,7 +182,7 @@ func (r *Recovery) drive(ctx context.Context, op *operation, s *shelf.Reader) {
 	switch {
 	case err == nil:
 		epoch := r.c.State.Epoch()
-		message = fmt.Sprintf("the state is that of snapshot %s now, restore epoch %d; 'router backup undo-restore' goes back", s.Record().ID, epoch)
+		message = fmt.Sprintf("the state is that of %s now, restore epoch %d; 'router backup undo-restore' goes back", op.op.Subject, epoch)
 		log.Info("the state was restored", "event", "restored", "epoch", epoch)
 		if err := op.end(ctx, state, message); err != nil && ctx.Err() == nil {
 			log.Warn("the end of a restore could not be recorded", "err", err)
@@ -384,6 +395,8 @@ const readyPoll = 50 * time.Millisecond
 func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
 	id := op.op.OperationId
 	begun := r.c.Now()
+	// since is when only other members were left to wait for.
+	var since time.Time
 	for {
 		if err := r.check(ctx, id); err != nil {
 			return err
@@ -400,28 +413,55 @@ func (r *Recovery) awaitReady(ctx context.Context, op *operation) error {
 		for _, n := range stage.Ready {
 			ready[n] = true
 		}
-		op.progress(ctx, uint64(len(ready)))
 		lead := r.c.Node.Leadership().Leader
 		current, err := readOperation(r.c.State, id)
 		if err != nil {
 			return err
 		}
-		all := true
-		for _, m := range raftnode.Live(r.c.Node.Status().Position.Members) {
-			all = all && ready[m.ID]
+		st := r.c.Node.Status()
+		var waits []string
+		for _, m := range raftnode.Live(st.Position.Members) {
+			if !ready[m.ID] {
+				waits = append(waits, describeWait(st, m.ID))
+			}
 		}
+		all := len(waits) == 0
 		for _, n := range []uint64{lead, r.c.NodeID} {
 			if why := fmt.Sprintf("node %d cannot prepare", n); !ready[n] && strings.HasPrefix(current.GetMessage(), why) {
 				return errors.New(current.GetMessage())
 			}
 		}
-		if all || ready[lead] && ready[r.c.NodeID] && r.c.Now().Sub(begun) >= r.c.ReadyWait {
+		left := r.c.ReadyWait - r.c.Now().Sub(begun)
+		if all || ready[lead] && ready[r.c.NodeID] && left <= 0 {
 			return nil
 		}
+		if !ready[lead] || !ready[r.c.NodeID] {
+			since = time.Time{}
+		} else if since.IsZero() {
+			since = r.c.Now()
+		} else if strings.Contains(current.GetMessage(), "cannot prepare") {
+			op.say("") // which leaves what was said
+		} else if r.c.Now().Sub(since) >= progressEvery {
+			// Only when it goes on without them: what else is said of a node may be
+			// why it cannot prepare.
+			op.say(fmt.Sprintf("waiting for %s; goes on without in %d s", strings.Join(waits, ", "), max(int(left.Round(time.Second)/time.Second), 1)))
+		}
+		op.progress(ctx, uint64(len(ready)))
 		if !sleep(ctx, readyPoll) {
 			return ctx.Err()
 		}
 	}
+}
+
+// describeWait names a member that a restore waits for. Only a leader knows who
+// is silent.
+func describeWait(st raftnode.Status, id uint64) string {
+	for _, p := range st.Peers {
+		if p.ID == id && p.Silent {
+			return fmt.Sprintf("node %d (silent)", id)
+		}
+	}
+	return fmt.Sprintf("node %d", id)
 }
 
 // swap puts the staged state in force. A repeat of one that got through changes

@@ -14,6 +14,7 @@ import (
 	"conveyor.etl/router/backup/archive"
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/snap"
 )
 
@@ -57,7 +58,7 @@ func (r *Recovery) describe(dir string, rec *shelf.Record) error {
 	}
 	rec.Counts = counts.ByName()
 	rec.Version = r.c.Version
-	if rec.Origin != shelf.Uploaded {
+	if rec.Origin != shelf.Uploaded && rec.Origin != shelf.ForRestore {
 		rec.ClusterID, rec.ClusterName = r.c.ClusterID, r.c.ClusterName
 	}
 	return nil
@@ -159,8 +160,9 @@ const uploadReserve = 512 << 20
 
 // Import reads an archive and keeps it as a snapshot with an id chosen here.
 // Everything in it is checked; on an error nothing is kept. Archives of other
-// clusters are welcome.
-func (r *Recovery) Import(ctx context.Context, in io.Reader) (shelf.Record, error) {
+// clusters are welcome. One with origin shelf.ForRestore is removed when its
+// restore has ended, or after an hour in which none used it.
+func (r *Recovery) Import(ctx context.Context, in io.Reader, origin shelf.Origin) (shelf.Record, error) {
 	done, err := r.transfer("an upload")
 	if err != nil {
 		return shelf.Record{}, err
@@ -168,7 +170,7 @@ func (r *Recovery) Import(ctx context.Context, in io.Reader) (shelf.Record, erro
 	defer done()
 	id := uuid.NewString()
 	var header archive.Header
-	rec, err := r.c.Shelf.Import(ctx, id, func(dir string) error {
+	rec, err := r.c.Shelf.Import(ctx, id, origin, func(dir string) error {
 		var err error
 		header, _, err = archive.Extract(ctx, in, archive.Limits{MaxBytes: r.c.MaxUploadBytes, ReserveBytes: uploadReserve}, r.c.FS, dir)
 		return err
@@ -190,6 +192,46 @@ func (r *Recovery) Import(ctx context.Context, in io.Reader) (shelf.Record, erro
 	r.log.Info("a snapshot was uploaded", "event", "snapshot_uploaded", "snapshot", id, "index", rec.Index,
 		"bytes", rec.Bytes, "of_cluster", rec.ClusterName, "made", rec.Created().UTC().Format(time.RFC3339))
 	return rec, nil
+}
+
+// forRestoreKept is how long a snapshot that was brought for a restore waits for
+// it. Who brought it may have been killed before asking.
+const forRestoreKept = time.Hour
+
+// tidy removes the snapshots brought for a restore that no restore needs.
+func (r *Recovery) tidy() {
+	var stale []string
+	for _, rec := range r.c.Shelf.List() {
+		if rec.Origin == shelf.ForRestore && r.c.Now().UnixMilli()-rec.ArrivedMS >= forRestoreKept.Milliseconds() {
+			stale = append(stale, rec.ID)
+		}
+	}
+	if len(stale) == 0 {
+		return
+	}
+	needed := map[string]bool{}
+	v := r.c.State.View()
+	err := v.Operations(func(op *commandpb.Operation) bool {
+		if op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
+			needed[op.SnapshotId] = true
+		}
+		return true
+	})
+	if err = errors.Join(err, v.Close()); err != nil {
+		return // the next look tries again
+	}
+	for _, id := range stale {
+		if !needed[id] {
+			r.log.Info("removing a snapshot that was brought for a restore nobody began", "snapshot", id)
+			r.drop(id)
+		}
+	}
+}
+
+func (r *Recovery) drop(id string) {
+	if _, err := r.c.Shelf.Delete(id); err != nil {
+		r.log.Warn("a snapshot that is needed no more could not be removed", "snapshot", id, "err", err)
+	}
 }
 
 // undoID is the name the undo point of an epoch's beginning is kept under.

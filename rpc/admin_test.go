@@ -14,6 +14,7 @@ import (
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
 // create creates a pipeline that has to be accepted.
@@ -398,7 +399,7 @@ func TestClusterStatus(t *testing.T) {
 	a.node.mu.Lock()
 	a.node.members = append(a.node.members, raftnode.Member{ID: 2, Addr: "n2:50052"}, raftnode.Member{ID: 3, Addr: "n3:50052"})
 	a.node.peers = []raftnode.PeerStatus{
-		{ID: 1, Match: 9, Answered: true}, {ID: 2, Match: 8, Answered: true, Silence: 50 * time.Millisecond}, {ID: 3, Match: 4},
+		{ID: 1, Match: 9, Answered: true}, {ID: 2, Match: 8, Answered: true, Silence: 50 * time.Millisecond}, {ID: 3, Match: 4, Answered: true},
 	}
 	a.node.mu.Unlock()
 	get := func() *adminpb.GetClusterStatusResponse {
@@ -419,9 +420,14 @@ func TestClusterStatus(t *testing.T) {
 		!n.LastContact.AsTime().Equal(a.clock.Now().Add(-50*time.Millisecond)) {
 		t.Fatal(n)
 	}
-	// A leader that has only just taken over.
-	if n := st.Nodes[2]; !n.Healthy || n.LastContact != nil {
-		t.Fatal(n)
+	// A leader that has only just taken over calls nobody healthy of whom it has not heard.
+	a.node.mu.Lock()
+	a.node.peers[2].Answered = false
+	a.node.mu.Unlock()
+	st = get()
+	if n := st.Nodes[2]; st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED || n.Healthy || !n.HealthUnknown || n.LastContact != nil ||
+		len(st.Alarms) != 1 || !strings.Contains(st.Alarms[0], "node 3 (n3:50052) has not answered the new leader yet") {
+		t.Fatal(st)
 	}
 	silent := func(p raftnode.PeerStatus, alarm string) {
 		t.Helper()
@@ -438,8 +444,29 @@ func TestClusterStatus(t *testing.T) {
 	silent(raftnode.PeerStatus{Silence: 3 * time.Second}, "node 3 (n3:50052) has not answered the leader since it began to lead")
 	a.node.setLeader(0, raftnode.ErrNoLeader)
 	st = get()
-	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY || st.LeaderId != 0 {
+	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY || st.LeaderId != 0 ||
+		!strings.Contains(st.Alarms[0], "there is no leader") || !strings.Contains(st.Alarms[0], "node 1 cannot reach node 3 (n3:50052)") {
 		t.Fatal(st)
+	}
+}
+
+// Goal: a cluster of two says in its status and its members that no voter may fail.
+func TestTwoVotersAreFragile(t *testing.T) {
+	a := newAPI(t)
+	a.node.mu.Lock()
+	a.node.members = append(a.node.members, raftnode.Member{ID: 2, Addr: "n2:50052"})
+	a.node.voters = []uint64{1, 2}
+	a.node.peers = []raftnode.PeerStatus{{ID: 2, Answered: true}}
+	a.node.mu.Unlock()
+	st, err := a.admin.GetClusterStatus(a.ctx(), &adminpb.GetClusterStatusRequest{})
+	noError(t, err)
+	if len(st.Alarms) != 1 || !strings.Contains(st.Alarms[0], "losing either one stops the cluster") || st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY {
+		t.Fatal(st)
+	}
+	members, err := a.cluster.ListMembers(a.ctx(), &clusterpb.ListMembersRequest{})
+	noError(t, err)
+	if !slices.Equal(members.Alarms, st.Alarms) {
+		t.Fatal(members)
 	}
 }
 

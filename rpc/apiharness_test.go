@@ -48,6 +48,7 @@ type oneNode struct {
 	readers int           // read indexes served
 	peers   []raftnode.PeerStatus
 	members []raftnode.Member
+	voters  []uint64
 	moved   []uint64
 }
 
@@ -214,7 +215,7 @@ func (n *oneNode) Status() raftnode.Status {
 	defer n.mu.Unlock()
 	return raftnode.Status{
 		ID: n.id, Term: 1, Leader: n.leader, Commit: n.index, Applied: n.index, LastIndex: n.index, Role: raftnode.RoleLeader,
-		Position: raftnode.Position{ConfState: &raftpb.ConfState{}, Members: n.members},
+		Position: raftnode.Position{ConfState: &raftpb.ConfState{Voters: n.voters}, Members: n.members},
 		Peers:    n.peers,
 	}
 }

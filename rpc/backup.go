@@ -189,7 +189,7 @@ func (a *backupAPI) ListSnapshots(ctx context.Context, req *backuppb.ListSnapsho
 		return strings.Compare(x.SnapshotId, y.SnapshotId)
 	})
 	for id, err := range failed {
-		resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %d could not be asked, its snapshots are not listed: %v", id, err))
+		resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %d could not be asked, its snapshots are not listed: %s", id, Plain(err.Error())))
 	}
 	slices.Sort(resp.Warnings)
 	return resp, nil
@@ -266,6 +266,9 @@ func (a *backupAPI) RestoreSnapshot(ctx context.Context, req *backuppb.RestoreSn
 	if err := shelf.CheckID(id); err != nil {
 		return nil, err
 	}
+	if err := checkText("source", req.GetSource(), MaxText); err != nil {
+		return nil, err
+	}
 	rec, err := a.cfg.Recovery.Get(id)
 	if err != nil {
 		if relayed(ctx) != "" {
@@ -288,7 +291,7 @@ func (a *backupAPI) RestoreSnapshot(ctx context.Context, req *backuppb.RestoreSn
 	if err := a.reader.Wait(ctx); err != nil {
 		return nil, err
 	}
-	op, err := r.Restore(ctx, id)
+	op, err := r.Restore(ctx, id, req.GetSource())
 	if err != nil {
 		return nil, err
 	}

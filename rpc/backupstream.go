@@ -143,6 +143,14 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 	}
 	ctx, cancel := context.WithCancelCause(stream.Context())
 	defer cancel(nil)
+	first, err := a.nextChunk(ctx, stream)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	origin := shelf.Uploaded
+	if first.GetTemporary() {
+		origin = shelf.ForRestore
+	}
 	in, out := io.Pipe()
 	type outcome struct {
 		rec shelf.Record
@@ -150,7 +158,7 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 	}
 	done := make(chan outcome, 1)
 	go func() {
-		rec, err := r.Import(ctx, in)
+		rec, err := r.Import(ctx, in, origin)
 		if err == nil {
 			// What comes behind the archive is no part of it.
 			err = drained(in)
@@ -163,7 +171,7 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 		in.CloseWithError(cmpErr(err, io.ErrClosedPipe))
 		done <- outcome{rec, err}
 	}()
-	err = a.receiveArchive(ctx, stream, out)
+	err = a.receiveArchive(ctx, stream, first, err, out)
 	if err != nil {
 		cancel(err)
 	}
@@ -206,16 +214,21 @@ func drained(in io.Reader) error {
 	return err
 }
 
+// nextChunk waits for the next chunk of an upload, for as long as a transfer may
+// stand still.
+func (a *backupAPI) nextChunk(ctx context.Context, stream backuppb.BackupService_UploadSnapshotServer) (chunk *backuppb.DataChunk, err error) {
+	err = a.idle.bound(ctx, "sent nothing", func() (err error) {
+		chunk, err = stream.Recv()
+		return err
+	})
+	return chunk, err
+}
+
 // receiveArchive writes the chunks of stream to out. It returns errImportEnded
-// when the reader of out has given up.
-func (a *backupAPI) receiveArchive(ctx context.Context, stream backuppb.BackupService_UploadSnapshotServer, out io.Writer) error {
+// when the reader of out has given up. chunk and err are what came first.
+func (a *backupAPI) receiveArchive(ctx context.Context, stream backuppb.BackupService_UploadSnapshotServer, chunk *backuppb.DataChunk, err error, out io.Writer) error {
 	var at uint64
-	for {
-		var chunk *backuppb.DataChunk
-		err := a.idle.bound(ctx, "sent nothing", func() (err error) {
-			chunk, err = stream.Recv()
-			return err
-		})
+	for ; ; chunk, err = a.nextChunk(ctx, stream) {
 		if errors.Is(err, ErrStalled) {
 			return fmt.Errorf("%w after %d bytes; nothing was kept: send the archive again from its beginning", err, at)
 		}

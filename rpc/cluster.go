@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+
+	"google.golang.org/grpc/codes"
 
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
@@ -21,6 +24,19 @@ type clusterAPI struct {
 // TransferLeader moves leadership to a node, or to the best one. It works on
 // every node.
 func (a *clusterAPI) TransferLeader(ctx context.Context, req *clusterpb.TransferLeaderRequest) (*clusterpb.TransferLeaderResponse, error) {
+	if id := req.GetNodeId(); id != 0 {
+		st := a.cfg.Node.Status()
+		m, known := st.Position.Member(id)
+		switch {
+		case st.Leader != st.ID: // who leads knows better
+		case !known || m.Removed:
+			return nil, newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id),
+				"NOT_A_MEMBER", NotDone, 0, nil).Err()
+		case !slices.Contains(st.Position.ConfState.GetVoters(), id):
+			return nil, newStatus(codes.FailedPrecondition, fmt.Sprintf("node %d is a learner and cannot lead; nothing was changed: promote it first", id),
+				"LEARNER", NotDone, 0, nil).Err()
+		}
+	}
 	err := a.cfg.Node.TransferLeader(ctx, req.GetNodeId())
 	var elsewhere *raftnode.NotLeaderError
 	if errors.As(err, &elsewhere) {

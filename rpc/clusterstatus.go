@@ -31,13 +31,13 @@ func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterSt
 	}
 	conn, rctx, err := a.relay.connect(ctx)
 	if err != nil {
-		return own, nil
+		return onlyOwn(own), nil
 	}
 	rctx, cancel := context.WithTimeout(rctx, relayTimeout)
 	defer cancel()
 	theirs, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(rctx, &adminpb.GetClusterStatusRequest{})
 	if err != nil || theirs.GetClusterId() != own.ClusterId {
-		return own, nil
+		return onlyOwn(own), nil
 	}
 	// The indexes stay those of the node that was asked.
 	own.LeaderId, own.Term = theirs.GetLeaderId(), max(theirs.GetTerm(), own.Term)
@@ -65,6 +65,20 @@ func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterSt
 	return own, nil
 }
 
+// onlyOwn says of what this node knows that the leader has not confirmed it: it
+// is not enough to call the cluster healthy.
+func onlyOwn(own *adminpb.GetClusterStatusResponse) *adminpb.GetClusterStatusResponse {
+	if own.LeaderId == 0 {
+		return own // the alarms say so
+	}
+	if own.Health == adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY {
+		own.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED
+	}
+	own.Alarms = append([]string{fmt.Sprintf("the leader, node %d, cannot be reached from node %d; what is shown is what node %d knows, and may be out of date",
+		own.LeaderId, own.NodeId, own.NodeId)}, own.Alarms...)
+	return own
+}
+
 // clusterStatus is what this node knows.
 func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusResponse {
 	now := a.cfg.Now()
@@ -78,10 +92,13 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 		ClusterName:  a.cfg.ClusterName,
 		Revision:     a.cfg.State.Revision(),
 		Version:      a.cfg.Version,
-		Alarms:       a.cfg.Alarms(),
+	}
+	for _, alarm := range a.cfg.Alarms() {
+		resp.Alarms = append(resp.Alarms, Plain(alarm))
 	}
 	learners := st.Position.ConfState.GetLearners()
-	silent := 0
+	silent := 0 // voters
+	var unreached []string
 	for _, m := range raftnode.Live(st.Position.Members) {
 		n := &adminpb.NodeStatus{
 			NodeId:        m.ID,
@@ -98,18 +115,27 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 		}
 		a.describeNode(n, st, now)
 		resp.Nodes = append(resp.Nodes, n)
-		if n.Healthy || learner {
+		if n.Healthy {
 			continue
 		}
-		silent++
+		if !learner {
+			silent++
+		}
 		if st.Leader == st.ID {
 			resp.Alarms = append(resp.Alarms, silence(n, now))
+		} else {
+			unreached = append(unreached, fmt.Sprintf("node %d (%s)", n.NodeId, n.Address))
 		}
 	}
+	resp.Alarms = append(resp.Alarms, fragile(st.Position.ConfState.GetVoters())...)
 	switch {
 	case st.Leader == 0:
 		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY
-		resp.Alarms = append(resp.Alarms, "there is no leader: writes wait; a majority of the voters must be up and reach each other")
+		alarm := "there is no leader: writes wait; a majority of the voters must be up and reach each other"
+		if len(unreached) > 0 {
+			alarm += fmt.Sprintf("; node %d cannot reach %s", st.ID, strings.Join(unreached, ", "))
+		}
+		resp.Alarms = append(resp.Alarms, alarm)
 	case a.cfg.Gate.Reason() != "": // the alarms say why
 		resp.Health = adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY
 	case silent > 0:
@@ -135,7 +161,7 @@ func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now t
 		if p.ID != n.NodeId {
 			continue
 		}
-		n.Healthy, n.MatchIndex = !p.Silent, p.Match
+		n.Healthy, n.HealthUnknown, n.MatchIndex = p.Answered && !p.Silent, !p.Answered && !p.Silent, p.Match
 		if p.Answered {
 			n.LastContact = timestamppb.New(now.Add(-p.Silence))
 		}
@@ -146,6 +172,9 @@ func (a *adminAPI) describeNode(n *adminpb.NodeStatus, st raftnode.Status, now t
 }
 
 func silence(n *adminpb.NodeStatus, now time.Time) string {
+	if n.HealthUnknown {
+		return fmt.Sprintf("node %d (%s) has not answered the new leader yet", n.NodeId, n.Address)
+	}
 	since := "since it began to lead"
 	if n.LastContact != nil {
 		since = "for " + now.Sub(n.LastContact.AsTime()).Round(time.Second).String()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -77,20 +78,41 @@ func (a *clusterAPI) ListMembers(ctx context.Context, req *clusterpb.ListMembers
 	}
 	conn, rctx, err := a.relay.connect(ctx)
 	if err != nil {
-		return own, nil
+		return a.ownMembers(own), nil
 	}
 	rctx, cancel := context.WithTimeout(rctx, relayTimeout)
 	defer cancel()
 	theirs, err := clusterpb.NewClusterClient(conn).ListMembers(rctx, req)
 	if err != nil || theirs.GetClusterId() != own.ClusterId {
-		return own, nil
+		return a.ownMembers(own), nil
 	}
 	return theirs, nil
+}
+
+// ownMembers says of what this node knows that it may be out of date.
+func (a *clusterAPI) ownMembers(own *clusterpb.ListMembersResponse) *clusterpb.ListMembersResponse {
+	own.Stale = true
+	why := fmt.Sprintf("the leader, node %d, cannot be reached from node %d", own.LeaderId, own.NodeId)
+	if own.LeaderId == 0 {
+		why = "there is no leader: a majority of the voters must be up and reach each other, nothing can be written and the membership cannot be changed"
+		var unreached []string
+		for _, m := range own.Members {
+			if !m.Healthy {
+				unreached = append(unreached, fmt.Sprintf("node %d (%s)", m.NodeId, m.PeerAddr))
+			}
+		}
+		if len(unreached) > 0 {
+			why += fmt.Sprintf("; node %d cannot reach %s", own.NodeId, strings.Join(unreached, ", "))
+		}
+	}
+	own.Alarms = append([]string{fmt.Sprintf("%s; what is shown is what node %d knows, and may be out of date", why, own.NodeId)}, own.Alarms...)
+	return own
 }
 
 func (a *clusterAPI) listMembers(st raftnode.Status) *clusterpb.ListMembersResponse {
 	resp := &clusterpb.ListMembersResponse{
 		ClusterId: fmt.Sprintf("%016x", a.cfg.ClusterID), ClusterName: a.cfg.ClusterName, LeaderId: st.Leader, Term: st.Term,
+		NodeId: st.ID,
 	}
 	for _, m := range st.Position.Members {
 		if m.Removed {
@@ -99,7 +121,16 @@ func (a *clusterAPI) listMembers(st raftnode.Status) *clusterpb.ListMembersRespo
 		}
 		resp.Members = append(resp.Members, a.describeMember(st, m))
 	}
+	resp.Alarms = append(resp.Alarms, fragile(st.Position.ConfState.GetVoters())...)
 	return resp
+}
+
+// fragile says of a group that no voter of it may fail.
+func fragile(voters []uint64) []string {
+	if len(voters) != 2 {
+		return nil // of one, everybody knows
+	}
+	return []string{fmt.Sprintf("there are two voters, %d and %d: losing either one stops the cluster; let a third node join", voters[0], voters[1])}
 }
 
 func (a *clusterAPI) describeMember(st raftnode.Status, m raftnode.Member) *clusterpb.Member {
@@ -122,7 +153,8 @@ func (a *clusterAPI) describeMember(st raftnode.Status, m raftnode.Member) *clus
 	}
 	for _, p := range st.Peers {
 		if p.ID == m.ID {
-			out.Healthy, out.MatchIndex, out.State = !p.Silent, p.Match, p.State
+			out.Healthy, out.MatchIndex, out.State = p.Answered && !p.Silent, p.Match, p.State
+			out.HealthUnknown = !p.Answered && !p.Silent
 			if p.Match < st.Commit {
 				out.Lag = st.Commit - p.Match
 			}

@@ -24,7 +24,7 @@ func operationToAPI(op *commandpb.Operation) *clusterpb.Operation {
 	}
 	return &clusterpb.Operation{
 		OperationId: op.OperationId, Kind: op.Kind, State: clusterpb.OperationState(op.State), Subject: op.Subject,
-		NodeId: op.NodeId, Phase: op.Phase, Done: op.Done, Total: op.Total, Unit: op.Unit, Message: op.Message,
+		NodeId: op.NodeId, Phase: op.Phase, Done: op.Done, Total: op.Total, Unit: op.Unit, Message: Plain(op.Message),
 		StartedAt: at(op.StartedAtMs), UpdatedAt: at(op.UpdatedAtMs), EndedAt: at(op.EndedAtMs),
 		CancelRequested: op.CancelRequested, Revision: op.ModRevision,
 	}
@@ -132,7 +132,7 @@ func (a *clusterAPI) UndoRestore(ctx context.Context, req *clusterpb.UndoRestore
 	if err != nil {
 		return nil, err
 	}
-	opID, err := a.cfg.Recovery.Restore(ctx, id)
+	opID, err := a.cfg.Recovery.Restore(ctx, id, fmt.Sprintf("the state before the last restore (snapshot %s)", id))
 	if err != nil {
 		return nil, err
 	}

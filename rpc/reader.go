@@ -287,8 +287,12 @@ func (r *Reader) readIndex(ctx, wait context.Context, limit time.Duration) (uint
 			return 0, ctx.Err()
 		}
 		if wait.Err() != nil {
-			return 0, fmt.Errorf("%w that answered within %v (last: %v); nothing was read or changed: try again, "+
-				"or read with metadata %s: stale", raftnode.ErrNoLeader, limit, last, MetadataConsistency)
+			text := ""
+			if !errors.Is(last, raftnode.ErrNoLeader) {
+				text = fmt.Sprintf(" (last: %v)", last)
+			}
+			return 0, fmt.Errorf("%w that answered within %v%s; nothing was read or changed: try again, "+
+				"or read with metadata %s: stale", raftnode.ErrNoLeader, limit.Round(100*time.Millisecond), text, MetadataConsistency)
 		}
 	}
 }

@@ -180,7 +180,7 @@ func (a *clusterAPI) preflight(ctx context.Context, st raftnode.Status, from, to
 	asked := a.cfg.Now()
 	info, err := a.askPreflight(ctx, to, others)
 	if err != nil {
-		check("reach", false, "node %d does not answer: %v", to, err)
+		check("reach", false, "node %d does not answer: %s", to, Plain(err.Error()))
 		return checks
 	}
 	took := a.cfg.Now().Sub(asked)
@@ -257,7 +257,7 @@ func (a *clusterAPI) reachedBy(ctx context.Context, st raftnode.Status, others [
 			defer mu.Unlock()
 			switch {
 			case err != nil:
-				faults = append(faults, fmt.Sprintf("node %d does not answer: %v", m.ID, err))
+				faults = append(faults, fmt.Sprintf("node %d does not answer: %s", m.ID, Plain(err.Error())))
 			case len(info.GetUnreachable()) > 0:
 				faults = append(faults, fmt.Sprintf("node %d does not reach node %d at %s", m.ID, next.ID, next.Addr))
 			}

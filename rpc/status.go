@@ -143,8 +143,8 @@ func statusTable() []statusRow {
 }
 
 // Status returns the gRPC status of err, and nil for nil. It is the only place
-// where an error becomes a code. An err that is a status error already is
-// returned as it is. An error that no row knows becomes INTERNAL with a fixed
+// where an error becomes a code, and where its text is made plain. An err that is a
+// status error already is returned as it is. An error that no row knows becomes INTERNAL with a fixed
 // text: what went wrong inside is for the log, not for callers.
 func Status(err error) *status.Status {
 	if err == nil {
@@ -160,7 +160,7 @@ func Status(err error) *status.Status {
 	var notLeader *raftnode.NotLeaderError
 	ambiguous := errors.Is(err, raftnode.ErrAmbiguous)
 	if !ambiguous && errors.As(err, &notLeader) {
-		return newStatus(codes.Unavailable, err.Error(), "NOT_LEADER", NotDone, 50*time.Millisecond, map[string]string{
+		return newStatus(codes.Unavailable, Plain(err.Error()), "NOT_LEADER", NotDone, 50*time.Millisecond, map[string]string{
 			"leader":    strconv.FormatUint(notLeader.Leader, 10),
 			"peer_addr": notLeader.Addr,
 			"term":      strconv.FormatUint(notLeader.Term, 10),
@@ -168,7 +168,7 @@ func Status(err error) *status.Status {
 	}
 	for _, row := range statusTable() {
 		if errors.Is(err, row.is) {
-			return newStatus(row.code, err.Error(), row.reason, row.outcome, row.retry, revisionOf(err))
+			return newStatus(row.code, Plain(err.Error()), row.reason, row.outcome, row.retry, revisionOf(err))
 		}
 	}
 	return newStatus(codes.Internal, "internal error; the log of the node has the details",

@@ -7,8 +7,10 @@ import (
 	"slices"
 
 	"conveyor.etl/router/control"
+	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
@@ -19,6 +21,9 @@ func newChecker(s *Server) *control.Checker {
 	}
 	return control.NewChecker(control.CheckerConfig{
 		Self: s.c.NodeID, Node: s.node, State: s.disk.fsm, Members: s.transport, Electorate: s.electorate,
+		Silent: func(id uint64) bool {
+			return slices.ContainsFunc(s.node.Status().Peers, func(p raftnode.PeerStatus) bool { return p.ID == id && p.Silent })
+		},
 		Nudge: s.nudge, Diverged: s.divergedLeader, Agreed: s.agreed, Hold: s.gate.Hold, Release: s.gate.Release,
 		Interval: interval, Logger: s.log.With("part", "check"),
 	})
@@ -64,7 +69,7 @@ func (s *Server) checkState(ctx context.Context, full bool) (*clusterpb.CheckSta
 			state.Hashes["all"] = hex.EncodeToString(m.Full)
 		}
 		if m.Err != nil {
-			state.Error = m.Err.Error()
+			state.Error = rpc.Plain(m.Err.Error())
 		}
 		resp.Members = append(resp.Members, state)
 	}

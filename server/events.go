@@ -20,6 +20,9 @@ func eventLog(log *slog.Logger) raftnode.EventListener {
 		},
 		MembershipChanged: func(p raftnode.Position) {
 			log.Info("membership", "event", "membership_changed", "index", p.Index, "voters", p.ConfState.GetVoters(), "learners", p.ConfState.GetLearners())
+			if len(p.ConfState.GetVoters()) == 2 && len(p.ConfState.GetVotersOutgoing()) == 0 {
+				log.Warn("there are two voters now: losing either one stops the cluster; let a third node join", "event", "fragile", "voters", p.ConfState.GetVoters())
+			}
 		},
 		ImageBuilt: func(d time.Duration, index uint64, bytes int64, err error) {
 			if err != nil {

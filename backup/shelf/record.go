@@ -25,6 +25,8 @@ const (
 	// Temporary is a step of a backup that is made elsewhere; it does not outlive
 	// the process.
 	Temporary Origin = "temporary"
+	// ForRestore was brought here for one restore, and goes when that has ended.
+	ForRestore Origin = "for a restore"
 )
 
 // Record describes one snapshot.

@@ -277,9 +277,9 @@ func (s *Shelf) Create(ctx context.Context, id string, origin Origin,
 }
 
 // Import makes snapshot id of the image that fill writes; see snap.Store.Import.
-func (s *Shelf) Import(ctx context.Context, id string,
+func (s *Shelf) Import(ctx context.Context, id string, origin Origin,
 	fill func(dir string) error, describe func(dir string, r *Record) error) (Record, error) {
-	return s.add(ctx, id, Uploaded, describe, func(look func(string) error) (snap.Info, error) {
+	return s.add(ctx, id, origin, describe, func(look func(string) error) (snap.Info, error) {
 		return s.images.Import(ctx, func(dir string) error {
 			if err := fill(dir); err != nil {
 				return err
@@ -330,19 +330,23 @@ func (s *Shelf) add(ctx context.Context, id string, origin Origin, describe func
 	return r, nil
 }
 
-// counts reports whether a snapshot is one that users keep.
-func (r *Record) counts() bool { return r.Origin != Undo && r.Origin != Temporary }
+// counts reports whether a snapshot is one that users keep, and that takes the
+// place of an older one.
+func (r *Record) counts() bool { return r.takesRoom() && r.Origin != ForRestore }
+
+// takesRoom reports whether the quota of bytes is for this snapshot.
+func (r *Record) takesRoom() bool { return r.Origin != Undo && r.Origin != Temporary }
 
 // checkQuota refuses a snapshot that does not fit. Shared images count once.
 func (s *Shelf) checkQuota(r *Record) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !r.counts() {
+	if !r.takesRoom() {
 		return nil
 	}
 	sizes := map[string]int64{r.Image: r.Bytes}
 	for _, have := range s.records {
-		if have.counts() {
+		if have.takesRoom() {
 			sizes[have.Image] = have.Bytes
 		}
 	}

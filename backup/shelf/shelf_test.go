@@ -211,11 +211,11 @@ func TestImport(t *testing.T) {
 	}
 	nothing := func(string, *Record) error { return nil }
 	for _, damage := range []string{"000001.sst", "000002.sst", "MANIFEST"} {
-		if _, err := s.Import(t.Context(), "b", fill(damage), nothing); !errors.Is(err, snap.ErrCorrupt) {
+		if _, err := s.Import(t.Context(), "b", Uploaded, fill(damage), nothing); !errors.Is(err, snap.ErrCorrupt) {
 			t.Errorf("damaged %s: %v", damage, err)
 		}
 	}
-	got := must[Record](t)(s.Import(t.Context(), "b", fill(""), nothing))
+	got := must[Record](t)(s.Import(t.Context(), "b", Uploaded, fill(""), nothing))
 	if got.Origin != Uploaded || got.Index != 7 {
 		t.Fatalf("%+v", got)
 	}
@@ -227,7 +227,7 @@ func TestImport(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := s.Import(ctx, "c", fill(""), nothing); !errors.Is(err, context.Canceled) {
+	if _, err := s.Import(ctx, "c", Uploaded, fill(""), nothing); !errors.Is(err, context.Canceled) {
 		t.Fatalf("cancelled: %v", err)
 	}
 	if names, _ := f.List("backups/images"); len(names) != 1 {
@@ -255,7 +255,7 @@ func TestSuspectSnapshots(t *testing.T) {
 	}
 	must[Record](t)(put(t, f, s, "since", "b"))
 	r := must[*Reader](t)(s.Open("before"))
-	must[Record](t)(s.Import(t.Context(), "uploaded", func(dir string) error {
+	must[Record](t)(s.Import(t.Context(), "uploaded", Uploaded, func(dir string) error {
 		err := f.MkdirAll(dir, 0o755)
 		for _, name := range []string{"MANIFEST", "000001.sst"} {
 			err = errors.Join(err, vfs.Copy(f, f.PathJoin(r.Dir(), name), f.PathJoin(dir, name)))

@@ -11,6 +11,7 @@ import (
 	"conveyor.etl/router/manifest"
 	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/rpc/client"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 )
 
@@ -60,8 +61,9 @@ func newPipelineApplyCommand(a *app) *cobra.Command {
 		Long: `Create pipelines or change them to what the files say. Files hold Source,
 Transform, Sink and Pipeline resources, or whole PipelineConfigs. A pipeline that
 is already as declared is left alone. All files are checked before anything is
-sent; then each pipeline is applied by itself, and the exit code is that of the
-first that failed.`,
+sent; then each pipeline is applied by itself, with --timeout for each, and the exit
+code is that of the first that failed. When the cluster does not answer, the rest is
+not sent.`,
 		Example: "  router pipeline apply -f examples/\n  router pipeline get default/orders -o yaml | router pipeline apply -f -",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -79,10 +81,14 @@ first that failed.`,
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var errs []error
 				done := []applied{}
-				for _, p := range set.Pipelines {
-					r, err := apply(ctx, c, p.Config, expected, dryRun)
+				for i, p := range set.Pipelines {
+					r, err := a.apply(cmd, ctx, c, p.Config, expected, dryRun)
 					if err != nil {
 						errs = append(errs, err)
+						if left := len(set.Pipelines) - i - 1; left > 0 && clusterFailed(err) {
+							errs = append(errs, fmt.Errorf("%d more pipelines were not sent", left))
+							break
+						}
 						continue
 					}
 					done = append(done, r)
@@ -122,16 +128,34 @@ func (r applied) String() string {
 	return "pipeline " + r.Pipeline + " " + r.Result
 }
 
-// apply makes one pipeline what p says.
-func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (applied, error) {
+// clusterFailed tells the failures that another pipeline would meet too.
+func clusterFailed(err error) bool {
+	code := exitCode(err)
+	return code == exitUnavailable || code == exitDeadline
+}
+
+// apply makes one pipeline what p says. talk is what it keeps of the conversation:
+// the deadline is its own, or the first of many that waits would leave none for
+// the last.
+func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (applied, error) {
+	ctx, cancel := a.quick(context.WithoutCancel(talk))
+	defer cancel()
+	defer context.AfterFunc(cmd.Context(), cancel)()
 	id := p.GetId()
 	before, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
 	if err != nil {
-		return applied{}, about("pipeline "+id, err)
+		return applied{}, readError{about("pipeline "+id+" was not applied", err)}
 	}
 	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
 		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
 	})
+	if err != nil && !dryRun && client.OutcomeOf(err) == client.Unknown {
+		what := "apply it again: a pipeline that is as declared already is left alone"
+		if expected != nil {
+			what = fmt.Sprintf("'router pipeline get %s' shows which version there is", id)
+		}
+		return applied{}, codedError{exitDeadline, fmt.Errorf("pipeline %s: it is not known whether it was applied: %s\nTo find out, %s.", id, plain(err), what)}
+	}
 	if err != nil {
 		return applied{}, about("pipeline "+id, err)
 	}

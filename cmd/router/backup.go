@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"regexp"
 	"strings"
@@ -12,23 +11,14 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
 	"conveyor.etl/router/output"
-	"conveyor.etl/router/rpc/client"
 	"conveyor.etl/router/rpc/routerpb/backuppb"
 )
 
 const (
-	// slowCall bounds a call that reads the whole state, unless --timeout was
-	// given.
-	slowCall = 10 * time.Minute
-	// connectTime is how long a node may take to be connected to before the
-	// next one is tried.
-	connectTime = 3 * time.Second
 	// tidyTime bounds what is done after the real work, or after Ctrl-C.
 	tidyTime = 10 * time.Second
 )
@@ -62,10 +52,10 @@ be, and is given up when nothing has moved for --patience.
 To make a new cluster from a backup, or a backup of a node that does not run, use
 'router snapshot'.
 
-Exit codes: 0 done, 1 error, 2 wrong use, 3 no such backup, 4 there is one already
-or another restore runs, 5 no node answered, 7 a deadline passed (outcome unknown,
-or the restore goes on), 8 the backup is damaged, or the restore failed and nothing
-was changed.`,
+Of the exit codes ('router help exit-codes'): 3 no such backup, 4 there is one already or
+another restore runs, 5 no node answered, 7 a deadline passed (outcome unknown, or
+the restore goes on), 8 the backup is damaged, or the restore failed and nothing was
+changed.`,
 	}
 	cmd.AddCommand(newBackupCreateCommand(a), newBackupListCommand(a), newBackupDescribeCommand(a), newBackupVerifyCommand(a),
 		newBackupRestoreCommand(a), newBackupDeleteCommand(a), newBackupCleanupCommand(a), newUndoRestoreCommand(a))
@@ -81,14 +71,14 @@ type placeFlag struct{ text string }
 func (p *placeFlag) String() string { return p.text }
 func (p *placeFlag) Type() string   { return "url" }
 
-// Set refuses what looks like a node: in these commands -s is the source, as
+// Set refuses what looks like a node: in these commands -s is the store, as
 // existing tools have it, and elsewhere the server.
 func (p *placeFlag) Set(text string) error {
 	if p.text != "" {
 		return errors.New("given twice")
 	}
 	if hostPort.MatchString(text) {
-		return errors.New("that is a node, not a place of backups; name nodes by --server or --target")
+		return errors.New("that is a node, not a place of backups; name nodes by --server (-s is the store in the backup commands)")
 	}
 	// Whether it is a location is found out when it is opened: the message for
 	// a flag would repeat a password that somebody has put into it.
@@ -96,14 +86,19 @@ func (p *placeFlag) Set(text string) error {
 	return nil
 }
 
-func destFlag(cmd *cobra.Command, p *placeFlag, help string) {
+// storeFlags adds the flags that name a store. Existing tools call it --dest where
+// backups are made and cleaned up, and --source where they are read; each command
+// takes both names, so that nobody has to remember which is which. In all of
+// these commands -s is the store: --server keeps its long name, and no letter has
+// two meanings.
+func (a *app) storeFlags(cmd *cobra.Command, p *placeFlag, help string) {
 	cmd.Flags().VarP(p, "dest", "d", help)
+	cmd.Flags().VarP(p, "source", "s", "the same as --dest (-s is not --server in the backup commands)")
+	a.serverFlag(cmd)
 }
 
-// sourceFlag takes -s for the source of a backup. --server keeps its long name,
-// so that no command has two meanings of one letter.
-func (a *app) sourceFlag(cmd *cobra.Command, p *placeFlag) {
-	cmd.Flags().VarP(p, "source", "s", "store of the backup; without it, the snapshots on the nodes (-s is not --server here)")
+// serverFlag is --server without its letter.
+func (a *app) serverFlag(cmd *cobra.Command) {
 	cmd.Flags().StringSliceVar(&a.servers, "server", a.servers, "client addresses (host:port) of one or more nodes; env CONVEYOR_ROUTER_SERVER")
 }
 
@@ -118,48 +113,9 @@ func (n *nodesFlag) String() string { return strings.Join(n.nodes, ",") }
 func (n *nodesFlag) Type() string   { return "nodes" }
 
 func (n *nodesFlag) Set(text string) error {
-	for _, node := range strings.Split(text, ",") {
-		node = strings.TrimSuffix(strings.TrimPrefix(strings.TrimSpace(node), "http://"), "/")
-		if _, _, err := net.SplitHostPort(node); err != nil {
-			return fmt.Errorf("%q is not host:port", node)
-		}
-		n.nodes = append(n.nodes, node)
-	}
-	return nil
-}
-
-// cluster returns a client of nodes that fails over between them. Its calls
-// take as long as their context allows.
-func (a *app) cluster(cmd *cobra.Command, nodes []string) (*client.Client, error) {
-	c, err := client.Dial(nodes, client.Options{
-		Timeout: slowCall, AttemptTimeout: slowCall,
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
-			MinConnectTimeout: connectTime,
-		})},
-	})
-	if err != nil {
-		return nil, usageError{cmd, err}
-	}
-	if len(nodes) > 1 {
-		// What has an effect is not tried on a second node when a connection
-		// fails: it might be done twice. So a node that answers is looked for
-		// first, by a question that any of them can answer.
-		ctx, cancel := a.quick(cmd.Context())
-		defer cancel()
-		if _, err := c.Backup().ListSnapshots(ctx, &backuppb.ListSnapshotsRequest{LocalOnly: true}); err != nil {
-			return nil, errors.Join(err, c.Close())
-		}
-	}
-	return c, nil
-}
-
-// quick bounds a call that is answered at once.
-func (a *app) quick(ctx context.Context) (context.Context, context.CancelFunc) {
-	if a.timeout <= 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeout(ctx, a.timeout)
+	nodes, err := nodeAddresses(strings.Split(text, ","))
+	n.nodes = append(n.nodes, nodes...)
+	return err
 }
 
 // slow bounds a call that reads or writes the whole state: by --timeout only
@@ -180,13 +136,27 @@ func tidy(ctx context.Context) (context.Context, context.CancelFunc) {
 // elsewhere, and nothing where a program reads the result.
 func (a *app) progress(title string, inBytes bool) *output.Progress {
 	mode := output.LineProgress
-	if f, ok := a.stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) && a.getenv("TERM") != "dumb" {
+	f, terminal := a.stderr.(*os.File)
+	if terminal && term.IsTerminal(int(f.Fd())) && a.getenv("TERM") != "dumb" {
 		mode = output.BarProgress
 	}
 	if a.format != output.Table {
 		mode = output.NoProgress
 	}
-	return output.NewProgress(a.stderr, mode, title, inBytes)
+	p := output.NewProgress(a.stderr, mode, title, inBytes)
+	if mode == output.BarProgress {
+		p.Fit(func() int {
+			columns, _, err := term.GetSize(int(f.Fd()))
+			if err != nil {
+				return 0
+			}
+			return columns
+		})
+	}
+	a.showing.Lock()
+	a.shown = p
+	a.showing.Unlock()
+	return p
 }
 
 // noteKept says that a snapshot was left on a node.
@@ -194,27 +164,6 @@ func (a *app) noteKept(id string, err error) {
 	if err != nil {
 		fmt.Fprintf(a.stderr, "Warning: snapshot %s stays on its node: %v\n", output.Clean(id), err)
 	}
-}
-
-// backupError gives the failures of stores and archives their exit codes.
-func backupError(err error) error {
-	var code int
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, backup.ErrInvalidURL), errors.Is(err, backup.ErrInvalidID):
-		code = exitUsage
-	case errors.Is(err, backup.ErrNotFound):
-		code = exitNotFound
-	case errors.Is(err, backup.ErrExists):
-		code = exitConflict
-	case errors.Is(err, backup.ErrDamaged), errors.Is(err, backup.ErrIncomplete), errors.Is(err, archive.ErrCorrupt),
-		errors.Is(err, archive.ErrNotArchive), errors.Is(err, archive.ErrNewerFormat), errors.Is(err, archive.ErrTooLarge):
-		code = exitCheckFailed
-	default:
-		return err
-	}
-	return codedError{code, err}
 }
 
 // withStore opens a store for one command.
@@ -225,9 +174,9 @@ func withStore(ctx context.Context, place string, create bool, use func(*backup.
 	}
 	s, err := open(ctx, place)
 	if err != nil {
-		return backupError(err)
+		return err
 	}
-	return backupError(errors.Join(use(s), s.Close()))
+	return errors.Join(use(s), s.Close())
 }
 
 var compressions = map[archive.Compression]backuppb.CompressionType{

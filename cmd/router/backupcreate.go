@@ -71,7 +71,7 @@ On an error, and after Ctrl-C, nothing is left in the store.`,
 			})
 		},
 	}
-	destFlag(cmd, &o.dest, "store to put the backup in; without it, the snapshot stays on its node")
+	a.storeFlags(cmd, &o.dest, "store to put the backup in; without it, the snapshot stays on its node")
 	flags := cmd.Flags()
 	flags.VarP(&o.nodes, "router", "r", "nodes to take the backup from, as --server")
 	flags.StringVarP(&o.compression, "compression", "c", "zstd", "zstd, gzip or none")

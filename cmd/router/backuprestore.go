@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -13,6 +14,7 @@ import (
 
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/client"
 	"conveyor.etl/router/rpc/routerpb/backuppb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
@@ -65,14 +67,15 @@ ends it.`,
 					return err
 				}
 				defer c.Close()
-				return a.restoreSnapshot(cmd, c, id, &o)
+				_, err = a.restoreSnapshot(cmd, c, snapshotToRestore{id: id, name: "snapshot " + id}, &o)
+				return err
 			}
 			return withStore(cmd.Context(), o.source.text, false, func(s *backup.Store) error {
 				return a.restoreBackup(cmd, s, id, &o)
 			})
 		},
 	}
-	a.sourceFlag(cmd, &o.source)
+	a.storeFlags(cmd, &o.source, "store of the backup; without it, the snapshots on the nodes")
 	flags := cmd.Flags()
 	flags.VarP(&o.target, "target", "t", "nodes of the cluster to restore, as --server")
 	flags.BoolVar(&o.validateOnly, "validate-only", false, "check the backup and show what would change; change nothing")
@@ -110,7 +113,7 @@ func (a *app) restoreBackup(cmd *cobra.Command, s *backup.Store, id string, o *r
 	reply, err := c.Upload(ctx, func(ctx context.Context) (io.ReadCloser, error) {
 		r, _, err := s.Get(ctx, id)
 		return r, err
-	}, o.patience, func(sent int64) { shown.Set(sent, int64(m.SizeBytes)) })
+	}, o.patience, true, func(sent int64) { shown.Set(sent, int64(m.SizeBytes)) })
 	if err != nil {
 		shown.End()
 		if status.Code(err) == codes.DataLoss {
@@ -119,54 +122,75 @@ func (a *app) restoreBackup(cmd *cobra.Command, s *backup.Store, id string, o *r
 		return about("upload of backup "+id, err)
 	}
 	shown.Done(int64(m.SizeBytes))
-	// The copy is needed no more once all is over, and by the restore until then.
-	remove := func() {
-		ctx, cancel := tidy(ctx)
-		defer cancel()
-		_, err := c.Backup().DeleteSnapshot(ctx, &backuppb.DeleteSnapshotRequest{SnapshotId: reply.GetSnapshotId()})
-		a.noteKept(reply.GetSnapshotId(), err)
+	begun, err := a.restoreSnapshot(cmd, c, snapshotToRestore{
+		id: reply.GetSnapshotId(), name: "backup " + id, source: clipText(fmt.Sprintf("backup %s in %s", id, s.Location())),
+	}, o)
+	if begun {
+		return err // the node removes the copy when the restore has ended
 	}
-	err = a.restoreSnapshot(cmd, c, reply.GetSnapshotId(), o)
-	if !errors.As(err, new(goesOnError)) {
-		remove()
+	tctx, cancel := tidy(ctx)
+	defer cancel()
+	if _, derr := c.Backup().DeleteSnapshot(tctx, &backuppb.DeleteSnapshotRequest{SnapshotId: reply.GetSnapshotId()}); derr != nil {
+		a.notice("Warning: the copy of the backup, snapshot %s, was not removed from its node, which removes it by itself within an hour: %s",
+			reply.GetSnapshotId(), plain(derr))
 	}
 	return err
 }
 
-func (a *app) restoreSnapshot(cmd *cobra.Command, c *client.Client, id string, o *restoring) error {
+// clipText bounds what goes into a field of free text.
+func clipText(s string) string {
+	if len(s) <= rpc.MaxText {
+		return s
+	}
+	return strings.ToValidUTF8(s[:rpc.MaxText-3], "") + "..."
+}
+
+// snapshotToRestore is a snapshot on a node. name is what its user calls it,
+// source what the operation is to show; empty for a snapshot of its own.
+type snapshotToRestore struct{ id, name, source string }
+
+// restoreSnapshot reports whether the restore was begun, and perhaps goes on.
+func (a *app) restoreSnapshot(cmd *cobra.Command, c *client.Client, snap snapshotToRestore, o *restoring) (begun bool, err error) {
 	if !o.yes || o.validateOnly {
-		reply, err := a.validate(cmd, c, id)
-		if err != nil {
-			return err
+		if done, err := a.showDifference(cmd, c, snap, o.validateOnly); err != nil || done {
+			return false, err
 		}
-		if a.format != output.Table {
-			return output.Document(a.stdout, a.format, reply)
-		}
-		if err := a.printDifference(reply); err != nil || o.validateOnly {
-			return err
-		}
-		if err := a.confirm("Replace the state of the cluster at " + c.Endpoint() + " by this?"); err != nil {
-			return err
+		if err := a.confirm(cmd.Context(), "Replace the state of the cluster at "+c.Endpoint()+" by this?"); err != nil {
+			return false, err
 		}
 	}
 	ctx, cancel := a.slow(cmd, cmd.Context())
 	defer cancel()
-	reply, err := c.Backup().RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{SnapshotId: id, Detach: true})
+	reply, err := c.Backup().RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{SnapshotId: snap.id, Detach: true, Source: snap.source})
 	if err != nil {
-		return about("restore of snapshot "+id, err)
+		// An answer that got lost may have been a yes.
+		return client.OutcomeOf(err) == client.Unknown && status.Code(err) != codes.NotFound, about("restore of "+snap.name, err)
 	}
 	if reply.GetOperationId() == "" {
 		// A server without operations answers when all is over.
 		if !reply.GetSuccess() {
-			return checkFailed(fmt.Errorf("the restore failed: %s", reply.GetMessage()))
+			return true, checkFailed(fmt.Errorf("the restore failed: %s", reply.GetMessage()))
 		}
-		return output.Print(a.stdout, a.format, reply, func() *output.Grid {
+		return true, output.Print(a.stdout, a.format, reply, func() *output.Grid {
 			g := &output.Grid{}
 			g.Add("RESTORED", reply.GetMessage())
 			return g
 		})
 	}
-	return a.follow(cmd, c, reply.GetOperationId(), "restore")
+	return true, a.follow(cmd, c, reply.GetOperationId(), "restore")
+}
+
+// showDifference has a snapshot checked and shows what restoring it would change.
+// done is true when only is, or when a program reads the result.
+func (a *app) showDifference(cmd *cobra.Command, c *client.Client, snap snapshotToRestore, only bool) (done bool, err error) {
+	reply, err := a.validate(cmd, c, snap)
+	if err != nil {
+		return false, err
+	}
+	if a.format != output.Table {
+		return true, output.Document(a.stdout, a.format, reply)
+	}
+	return only, a.printDifference(reply)
 }
 
 // goesOnError: the command ends before the operation it began.
@@ -191,7 +215,7 @@ func (a *app) follow(cmd *cobra.Command, c *client.Client, id, title string) err
 	}
 	shown := a.progress(title, false)
 	heard := time.Now()
-	phase := ""
+	phase, said := "", ""
 	pause := time.NewTicker(pollInterval)
 	defer pause.Stop()
 	for {
@@ -206,7 +230,15 @@ func (a *app) follow(cmd *cobra.Command, c *client.Client, id, title string) err
 				phase = op.GetPhase()
 				shown.Note(phase)
 			}
-			shown.Set(int64(op.GetDone()), int64(op.GetTotal()))
+			switch words := op.GetMessage(); {
+			case words == "":
+				shown.Set(int64(op.GetDone()), int64(op.GetTotal()))
+			case said == "":
+				shown.Note(words)
+			default:
+				shown.Tell(words)
+			}
+			said = op.GetMessage()
 		case ctx.Err() == nil && status.Code(err) != codes.Unavailable && status.Code(err) != codes.DeadlineExceeded,
 			ctx.Err() == nil && time.Since(heard) > slowCall:
 			shown.End()
@@ -286,24 +318,35 @@ func (a *app) printDifference(reply *backuppb.RestoreSnapshotResponse) error {
 }
 
 func newUndoRestoreCommand(a *app) *cobra.Command {
-	var yes bool
+	var yes, validateOnly bool
 	cmd := &cobra.Command{
 		Use:   "undo-restore",
 		Short: "Go back to the state that the last restore replaced",
-		Long: `Go back to the state that the last restore replaced. What was written since is
-gone then, and is itself what the next undo-restore goes back to.`,
+		Long: `Go back to the state that the last restore replaced: what will change is shown,
+and after a yes it is done. What was written since is gone then, and is itself what
+the next undo-restore goes back to.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !yes {
-				if err := a.confirm("Go back to the state before the last restore, and lose what was written since?"); err != nil {
-					return err
-				}
+			if a.format != output.Table && !validateOnly && !yes {
+				return usageError{cmd, errors.New("with -o json or yaml, give --validate-only or --yes: nobody can be asked")}
 			}
 			c, err := a.cluster(cmd, a.servers)
 			if err != nil {
 				return err
 			}
 			defer c.Close()
+			if !yes || validateOnly {
+				snap, err := a.undoPoint(cmd, c)
+				if err != nil {
+					return err
+				}
+				if done, err := a.showDifference(cmd, c, snap, validateOnly); err != nil || done {
+					return err
+				}
+				if err := a.confirm(cmd.Context(), "Go back to the state before the last restore, and lose what was written since?"); err != nil {
+					return err
+				}
+			}
 			ctx, cancel := a.slow(cmd, cmd.Context())
 			defer cancel()
 			reply, err := c.Cluster().UndoRestore(ctx, &clusterpb.UndoRestoreRequest{Detach: true})
@@ -313,6 +356,24 @@ gone then, and is itself what the next undo-restore goes back to.`,
 			return a.follow(cmd, c, reply.GetOperation().GetOperationId(), "undo")
 		},
 	}
-	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	a.serverFlag(cmd)
+	cmd.Flags().BoolVar(&validateOnly, "validate-only", false, "show what would change; change nothing")
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not show what will change and do not ask")
 	return cmd
+}
+
+// undoPoint finds the snapshot that the next undo-restore goes back to.
+func (a *app) undoPoint(cmd *cobra.Command, c *client.Client) (snapshotToRestore, error) {
+	ctx, cancel := a.quick(cmd.Context())
+	defer cancel()
+	reply, err := c.Backup().ListSnapshots(ctx, &backuppb.ListSnapshotsRequest{})
+	if err != nil {
+		return snapshotToRestore{}, readError{err}
+	}
+	for _, s := range reply.GetSnapshots() {
+		if s.GetOrigin() == "undo" { // of the last restore: nodes keep no other
+			return snapshotToRestore{id: s.GetSnapshotId(), name: "the state before the last restore"}, nil
+		}
+	}
+	return snapshotToRestore{}, codedError{exitConflict, errors.New("there is nothing to go back to: no node has the state before a restore")}
 }

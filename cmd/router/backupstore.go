@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
@@ -44,7 +42,7 @@ func newBackupListCommand(a *app) *cobra.Command {
 			})
 		},
 	}
-	destFlag(cmd, &dest, "store of the backups; without it, the snapshots on the nodes are listed")
+	a.storeFlags(cmd, &dest, "store of the backups; without it, the snapshots on the nodes are listed")
 	cmd.Flags().IntVarP(&limit, "limit", "l", 20, "show only the newest; 0: all")
 	return cmd
 }
@@ -144,7 +142,7 @@ func newBackupDescribeCommand(a *app) *cobra.Command {
 			})
 		},
 	}
-	a.sourceFlag(cmd, &source)
+	a.storeFlags(cmd, &source, "store of the backup; without it, the snapshots on the nodes")
 	return cmd
 }
 
@@ -234,7 +232,7 @@ Exit code 8 when the backup is damaged.`,
 			})
 		},
 	}
-	a.sourceFlag(cmd, &source)
+	a.storeFlags(cmd, &source, "store of the backup; without it, the snapshots on the nodes")
 	return cmd
 }
 
@@ -276,7 +274,7 @@ func (a *app) verifySnapshot(cmd *cobra.Command, id string) error {
 		return err
 	}
 	defer c.Close()
-	reply, err := a.validate(cmd, c, id)
+	reply, err := a.validate(cmd, c, snapshotToRestore{id: id, name: "snapshot " + id})
 	if err != nil {
 		return err
 	}
@@ -287,17 +285,15 @@ func (a *app) verifySnapshot(cmd *cobra.Command, id string) error {
 }
 
 // validate lets the cluster check a snapshot of its own.
-func (a *app) validate(cmd *cobra.Command, c *client.Client, id string) (*backuppb.RestoreSnapshotResponse, error) {
+func (a *app) validate(cmd *cobra.Command, c *client.Client, snap snapshotToRestore) (*backuppb.RestoreSnapshotResponse, error) {
 	ctx, cancel := a.slow(cmd, cmd.Context())
 	defer cancel()
-	reply, err := c.Backup().RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{SnapshotId: id, ValidateOnly: true})
+	reply, err := c.Backup().RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{SnapshotId: snap.id, ValidateOnly: true})
 	switch {
-	case status.Code(err) == codes.DataLoss:
-		return nil, checkFailed(about("snapshot "+id, err))
 	case err != nil:
-		return nil, readError{about("snapshot "+id, err)}
+		return nil, readError{about(snap.name, err)}
 	case !reply.GetSuccess():
-		return nil, checkFailed(fmt.Errorf("snapshot %s cannot be restored: %s", id, reply.GetMessage()))
+		return nil, checkFailed(fmt.Errorf("%s cannot be restored: %s", snap.name, reply.GetMessage()))
 	}
 	return reply, nil
 }
@@ -318,7 +314,7 @@ func newBackupDeleteCommand(a *app) *cobra.Command {
 				if force {
 					return nil
 				}
-				return a.confirm("Delete " + what + " for good?")
+				return a.confirm(cmd.Context(), "Delete "+what+" for good?")
 			}
 			if dest.text != "" {
 				return withStore(cmd.Context(), dest.text, false, func(s *backup.Store) error {
@@ -356,7 +352,7 @@ func newBackupDeleteCommand(a *app) *cobra.Command {
 			})
 		},
 	}
-	destFlag(cmd, &dest, "store of the backup; without it, the snapshot is deleted from the nodes")
+	a.storeFlags(cmd, &dest, "store of the backup; without it, the snapshot is deleted from the nodes")
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not ask")
 	cmd.Flags().BoolVarP(&force, "yes", "y", false, "as --force")
 	return cmd
@@ -392,7 +388,7 @@ within a day. What cannot be read is left alone and does not count.`,
 			})
 		},
 	}
-	destFlag(cmd, &dest, "store of the backups (required)")
+	a.storeFlags(cmd, &dest, "store of the backups (required)")
 	cmd.Flags().IntVarP(&keep, "keep", "k", 10, "how many of the newest are kept")
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return cmd
@@ -410,7 +406,7 @@ func (a *app) cleanup(ctx context.Context, s *backup.Store, keep int, yes bool) 
 		for _, b := range plan.Abandoned {
 			fmt.Fprintf(a.stderr, "  %s, never finished, %s\n", b.ID, output.Bytes(b.Bytes))
 		}
-		if err := a.confirm(fmt.Sprintf("Delete these for good and keep the newest %d?", len(plan.Kept))); err != nil {
+		if err := a.confirm(ctx, fmt.Sprintf("Delete these for good and keep the newest %d?", len(plan.Kept))); err != nil {
 			return err
 		}
 	}

@@ -28,7 +28,10 @@ stall of the cluster is not hidden by clients that wait with it. With --streams
 commits go over long-lived streams instead, many in flight.
 
 The commits are real: ids svc-000000000000 and so on, and sources bench-*, are
-written to the cluster. Use a cluster made for the purpose.`,
+written to the cluster. Use a cluster made for the purpose.
+
+After a failed call a client pauses, up to 200 ms. Exit code 8 when calls failed:
+the report is printed, with how many and the last one's reason.`,
 		Example: `  router bench --clients 64 --conns 8 --duration 10s
   router bench --mix checkpoint=20,read=80 --to all
   router bench --streams 8 --in-flight 64 --batch 16
@@ -57,9 +60,14 @@ written to the cluster. Use a cluster made for the purpose.`,
 				return err
 			}
 			if a.format == output.Table {
-				return report.Text(a.stdout)
+				err = report.Text(a.stdout)
+			} else {
+				err = output.Document(a.stdout, a.format, report)
 			}
-			return output.Document(a.stdout, a.format, report)
+			if err == nil && report.Errors > 0 {
+				return silentError{exitCheckFailed}
+			}
+			return err
 		},
 	}
 	f := cmd.Flags()
@@ -86,7 +94,15 @@ written to the cluster. Use a cluster made for the purpose.`,
 // benchEndpoints finds the client addresses the load goes to.
 func (a *app) benchEndpoints(cmd *cobra.Command, to string) ([]string, error) {
 	if to == "given" {
-		return a.servers, nil
+		nodes, err := nodeAddresses(a.servers)
+		if err != nil {
+			return nil, usageError{cmd, err}
+		}
+		ctx, cancel := a.quick(cmd.Context())
+		defer cancel()
+		// Some may be down, on purpose; when all are there is nothing to measure.
+		_, err = a.reach(ctx, nodes)
+		return nodes, err
 	}
 	if to != "leader" && to != "all" {
 		return nil, usageError{cmd, fmt.Errorf("--to %q is unknown; it is one of given, leader, all", to)}

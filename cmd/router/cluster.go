@@ -67,10 +67,19 @@ func printStatus(a *app, st *adminpb.GetClusterStatusResponse) error {
 	fmt.Fprintln(a.stdout)
 	g := &output.Grid{Header: []string{"NODE", "ROLE", "HEALTHY", "MATCH", "APPLIED", "PEER ADDRESS", "CLIENT ADDRESS", "VERSION"}}
 	for _, n := range st.GetNodes() {
-		g.Add(n.GetNodeId(), short(n.GetRole().String(), "NODE_ROLE_"), yesNo(n.GetHealthy()), known(n.GetMatchIndex()),
+		g.Add(n.GetNodeId(), short(n.GetRole().String(), "NODE_ROLE_"), health(n.GetHealthy(), n.GetHealthUnknown()), known(n.GetMatchIndex()),
 			known(n.GetAppliedIndex()), n.GetAddress(), n.GetClientAddress(), n.GetVersion())
 	}
 	return g.Write(a.stdout)
+}
+
+// health shows whether a node is up. Right after a leader change the new leader
+// has neither heard of a node nor missed it.
+func health(healthy, unknown bool) string {
+	if unknown {
+		return "unknown"
+	}
+	return yesNo(healthy)
 }
 
 // known shows an index; 0, which no node is ever at, means that the node that

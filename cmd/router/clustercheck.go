@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
@@ -58,20 +59,25 @@ func printCheck(a *app, reply *clusterpb.CheckStateResponse) error {
 			right = m
 		}
 	}
-	g := &output.Grid{Header: []string{"NODE", "INDEX", "EQUAL", "DIFFERS IN"}}
+	g := &output.Grid{Header: []string{"NODE", "INDEX", "EQUAL", "DETAIL"}}
 	for _, m := range reply.GetMembers() {
-		differs := m.GetError()
+		equal, differs := yesNo(m.GetEqual()), rpc.Plain(m.GetError())
+		if differs != "" {
+			equal = "unknown" // it could not be asked, which does not make it differ
+		}
 		if differs == "" && !m.GetEqual() && right != nil {
 			for _, table := range slices.Sorted(maps.Keys(m.GetHashes())) {
 				if m.GetHashes()[table] != right.GetHashes()[table] {
-					if differs != "" {
+					if differs == "" {
+						differs = "differs in "
+					} else {
 						differs += ", "
 					}
 					differs += table
 				}
 			}
 		}
-		g.Add(m.GetNodeId(), known(m.GetIndex()), yesNo(m.GetEqual()), output.Clean(differs))
+		g.Add(m.GetNodeId(), known(m.GetIndex()), equal, output.Clean(differs))
 	}
 	if err := g.Write(a.stdout); err != nil {
 		return err

@@ -12,11 +12,17 @@
 //	1  error
 //	2  wrong use: unknown command or flag, bad argument
 //	3  not found
-//	4  conflict: the state does not allow it, or it changed meanwhile
-//	5  unavailable: no node answered or the cluster has no leader; not done
+//	4  conflict: the state does not allow it, or it changed meanwhile; a node
+//	   runs on the data directory
+//	5  unavailable: no node answered, the cluster has no leader, or it is busy;
+//	   not done
 //	6  denied
-//	7  deadline passed: the outcome of a change is unknown
-//	8  a check failed: config check, pipeline validate, wal verify, state check,
-//	   snap check; a backup or data directory is damaged
+//	7  deadline passed or connection broken: the outcome of a change is unknown,
+//	   or the operation goes on
+//	8  a check failed (config check, pipeline validate, cluster check, wal verify,
+//	   state check, snap check), an operation failed, bench had failed calls, a
+//	   backup or data directory is damaged
 //	9  serve: the node was removed from its cluster
+//
+// errorCodes, statusCode and exitCode in exit.go decide them, for all commands.
 package main

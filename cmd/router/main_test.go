@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -76,6 +77,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exitcode": exitCodeOf,
 			"await":    await,
+			"awaitout": awaitout,
 			"damage":   damage,
 			"populate": populate,
 		},
@@ -130,19 +132,37 @@ func exitCodeOf(ts *testscript.TestScript, neg bool, args []string) {
 
 // await repeats a program until it succeeds: await PROGRAM ARGS.
 func await(ts *testscript.TestScript, neg bool, args []string) {
+	repeat(ts, func() error { return ts.Exec(args[0], args[1:]...) })
+}
+
+// awaitout repeats a program until what it prints matches: awaitout PATTERN PROGRAM
+// ARGS. Its exit code does not matter.
+func awaitout(ts *testscript.TestScript, neg bool, args []string) {
+	want := regexp.MustCompile("(?m)" + args[0])
+	repeat(ts, func() error {
+		err := ts.Exec(args[1], args[2:]...)
+		if want.MatchString(ts.ReadFile("stdout")) {
+			return nil
+		}
+		return fmt.Errorf("%q was not printed (%v)", args[0], err)
+	})
+}
+
+// repeat calls try until it succeeds.
+func repeat(ts *testscript.TestScript, try func() error) {
 	deadline := time.NewTimer(20 * time.Second)
 	defer deadline.Stop()
 	pause := time.NewTicker(50 * time.Millisecond)
 	defer pause.Stop()
 	for {
-		err := ts.Exec(args[0], args[1:]...)
+		err := try()
 		if err == nil {
 			return
 		}
 		select {
 		case <-pause.C:
 		case <-deadline.C:
-			ts.Fatalf("%v did not succeed: %v", args, err)
+			ts.Fatalf("did not succeed in time: %v", err)
 		}
 	}
 }

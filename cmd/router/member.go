@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -48,14 +49,17 @@ func newMemberListCommand(a *app, name string) *cobra.Command {
 					if m.GetReadReplica() {
 						role += ", read replica"
 					}
-					g.Add(m.GetNodeId(), role, yesNo(m.GetHealthy()), lag(m, reply), dash(m.GetState()),
+					g.Add(m.GetNodeId(), role, health(m.GetHealthy(), m.GetHealthUnknown()), lag(m, reply), dash(m.GetState()),
 						dash(m.GetPeerAddr()), dash(m.GetClientAddr()), dash(m.GetDiskId()))
 				}
 				if err := g.Write(a.stdout); err != nil {
 					return err
 				}
+				for _, alarm := range reply.GetAlarms() {
+					fmt.Fprintf(a.stdout, "\nALARM: %s\n", output.Clean(alarm))
+				}
 				if removed := reply.GetRemoved(); len(removed) > 0 {
-					fmt.Fprintf(a.stdout, "\nremoved, never to be used again: %s\n", idList(removed))
+					fmt.Fprintf(a.stdout, "\nRemoved, never to be used again: %s\n", idList(removed))
 				}
 				return nil
 			})
@@ -147,7 +151,7 @@ is refused. The node stops by itself; erase its data directory.`,
 				return err
 			}
 			if !yes {
-				if err := a.confirm(fmt.Sprintf("Remove node %d for good?", id)); err != nil {
+				if err := a.confirm(cmd.Context(), fmt.Sprintf("Remove node %d for good?", id)); err != nil {
 					return err
 				}
 			}
@@ -186,7 +190,7 @@ cancelled, or a check failed with --check, 7 --timeout passed first (it goes on)
 				return err
 			}
 			if !yes && !req.PreflightOnly {
-				if err := a.confirm(fmt.Sprintf("Replace node %d by node %d, for good?", req.OldNodeId, req.NewNodeId)); err != nil {
+				if err := a.confirm(cmd.Context(), fmt.Sprintf("Replace node %d by node %d, for good?", req.OldNodeId, req.NewNodeId)); err != nil {
 					return err
 				}
 			}
@@ -280,6 +284,12 @@ func (a *app) changeMember(cmd *cobra.Command, done string,
 			fmt.Fprintf(a.stdout, "; learners %s", idList(reply.GetLearners()))
 		}
 		fmt.Fprintln(a.stdout)
+		switch voters := reply.GetVoters(); {
+		case len(voters) == 2:
+			fmt.Fprintln(a.stdout, "With two voters, losing either one stops the cluster: let a third node join.")
+		case len(voters) == 1 && slices.Contains(reply.GetLearners(), reply.GetMember().GetNodeId()) && !reply.GetMember().GetReadReplica():
+			fmt.Fprintln(a.stdout, "Once it votes there are two voters, and losing either one stops the cluster: let a third node join soon.")
+		}
 		return nil
 	})
 }

@@ -6,9 +6,6 @@ import (
 	"log/slog"
 
 	"github.com/spf13/cobra"
-
-	"conveyor.etl/router/datadir"
-	"conveyor.etl/router/offline"
 )
 
 // dataDirFlag adds the --data-dir of a command that works on a directory
@@ -22,19 +19,6 @@ func dataDirFlag(cmd *cobra.Command, dir *string) {
 		}
 		return nil
 	}
-}
-
-// offlineError gives the refusals of a data directory their exit code.
-func offlineError(err error) error {
-	for _, conflict := range []error{
-		datadir.ErrInUse, datadir.ErrForeign, datadir.ErrBeforeKept, offline.ErrUnfinished,
-		offline.ErrNotBest, offline.ErrPlanChanged, offline.ErrNotEmpty,
-	} {
-		if errors.Is(err, conflict) {
-			return codedError{exitConflict, err}
-		}
-	}
-	return err
 }
 
 // quietLogger tells what a tool should not keep to itself, and nothing else.

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -59,7 +59,7 @@ cannot be recovered from.`,
 			if !planOnly && !yes && a.format != output.Table {
 				return usageError{cmd, errors.New("with -o json or yaml, give --plan or --yes: nobody can be asked")}
 			}
-			return a.recoverCluster(&o, planOnly, yes)
+			return a.recoverCluster(cmd.Context(), &o, planOnly, yes)
 		},
 	}
 	dataDirFlag(cmd, &o.Dir)
@@ -90,7 +90,7 @@ func parseMembers(texts []string) ([]offline.NewMember, error) {
 func (a *app) purge(dir string) error {
 	removed, err := offline.Purge(dir)
 	if err != nil {
-		return offlineError(err)
+		return err
 	}
 	if removed {
 		fmt.Fprintln(a.stdout, "removed what the recovery had kept")
@@ -100,14 +100,14 @@ func (a *app) purge(dir string) error {
 	return nil
 }
 
-func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) error {
+func (a *app) recoverCluster(ctx context.Context, o *offline.RecoverOptions, planOnly, yes bool) error {
 	plan, err := offline.PlanRecovery(*o)
 	if errors.Is(err, offline.ErrUnfinished) && !planOnly {
 		// It was agreed to before; there is nothing left to decide.
 		return a.applyRecovery(o, nil)
 	}
 	if plan == nil {
-		return offlineError(err)
+		return err
 	}
 	if a.format == output.Table {
 		printPlan(a.stdout, plan)
@@ -126,13 +126,13 @@ func (a *app) recoverCluster(o *offline.RecoverOptions, planOnly, yes bool) erro
 		return nil
 	}
 	if !yes {
-		fmt.Fprintf(a.stdout, "\nType the name of the cluster (%s) to go on: ", plan.ClusterName)
-		answer, rerr := bufio.NewReader(io.LimitReader(a.stdin, 1<<10)).ReadString('\n')
-		if rerr != nil && !errors.Is(rerr, io.EOF) {
-			return rerr
+		fmt.Fprintln(a.stdout)
+		answer, err := a.ask(ctx, "Type the name of the cluster to go on", "["+plan.ClusterName+"]")
+		if err != nil {
+			return err
 		}
-		if strings.TrimSpace(answer) != plan.ClusterName {
-			return errors.New("not confirmed, nothing was changed")
+		if answer != plan.ClusterName {
+			return fmt.Errorf("nothing was changed: %q is not the name of the cluster, %q", output.Clean(answer), plan.ClusterName)
 		}
 	}
 	return a.applyRecovery(o, plan)
@@ -147,7 +147,7 @@ func (a *app) applyRecovery(o *offline.RecoverOptions, plan *offline.Plan) error
 	o.Logger = quietLogger(a.stderr)
 	res, err := offline.Recover(*o, plan)
 	if err != nil {
-		return offlineError(err)
+		return err
 	}
 	if a.format != output.Table {
 		return output.Document(a.stdout, a.format, res)
@@ -211,7 +211,10 @@ func printPlan(w io.Writer, p *offline.Plan) {
 	if p.Chosen().Damage != "" {
 		fmt.Fprintf(w, "LOST: everything behind entry %d of this directory, whose log is damaged: %s\n", p.Chosen().LastIndex, p.Chosen().Damage)
 	}
-	if p.Uncommitted > 0 {
+	if p.Uncommitted == 1 {
+		fmt.Fprintln(w, "The last entry is not known to have been committed. It is kept: its callers may have been told that it was done.")
+	}
+	if p.Uncommitted > 1 {
 		fmt.Fprintf(w, "The last %d entries are not known to have been committed. They are kept: some of their callers may have been told that they were done.\n", p.Uncommitted)
 	}
 	if p.KeepsBefore {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -26,6 +27,12 @@ type app struct {
 	timeout time.Duration // --timeout: for one call; 0 = none
 	stale   bool          // --stale
 	format  output.Format // -o
+
+	// showing guards shown, the progress on the terminal, nil when there is none.
+	showing sync.Mutex
+	shown   *output.Progress
+	// waiters are those of the connections that were made.
+	waiters []*waiter
 }
 
 // constructors lists the commands of the binary, in the order help shows them.
@@ -62,9 +69,7 @@ func newRootCommand(a *app) *cobra.Command {
 		Long: `router runs a node of Conveyor's metadata cluster (router serve) and talks to
 one: pipelines, sidecars, services, groups, offsets and the cluster itself.
 
-Exit codes: 0 done, 1 error, 2 wrong use, 3 not found, 4 conflict, 5 unavailable
-or no leader, 6 denied, 7 deadline passed (outcome unknown), 8 a check failed, 9 (serve) the node was
-removed from its cluster.`,
+The exit codes are the same for every command: 'router help exit-codes'.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -79,6 +84,8 @@ removed from its cluster.`,
 	for _, newCommand := range constructors() {
 		root.AddCommand(newCommand(a))
 	}
+	// Without something to run it is a topic of the help.
+	root.AddCommand(&cobra.Command{Use: "exit-codes", Short: "The exit codes of every command", Long: exitCodesHelp})
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
@@ -96,7 +103,11 @@ func strictGroups(cmd *cobra.Command) {
 	}
 	if args := cmd.Args; args != nil {
 		cmd.Args = func(cmd *cobra.Command, given []string) error {
-			if err := args(cmd, given); err != nil {
+			err := args(cmd, given)
+			if err != nil && !cmd.HasSubCommands() && strings.HasPrefix(err.Error(), "unknown command ") {
+				err = fmt.Errorf("%s takes no argument: %q", cmd.CommandPath(), given[0]) // cobra takes it for a command
+			}
+			if err != nil {
 				return usageError{cmd, err}
 			}
 			return nil
@@ -147,6 +158,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root := newRootCommand(a)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
+	for _, w := range a.waiters {
+		w.close()
+	}
 	if err == nil {
 		return exitOK
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/server"
 )
 
@@ -54,7 +55,12 @@ nothing acknowledged is lost either way.`,
 }
 
 func newLogger(w io.Writer, c *config.Config) *slog.Logger {
-	o := &slog.HandlerOptions{Level: c.LogLevel}
+	o := &slog.HandlerOptions{Level: c.LogLevel, ReplaceAttr: func(_ []string, at slog.Attr) slog.Attr {
+		if err, ok := at.Value.Any().(error); ok {
+			return slog.String(at.Key, rpc.Plain(err.Error()))
+		}
+		return at
+	}}
 	if c.LogFormat == "json" {
 		return slog.New(slog.NewJSONHandler(w, o))
 	}
@@ -68,5 +74,9 @@ func serve(ctx context.Context, c *config.Config, log *slog.Logger) error {
 	if errors.Is(err, server.ErrRemoved) {
 		return codedError{exitRemoved, err}
 	}
-	return err
+	if err != nil {
+		// Whatever else ends a node is one code to those who supervise it.
+		return codedError{exitError, err}
+	}
+	return nil
 }

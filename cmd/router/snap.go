@@ -71,7 +71,7 @@ func newSnapListCommand(a *app) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			images, err := offline.ListImages(dir)
 			if err != nil {
-				return offlineError(err)
+				return err
 			}
 			rows := make([]imageRow, 0, len(images))
 			for i := range images {
@@ -93,7 +93,7 @@ func newSnapCheckCommand(a *app) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			images, err := offline.ListImages(dir)
 			if err != nil {
-				return offlineError(err)
+				return err
 			}
 			rows := make([]imageRow, 0, len(images))
 			found, damaged := 0, 0

@@ -4,17 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/spf13/cobra"
 
-	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/archive"
 	_ "conveyor.etl/router/backup/stores" // s3://, gs:// and azblob://
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/offline"
 	"conveyor.etl/router/output"
-	"conveyor.etl/router/router"
 	"conveyor.etl/router/server"
 )
 
@@ -51,7 +48,7 @@ Exit codes: 0 done, 2 wrong use, 3 no data directory, 4 a node runs on it.`,
 			o.Version, o.Logger = server.ReadBuild().Version, quietLogger(a.stderr)
 			d, err := offline.Open(dir)
 			if err != nil {
-				return offlineError(err)
+				return err
 			}
 			var saved *offline.Saved
 			report := a.stdout
@@ -62,10 +59,7 @@ Exit codes: 0 done, 2 wrong use, 3 no data directory, 4 a node runs on it.`,
 				saved, err = offline.SaveFile(cmd.Context(), d, args[0], o)
 			}
 			if err = errors.Join(err, d.Close()); err != nil {
-				if errors.Is(err, os.ErrExist) {
-					return codedError{exitConflict, err}
-				}
-				return offlineError(err)
+				return err
 			}
 			return output.Print(report, a.format, saved, func() *output.Grid {
 				h := &saved.Header
@@ -147,7 +141,7 @@ backup is damaged or not what it says.`,
 	dataDirFlag(cmd, &o.Dir)
 	flags := cmd.Flags()
 	flags.Uint64VarP(&o.NodeID, "node-id", "n", 0, "id of the node the directory is for (required)")
-	flags.StringArrayVar(&peers, "peers", nil, "ID:HOST:PORT of a member, as for 'router serve'; repeat for each, with or without this node")
+	flags.StringArrayVar(&peers, "peers", nil, "ID:HOST:PORT of a member, as for 'router serve'; repeat for each")
 	flags.StringVar(&o.ClusterName, "cluster-name", "conveyor", "name of the new cluster, as for 'router serve'")
 	flags.StringVar(&o.Token, "token", "", "any text, the same for all members: tells clusters apart that are made from one backup with the same name and members")
 	flags.Int64Var(&o.MaxBytes, "max-bytes", 0, "refuse a backup whose state is larger; 0: 64 GiB")
@@ -164,17 +158,10 @@ func (a *app) restore(ctx context.Context, name string, o offline.RestoreOptions
 	return res, errors.Join(err, in.Close())
 }
 
+// restoreError says of a backup that cannot be used that nothing was made of it.
 func restoreError(err error) error {
-	for _, bad := range []error{archive.ErrCorrupt, archive.ErrNotArchive, archive.ErrNewerFormat, archive.ErrTooLarge, backup.ErrDamaged, backup.ErrIncomplete, router.ErrCorrupt, offline.ErrContent} {
-		if errors.Is(err, bad) {
-			return checkFailed(fmt.Errorf("%w; nothing was made", err))
-		}
+	if exitCode(err) == exitCheckFailed {
+		return fmt.Errorf("%w; nothing was made", err)
 	}
-	switch {
-	case errors.Is(err, backup.ErrNotFound):
-		return codedError{exitNotFound, err}
-	case errors.Is(err, backup.ErrInvalidURL), errors.Is(err, backup.ErrInvalidID):
-		return codedError{exitUsage, err}
-	}
-	return offlineError(err)
+	return err
 }

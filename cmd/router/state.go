@@ -52,7 +52,7 @@ func (f *stateFlags) add(cmd *cobra.Command) {
 func (f *stateFlags) with(a *app, show func(s *offline.State) error) error {
 	d, err := offline.Open(f.dir)
 	if err != nil {
-		return offlineError(err)
+		return err
 	}
 	var s *offline.State
 	if f.replay {
@@ -269,7 +269,7 @@ a note is worth knowing and harms nothing.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			d, err := offline.Open(dir)
 			if err != nil {
-				return offlineError(err)
+				return err
 			}
 			o.Logger = quietLogger(a.stderr)
 			r, err := offline.Check(cmd.Context(), d, o)

@@ -1,9 +1,6 @@
 package main
 
 import (
-	"bufio"
-	"errors"
-	"fmt"
 	"strings"
 	"time"
 
@@ -28,20 +25,4 @@ func yesNo(b bool) string {
 // short makes "STAGE_TYPE_SOURCE" into "source".
 func short(enum, prefix string) string {
 	return strings.ToLower(strings.TrimPrefix(enum, prefix))
-}
-
-// confirm asks a yes-or-no question on the terminal; anything but yes is an
-// error, and so is nobody being there to ask.
-func (a *app) confirm(question string) error {
-	fmt.Fprintf(a.stderr, "%s [y/N] ", question)
-	line, err := bufio.NewReader(a.stdin).ReadString('\n')
-	switch strings.ToLower(strings.TrimSpace(line)) {
-	case "y", "yes":
-		return nil
-	}
-	if err != nil && line == "" {
-		fmt.Fprintln(a.stderr)
-		return errors.New("nothing was changed: nobody answered; give --yes to go on without asking")
-	}
-	return errors.New("nothing was changed")
 }

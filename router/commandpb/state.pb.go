@@ -2666,7 +2666,8 @@ type Operation struct {
 	CancelRequested bool                   `protobuf:"varint,14,opt,name=cancel_requested,json=cancelRequested,proto3" json:"cancel_requested,omitempty"`
 	CreateRevision  uint64                 `protobuf:"varint,15,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
 	ModRevision     uint64                 `protobuf:"varint,16,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
-	Detail          []byte                 `protobuf:"bytes,17,opt,name=detail,proto3" json:"detail,omitempty"` // of its kind, opaque here
+	Detail          []byte                 `protobuf:"bytes,17,opt,name=detail,proto3" json:"detail,omitempty"`                           // of its kind, opaque here
+	SnapshotId      string                 `protobuf:"bytes,18,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"` // of a restore: what it puts in force
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2818,6 +2819,13 @@ func (x *Operation) GetDetail() []byte {
 		return x.Detail
 	}
 	return nil
+}
+
+func (x *Operation) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
 }
 
 // RestoreSource is what a staged state is a copy of.
@@ -3264,7 +3272,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\tGroupPast\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
-	"generation\"\x92\x04\n" +
+	"generation\"\xb3\x04\n" +
 	"\tOperation\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x126\n" +
@@ -3283,7 +3291,9 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x10cancel_requested\x18\x0e \x01(\bR\x0fcancelRequested\x12'\n" +
 	"\x0fcreate_revision\x18\x0f \x01(\x04R\x0ecreateRevision\x12!\n" +
 	"\fmod_revision\x18\x10 \x01(\x04R\vmodRevision\x12\x16\n" +
-	"\x06detail\x18\x11 \x01(\fR\x06detail\"\xe3\x01\n" +
+	"\x06detail\x18\x11 \x01(\fR\x06detail\x12\x1f\n" +
+	"\vsnapshot_id\x18\x12 \x01(\tR\n" +
+	"snapshotId\"\xe3\x01\n" +
 	"\rRestoreSource\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12!\n" +

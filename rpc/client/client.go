@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
@@ -187,6 +188,9 @@ func (c *Client) Invoke(ctx context.Context, method string, args, reply any, opt
 	pause := c.o.BackoffMin
 	// unknown: an earlier attempt may still take effect.
 	unknown := false
+	// said is the last failure that a node has told. That another one could not
+	// be connected to as well is less worth knowing.
+	var said error
 	for attempt := 1; ; attempt++ {
 		conn, i, err := c.pick()
 		if err != nil {
@@ -197,6 +201,11 @@ func (c *Client) Invoke(ctx context.Context, method string, args, reply any, opt
 			return nil
 		}
 		v := judge(err, kind)
+		if st, ok := status.FromError(err); !ok || !notConnected(st) {
+			said = err
+		} else if said != nil {
+			err = said
+		}
 		if unknown {
 			err = stillUnknown(err)
 		} else {

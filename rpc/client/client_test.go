@@ -345,6 +345,9 @@ func TestOutcomeOf(t *testing.T) {
 		{nil, ""},
 		{errors.New("x"), Unknown},
 		{status.Error(codes.Unavailable, "x"), Unknown},
+		// A connection that broke may have carried the call; one that was never made did not.
+		{status.Error(codes.Unavailable, "error reading from server: EOF"), Unknown},
+		{status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial tcp 127.0.0.1:1: connect: connection refused"`), NotDone},
 		{failure(codes.Unavailable, NotDone, 0), NotDone},
 		{failure(codes.Aborted, Refused, 0), Refused},
 	} {

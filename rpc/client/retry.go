@@ -156,9 +156,19 @@ func stillUnknown(err error) error {
 	return again.Err()
 }
 
+// notConnected reports whether st was made up by gRPC because the node could not be
+// connected to: then the call was not sent. Everything else that gRPC makes up
+// may have happened after it was.
+func notConnected(st *status.Status) bool {
+	return st.Code() == codes.Unavailable && len(st.Details()) == 0 && strings.Contains(st.Message(), "transport: Error while dialing")
+}
+
 // details reads what the cluster attached to a status: the outcome ("" when
 // none) and how long to wait.
 func details(st *status.Status) (outcome Outcome, wait time.Duration) {
+	if notConnected(st) {
+		return NotDone, 0
+	}
 	for _, d := range st.Details() {
 		switch d := d.(type) {
 		case *errdetails.ErrorInfo:

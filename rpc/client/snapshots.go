@@ -168,12 +168,15 @@ func (d *Download) Close() error {
 //
 // Should the answer to a complete upload get lost, the snapshot of that attempt
 // stays with the node that took it, until its retention removes it.
+//
+// A temporary snapshot is for one restore: it is removed when that has ended, or
+// when none has used it for an hour.
 func (c *Client) Upload(ctx context.Context, open func(ctx context.Context) (io.ReadCloser, error), patience time.Duration,
-	moved func(sent int64)) (*backuppb.UploadSnapshotResponse, error) {
+	temporary bool, moved func(sent int64)) (*backuppb.UploadSnapshotResponse, error) {
 	begun := time.Now()
 	pause := c.o.BackoffMin
 	for attempt := 1; ; attempt++ {
-		reply, err := c.upload(ctx, open, moved)
+		reply, err := c.upload(ctx, open, temporary, moved)
 		var source sourceError
 		switch {
 		case err == nil:
@@ -198,7 +201,7 @@ type sourceError struct{ err error }
 
 func (e sourceError) Error() string { return e.err.Error() }
 
-func (c *Client) upload(ctx context.Context, open func(ctx context.Context) (io.ReadCloser, error), moved func(int64)) (*backuppb.UploadSnapshotResponse, error) {
+func (c *Client) upload(ctx context.Context, open func(ctx context.Context) (io.ReadCloser, error), temporary bool, moved func(int64)) (*backuppb.UploadSnapshotResponse, error) {
 	// Ends the stream of an attempt that fails here; the node then removes what
 	// it has received.
 	ctx, cancel := context.WithCancel(ctx)
@@ -234,7 +237,8 @@ func (c *Client) upload(ctx context.Context, open func(ctx context.Context) (io.
 				return nil, err
 			}
 		}
-		chunk := &backuppb.DataChunk{Data: data, Offset: at, IsLast: len(next) == 0, Crc32C: crc32.Checksum(data, castagnoli)}
+		chunk := &backuppb.DataChunk{Data: data, Offset: at, IsLast: len(next) == 0, Crc32C: crc32.Checksum(data, castagnoli),
+			Temporary: temporary && at == 0}
 		if err := stream.Send(chunk); err != nil && !errors.Is(err, io.EOF) {
 			return nil, err
 		} else if err != nil {

@@ -232,7 +232,7 @@ func TestUpload(t *testing.T) {
 		reply, err := c.Upload(context.Background(), func(context.Context) (io.ReadCloser, error) {
 			opened++
 			return io.NopCloser(iotest.HalfReader(strings.NewReader(archive))), nil
-		}, time.Minute, func(sent int64) { most = max(most, sent) })
+		}, time.Minute, false, func(sent int64) { most = max(most, sent) })
 		if err != nil || reply.GetSnapshotId() != "up" {
 			t.Fatalf("%d bytes: %v, %v", size, reply, err)
 		}
@@ -248,7 +248,7 @@ func TestUploadGivesUp(t *testing.T) {
 	open := func(context.Context) (io.ReadCloser, error) {
 		return io.NopCloser(bytes.NewReader(testArchive(5 * uploadChunkBytes))), nil
 	}
-	if _, err := c.Upload(context.Background(), open, time.Minute, nil); status.Code(err) != codes.InvalidArgument {
+	if _, err := c.Upload(context.Background(), open, time.Minute, false, nil); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("refused: %v", err)
 	}
 	broken := errors.New("bad sector")
@@ -256,16 +256,16 @@ func TestUploadGivesUp(t *testing.T) {
 	for _, n := range []int{0, 1, uploadChunkBytes, 2 * uploadChunkBytes} {
 		_, err := c.Upload(context.Background(), func(context.Context) (io.ReadCloser, error) {
 			return io.NopCloser(io.MultiReader(bytes.NewReader(make([]byte, n)), iotest.ErrReader(broken))), nil
-		}, time.Minute, nil)
+		}, time.Minute, false, nil)
 		if !errors.Is(err, broken) {
 			t.Errorf("a source that fails after %d bytes: %v", n, err)
 		}
 	}
-	if _, err := c.Upload(context.Background(), func(context.Context) (io.ReadCloser, error) { return nil, broken }, time.Minute, nil); !errors.Is(err, broken) {
+	if _, err := c.Upload(context.Background(), func(context.Context) (io.ReadCloser, error) { return nil, broken }, time.Minute, false, nil); !errors.Is(err, broken) {
 		t.Errorf("a source that cannot be opened: %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	_, err := c.Upload(ctx, open, time.Minute, func(int64) { cancel() })
+	_, err := c.Upload(ctx, open, time.Minute, false, func(int64) { cancel() })
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}

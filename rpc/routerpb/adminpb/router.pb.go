@@ -2206,6 +2206,7 @@ type NodeStatus struct {
 	ClientAddress string                 `protobuf:"bytes,100,opt,name=client_address,json=clientAddress,proto3" json:"client_address,omitempty"`
 	AppliedIndex  uint64                 `protobuf:"varint,101,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	Version       string                 `protobuf:"bytes,102,opt,name=version,proto3" json:"version,omitempty"`
+	HealthUnknown bool                   `protobuf:"varint,103,opt,name=health_unknown,json=healthUnknown,proto3" json:"health_unknown,omitempty"` // whoever answers has neither heard of it nor missed it yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2301,6 +2302,13 @@ func (x *NodeStatus) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *NodeStatus) GetHealthUnknown() bool {
+	if x != nil {
+		return x.HealthUnknown
+	}
+	return false
 }
 
 type GetMetricsRequest struct {
@@ -2634,7 +2642,7 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\fcluster_name\x18e \x01(\tR\vclusterName\x12\x1a\n" +
 	"\brevision\x18f \x01(\x04R\brevision\x12\x18\n" +
 	"\aversion\x18g \x01(\tR\aversion\x12\x16\n" +
-	"\x06alarms\x18h \x03(\tR\x06alarms\"\xd2\x02\n" +
+	"\x06alarms\x18h \x03(\tR\x06alarms\"\xf9\x02\n" +
 	"\n" +
 	"NodeStatus\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x18\n" +
@@ -2646,7 +2654,8 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\flast_contact\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vlastContact\x12%\n" +
 	"\x0eclient_address\x18d \x01(\tR\rclientAddress\x12#\n" +
 	"\rapplied_index\x18e \x01(\x04R\fappliedIndex\x12\x18\n" +
-	"\aversion\x18f \x01(\tR\aversion\"6\n" +
+	"\aversion\x18f \x01(\tR\aversion\x12%\n" +
+	"\x0ehealth_unknown\x18g \x01(\bR\rhealthUnknown\"6\n" +
 	"\x11GetMetricsRequest\x12!\n" +
 	"\fmetric_names\x18\x01 \x03(\tR\vmetricNames\"\xa0\x01\n" +
 	"\x12GetMetricsResponse\x12N\n" +

@@ -292,12 +292,15 @@ func (x *StreamSnapshotRequest) GetOffset() uint64 {
 
 // DataChunk is a piece of an archive. Offsets follow each other without a gap.
 type DataChunk struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
-	Offset        uint64                 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
-	IsLast        bool                   `protobuf:"varint,3,opt,name=is_last,json=isLast,proto3" json:"is_last,omitempty"`
-	Crc32C        uint32                 `protobuf:"fixed32,100,opt,name=crc32c,proto3" json:"crc32c,omitempty"`                          // of data; checked when it is not zero
-	TotalBytes    uint64                 `protobuf:"varint,101,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"` // in the first chunk: bytes of the archive before compression, about
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Data       []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	Offset     uint64                 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	IsLast     bool                   `protobuf:"varint,3,opt,name=is_last,json=isLast,proto3" json:"is_last,omitempty"`
+	Crc32C     uint32                 `protobuf:"fixed32,100,opt,name=crc32c,proto3" json:"crc32c,omitempty"`                          // of data; checked when it is not zero
+	TotalBytes uint64                 `protobuf:"varint,101,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"` // in the first chunk: bytes of the archive before compression, about
+	// In the first chunk of an upload: the snapshot is for one restore. It is
+	// removed when that has ended, or when nobody has used it for an hour.
+	Temporary     bool `protobuf:"varint,102,opt,name=temporary,proto3" json:"temporary,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -365,6 +368,13 @@ func (x *DataChunk) GetTotalBytes() uint64 {
 		return x.TotalBytes
 	}
 	return 0
+}
+
+func (x *DataChunk) GetTemporary() bool {
+	if x != nil {
+		return x.Temporary
+	}
+	return false
 }
 
 type DeleteSnapshotRequest struct {
@@ -536,7 +546,10 @@ type RestoreSnapshotRequest struct {
 	SnapshotId   string                 `protobuf:"bytes,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
 	ValidateOnly bool                   `protobuf:"varint,2,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	// Return at once and let the operation be followed by its id.
-	Detach        bool `protobuf:"varint,100,opt,name=detach,proto3" json:"detach,omitempty"`
+	Detach bool `protobuf:"varint,100,opt,name=detach,proto3" json:"detach,omitempty"`
+	// What the caller calls the snapshot, such as "backup nightly-7 in
+	// s3://backups"; the operation shows it.
+	Source        string `protobuf:"bytes,101,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -590,6 +603,13 @@ func (x *RestoreSnapshotRequest) GetDetach() bool {
 		return x.Detach
 	}
 	return false
+}
+
+func (x *RestoreSnapshotRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
 }
 
 type RestoreSnapshotResponse struct {
@@ -1045,7 +1065,7 @@ type SnapshotInfo struct {
 	Revision    uint64                 `protobuf:"varint,101,opt,name=revision,proto3" json:"revision,omitempty"`
 	Epoch       uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	ClusterId   string                 `protobuf:"bytes,103,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Origin      string                 `protobuf:"bytes,104,opt,name=origin,proto3" json:"origin,omitempty"` // created, uploaded, undo
+	Origin      string                 `protobuf:"bytes,104,opt,name=origin,proto3" json:"origin,omitempty"` // created, uploaded, undo, for a restore
 	StateHash   string                 `protobuf:"bytes,105,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
 	// Why the snapshot is not to be trusted, and is neither restored nor streamed:
 	// the state of its node turned out to be wrong after it was made. Empty: no
@@ -1196,14 +1216,15 @@ const file_conveyor_etl_backup_proto_rawDesc = "" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\x12F\n" +
 	"\vcompression\x18\x02 \x01(\x0e2$.conveyor_etl.backup.CompressionTypeR\vcompression\x12\x16\n" +
-	"\x06offset\x18d \x01(\x04R\x06offset\"\x89\x01\n" +
+	"\x06offset\x18d \x01(\x04R\x06offset\"\xa7\x01\n" +
 	"\tDataChunk\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x17\n" +
 	"\ais_last\x18\x03 \x01(\bR\x06isLast\x12\x16\n" +
 	"\x06crc32c\x18d \x01(\aR\x06crc32c\x12\x1f\n" +
 	"\vtotal_bytes\x18e \x01(\x04R\n" +
-	"totalBytes\"8\n" +
+	"totalBytes\x12\x1c\n" +
+	"\ttemporary\x18f \x01(\bR\ttemporary\"8\n" +
 	"\x15DeleteSnapshotRequest\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\"L\n" +
@@ -1217,12 +1238,13 @@ const file_conveyor_etl_backup_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18d \x01(\x04R\tsizeBytes\x12\x1d\n" +
 	"\n" +
-	"state_hash\x18e \x01(\tR\tstateHash\"v\n" +
+	"state_hash\x18e \x01(\tR\tstateHash\"\x8e\x01\n" +
 	"\x16RestoreSnapshotRequest\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\x12#\n" +
 	"\rvalidate_only\x18\x02 \x01(\bR\fvalidateOnly\x12\x16\n" +
-	"\x06detach\x18d \x01(\bR\x06detach\"\xa2\x02\n" +
+	"\x06detach\x18d \x01(\bR\x06detach\x12\x16\n" +
+	"\x06source\x18e \x01(\tR\x06source\"\xa2\x02\n" +
 	"\x17RestoreSnapshotResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x128\n" +

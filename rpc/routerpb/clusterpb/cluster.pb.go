@@ -199,7 +199,8 @@ type Member struct {
 	Lag           uint64                 `protobuf:"varint,8,opt,name=lag,proto3" json:"lag,omitempty"`                                 // entries behind the leader's commit index
 	State         string                 `protobuf:"bytes,9,opt,name=state,proto3" json:"state,omitempty"`                              // of replication: probe, replicate, snapshot
 	Version       string                 `protobuf:"bytes,10,opt,name=version,proto3" json:"version,omitempty"`
-	DiskId        string                 `protobuf:"bytes,11,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"` // 16 hex digits; of the data directory it joined with
+	DiskId        string                 `protobuf:"bytes,11,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"`                       // 16 hex digits; of the data directory it joined with
+	HealthUnknown bool                   `protobuf:"varint,12,opt,name=health_unknown,json=healthUnknown,proto3" json:"health_unknown,omitempty"` // whoever answers has neither heard of it nor missed it yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -311,6 +312,13 @@ func (x *Member) GetDiskId() string {
 	return ""
 }
 
+func (x *Member) GetHealthUnknown() bool {
+	if x != nil {
+		return x.HealthUnknown
+	}
+	return false
+}
+
 type ListMembersRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -348,13 +356,17 @@ func (*ListMembersRequest) Descriptor() ([]byte, []int) {
 }
 
 type ListMembersResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	ClusterName   string                 `protobuf:"bytes,2,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
-	LeaderId      uint64                 `protobuf:"varint,3,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
-	Term          uint64                 `protobuf:"varint,4,opt,name=term,proto3" json:"term,omitempty"`
-	Members       []*Member              `protobuf:"bytes,5,rep,name=members,proto3" json:"members,omitempty"`
-	Removed       []uint64               `protobuf:"varint,6,rep,packed,name=removed,proto3" json:"removed,omitempty"` // ids that were members and will not be again
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId   string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterName string                 `protobuf:"bytes,2,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	LeaderId    uint64                 `protobuf:"varint,3,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	Term        uint64                 `protobuf:"varint,4,opt,name=term,proto3" json:"term,omitempty"`
+	Members     []*Member              `protobuf:"bytes,5,rep,name=members,proto3" json:"members,omitempty"`
+	Removed     []uint64               `protobuf:"varint,6,rep,packed,name=removed,proto3" json:"removed,omitempty"`      // ids that were members and will not be again
+	NodeId      uint64                 `protobuf:"varint,7,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // whose picture it is
+	// Nobody leads, or the leader was not reached: it is what one node knows.
+	Stale         bool     `protobuf:"varint,8,opt,name=stale,proto3" json:"stale,omitempty"`
+	Alarms        []string `protobuf:"bytes,9,rep,name=alarms,proto3" json:"alarms,omitempty"` // what is wrong with the membership, for people
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -427,6 +439,27 @@ func (x *ListMembersResponse) GetMembers() []*Member {
 func (x *ListMembersResponse) GetRemoved() []uint64 {
 	if x != nil {
 		return x.Removed
+	}
+	return nil
+}
+
+func (x *ListMembersResponse) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *ListMembersResponse) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
+func (x *ListMembersResponse) GetAlarms() []string {
+	if x != nil {
+		return x.Alarms
 	}
 	return nil
 }
@@ -3476,7 +3509,7 @@ var File_conveyor_etl_cluster_proto protoreflect.FileDescriptor
 
 const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\x1aconveyor_etl/cluster.proto\x12\x14conveyor_etl.cluster\x1a\x19conveyor_etl/common.proto\x1a\x1aconveyor_etl/sidecar.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x02\n" +
+	"\x1aconveyor_etl/cluster.proto\x12\x14conveyor_etl.cluster\x1a\x19conveyor_etl/common.proto\x1a\x1aconveyor_etl/sidecar.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x02\n" +
 	"\x06Member\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
 	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\x12\x1f\n" +
@@ -3491,8 +3524,9 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x05state\x18\t \x01(\tR\x05state\x12\x18\n" +
 	"\aversion\x18\n" +
 	" \x01(\tR\aversion\x12\x17\n" +
-	"\adisk_id\x18\v \x01(\tR\x06diskId\"\x14\n" +
-	"\x12ListMembersRequest\"\xda\x01\n" +
+	"\adisk_id\x18\v \x01(\tR\x06diskId\x12%\n" +
+	"\x0ehealth_unknown\x18\f \x01(\bR\rhealthUnknown\"\x14\n" +
+	"\x12ListMembersRequest\"\xa1\x02\n" +
 	"\x13ListMembersResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12!\n" +
@@ -3500,7 +3534,10 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\tleader_id\x18\x03 \x01(\x04R\bleaderId\x12\x12\n" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x126\n" +
 	"\amembers\x18\x05 \x03(\v2\x1c.conveyor_etl.cluster.MemberR\amembers\x12\x18\n" +
-	"\aremoved\x18\x06 \x03(\x04R\aremoved\"\xfb\x01\n" +
+	"\aremoved\x18\x06 \x03(\x04R\aremoved\x12\x17\n" +
+	"\anode_id\x18\a \x01(\x04R\x06nodeId\x12\x14\n" +
+	"\x05stale\x18\b \x01(\bR\x05stale\x12\x16\n" +
+	"\x06alarms\x18\t \x03(\tR\x06alarms\"\xfb\x01\n" +
 	"\x11JoinMemberRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
 	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\x12\x1f\n" +
