@@ -32,6 +32,7 @@ import (
 // oneNode is a group of one node without a log: a submitted command is encoded,
 // applied to a real state machine and answered.
 type oneNode struct {
+	fs  vfs.FS
 	fsm *router.FSM
 	id  uint64
 
@@ -52,7 +53,8 @@ type oneNode struct {
 
 func newOneNode(t testing.TB) *oneNode {
 	t.Helper()
-	fsm, err := router.Open(vfs.NewMem(), "state", router.Options{Bootstrap: router.Position{Index: 1, Term: 1}})
+	fs := vfs.NewMem()
+	fsm, err := router.Open(fs, "state", router.Options{Bootstrap: router.Position{Index: 1, Term: 1}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +64,7 @@ func newOneNode(t testing.TB) *oneNode {
 		}
 	})
 	return &oneNode{
-		fsm: fsm, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
+		fs: fs, fsm: fsm, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
 		members: []raftnode.Member{{ID: 1, Addr: "n1:50052"}},
 	}
 }

@@ -53,7 +53,7 @@ func (f *manifestFlags) load(cmd *cobra.Command, a *app) (*manifest.Set, error) 
 func newPipelineApplyCommand(a *app) *cobra.Command {
 	var from manifestFlags
 	var dryRun bool
-	var version uint64
+	var version pipelineVersion
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE|FOLDER...",
 		Short: "Create pipelines or change them to what the files say",
@@ -72,7 +72,7 @@ first that failed.`,
 			if len(set.Pipelines) == 0 {
 				return errors.New("the files declare no pipeline; nothing was applied")
 			}
-			expected, err := expectedVersion(cmd, version, len(set.Pipelines))
+			expected, epoch, err := version.expected(cmd, len(set.Pipelines))
 			if err != nil {
 				return err
 			}
@@ -80,7 +80,7 @@ first that failed.`,
 				var errs []error
 				done := []applied{}
 				for _, p := range set.Pipelines {
-					r, err := apply(ctx, c, p.Config, expected, dryRun)
+					r, err := apply(ctx, c, p.Config, expected, epoch, dryRun)
 					if err != nil {
 						errs = append(errs, err)
 						continue
@@ -99,7 +99,7 @@ first that failed.`,
 	}
 	from.add(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "let the cluster check the pipelines and change nothing")
-	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version; 0: only if it does not exist")
+	version.add(cmd, "; 0: only if it does not exist")
 	return cmd
 }
 
@@ -109,6 +109,8 @@ type applied struct {
 	// Result is valid, created, unchanged or changed.
 	Result  string `json:"result"`
 	Version uint64 `json:"version,omitempty"`
+	// Epoch is the restore epoch the version is of.
+	Epoch uint64 `json:"epoch,omitempty"`
 }
 
 // String returns r as a line for people.
@@ -117,20 +119,25 @@ func (r applied) String() string {
 	case "valid":
 		return "pipeline " + r.Pipeline + " is valid (dry run)"
 	case "changed":
-		return fmt.Sprintf("pipeline %s changed, version %d", r.Pipeline, r.Version)
+		return fmt.Sprintf("pipeline %s changed, version %s", r.Pipeline, shownVersion(r.Version, r.Epoch))
 	}
 	return "pipeline " + r.Pipeline + " " + r.Result
 }
 
-// apply makes one pipeline what p says.
-func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (applied, error) {
+// apply makes one pipeline what p says. Without an epoch it is for the one in
+// which it finds the pipeline, so that what it says of the change is true; a
+// version that was read before is only ever compared with its own epoch.
+func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected, epoch *uint64, dryRun bool) (applied, error) {
 	id := p.GetId()
 	before, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
 	if err != nil {
 		return applied{}, about("pipeline "+id, err)
 	}
+	if epoch == nil && (expected == nil || *expected == 0) {
+		epoch = &before.Epoch
+	}
 	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
-		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
+		Config: p, ExpectedVersion: expected, ExpectedEpoch: epoch, ValidateOnly: dryRun,
 	})
 	if err != nil {
 		return applied{}, about("pipeline "+id, err)
@@ -142,7 +149,7 @@ func apply(ctx context.Context, c *clients, p *adminpb.PipelineConfig, expected 
 		}
 		return applied{}, refused("pipeline "+id+" was not applied", text, expected != nil)
 	}
-	r := applied{Pipeline: id, Result: "changed", Version: reply.GetVersion()}
+	r := applied{Pipeline: id, Result: "changed", Version: reply.GetVersion(), Epoch: reply.GetEpoch()}
 	switch {
 	case dryRun:
 		r.Result = "valid"

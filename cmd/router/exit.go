@@ -9,6 +9,8 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"conveyor.etl/router/rpc"
 )
 
 // The exit codes, documented in doc.go and in the help of the root command.
@@ -51,8 +53,12 @@ type callError struct {
 
 func (e callError) Error() string { return e.subject + ": " + e.st.Message() }
 
-// GRPCStatus lets exitCode and explain see the code of the call.
-func (e callError) GRPCStatus() *status.Status { return status.New(e.st.Code(), e.Error()) }
+// GRPCStatus lets exitCode and explain see the code of the call and its details.
+func (e callError) GRPCStatus() *status.Status {
+	p := e.st.Proto()
+	p.Message = e.Error()
+	return status.FromProto(p)
+}
 
 // about says which object a failed call was about, without the ornaments gRPC
 // puts around a message.
@@ -109,6 +115,9 @@ func exitCode(err error) int {
 	if !ok {
 		return exitError
 	}
+	if otherEpoch(st) {
+		return exitConflict
+	}
 	switch st.Code() {
 	case codes.OK:
 		return exitOK
@@ -127,12 +136,21 @@ func exitCode(err error) int {
 	}
 }
 
+// otherEpoch says whether a call was refused because the state was restored from a
+// backup since what it is about was read.
+func otherEpoch(st *status.Status) bool {
+	return st.Code() == codes.OutOfRange && rpc.ReasonOf(st) == "EPOCH"
+}
+
 // explain turns err into sentences for people: what happened, whether it was
 // done, what to do.
 func explain(err error) string {
 	st, ok := status.FromError(err)
 	if !ok {
 		return err.Error()
+	}
+	if otherEpoch(st) {
+		return st.Message() + "\nNothing was changed. Look at the current state; a version is given with its epoch, as 'router pipeline get' shows it: --if-version 5@2."
 	}
 	switch st.Code() {
 	case codes.Unavailable:
