@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strconv"
@@ -19,6 +20,7 @@ import (
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 	"conveyor.etl/router/rpc/routerpb/registrypb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 )
 
 // image keeps the state as it is, for restore.
@@ -258,4 +260,62 @@ func TestCommitEpoch(t *testing.T) {
 	noError(t, err)
 	_, err = bad.Recv()
 	wantCode(t, err, codes.InvalidArgument)
+}
+
+// Goal: a sidecar that keeps the assignment with the larger generation, as it is
+// told to, takes what a restore puts back, though it was made before what it runs,
+// and afterwards what is made anew. Method: all three ways it learns of them.
+func TestAssignmentsOfTwoEpochs(t *testing.T) {
+	a := newAPI(t)
+	a.create(chain("p", "src", "transform"))
+	s := a.startOldSidecar("ns/pod", "transform")
+	a.assign(s.id, "p")
+	a.node.image(t, "image")
+	a.revoke(s.id, "p")
+	a.assign(s.id, "p")
+	a.caughtUp()
+	s.beat(false)
+	live := s.routes["p"].GetGeneration()
+	ctx, cancel := context.WithCancel(a.ctx())
+	defer cancel()
+	watch, err := a.sidecar.WatchPipelineAssignments(ctx, &sidecarpb.WatchAssignmentsRequest{SidecarId: s.id})
+	noError(t, err)
+	next := func() *sidecarpb.PipelineAssignmentEvent {
+		t.Helper()
+		for {
+			ev, err := watch.Recv()
+			noError(t, err)
+			if ev.Assignment != nil {
+				return ev
+			}
+		}
+	}
+	if g := next().Assignment.Generation; g != live {
+		t.Fatalf("watched %d, told %d", g, live)
+	}
+	a.node.restore(t, "image")
+	a.caughtUp()
+	s.beat(false)
+	restored := s.routes["p"].GetGeneration()
+	if restored <= live {
+		t.Errorf("the restored assignment has generation %d, the sidecar has seen %d", restored, live)
+	}
+	if ev := next(); ev.Epoch != 1 || ev.Assignment.Generation != restored {
+		t.Errorf("watched %v, told %d", ev, restored)
+	}
+	info, err := a.cluster.GetSidecar(a.ctx(), &clusterpb.GetSidecarRequest{SidecarId: s.id})
+	noError(t, err)
+	if g := info.Sidecar.Assignments[0].Generation; g != restored {
+		t.Errorf("shown %d, told %d", g, restored)
+	}
+	if g := a.startOldSidecar("ns/pod", "transform").routes["p"].GetGeneration(); g != restored {
+		t.Errorf("a sidecar that registers again is told %d, %d before", g, restored)
+	}
+	a.revoke(s.id, "p")
+	a.assign(s.id, "p")
+	a.caughtUp()
+	s.beat(false)
+	if g := s.routes["p"].GetGeneration(); g <= restored {
+		t.Errorf("an assignment made after the restore has generation %d, the restored one %d", g, restored)
+	}
 }
