@@ -120,7 +120,7 @@ func (s *Server) start(ctx context.Context) error {
 	}
 	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
 		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"), Doubt: s.doubted,
-		Applied: func() uint64 { return s.disk.fsm.Applied().Index }, Also: s.alsoAt,
+		Applied: func() uint64 { return s.disk.fsm.Applied().Index }, Also: s.alsoAt, Transfers: imageTransfers{s},
 	})
 	if err != nil {
 		return err
@@ -228,7 +228,7 @@ func (s *Server) startPeers() error {
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Suspect: s.suspect,
-		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
+		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"), Transfers: imageTransfers{s},
 		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {

@@ -2667,6 +2667,7 @@ type Operation struct {
 	CreateRevision  uint64                 `protobuf:"varint,15,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
 	ModRevision     uint64                 `protobuf:"varint,16,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
 	Detail          []byte                 `protobuf:"bytes,17,opt,name=detail,proto3" json:"detail,omitempty"` // of its kind, opaque here
+	Rate            uint64                 `protobuf:"varint,18,opt,name=rate,proto3" json:"rate,omitempty"`    // units done per second of late, 0 = not known
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2818,6 +2819,13 @@ func (x *Operation) GetDetail() []byte {
 		return x.Detail
 	}
 	return nil
+}
+
+func (x *Operation) GetRate() uint64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
 }
 
 // RestoreSource is what a staged state is a copy of.
@@ -3264,7 +3272,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\tGroupPast\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
-	"generation\"\x92\x04\n" +
+	"generation\"\xa6\x04\n" +
 	"\tOperation\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x126\n" +
@@ -3283,7 +3291,8 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x10cancel_requested\x18\x0e \x01(\bR\x0fcancelRequested\x12'\n" +
 	"\x0fcreate_revision\x18\x0f \x01(\x04R\x0ecreateRevision\x12!\n" +
 	"\fmod_revision\x18\x10 \x01(\x04R\vmodRevision\x12\x16\n" +
-	"\x06detail\x18\x11 \x01(\fR\x06detail\"\xe3\x01\n" +
+	"\x06detail\x18\x11 \x01(\fR\x06detail\x12\x12\n" +
+	"\x04rate\x18\x12 \x01(\x04R\x04rate\"\xe3\x01\n" +
 	"\rRestoreSource\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12!\n" +

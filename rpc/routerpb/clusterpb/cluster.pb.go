@@ -1064,6 +1064,8 @@ type Operation struct {
 	EndedAt         *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
 	CancelRequested bool                   `protobuf:"varint,14,opt,name=cancel_requested,json=cancelRequested,proto3" json:"cancel_requested,omitempty"`
 	Revision        uint64                 `protobuf:"varint,15,opt,name=revision,proto3" json:"revision,omitempty"`
+	Rate            uint64                 `protobuf:"varint,100,opt,name=rate,proto3" json:"rate,omitempty"`                   // units done per second of late, 0 = not known
+	LeftMs          uint64                 `protobuf:"varint,101,opt,name=left_ms,json=leftMs,proto3" json:"left_ms,omitempty"` // estimate of the time to come in this phase, from rate; 0 = not known
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1199,6 +1201,20 @@ func (x *Operation) GetCancelRequested() bool {
 func (x *Operation) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *Operation) GetRate() uint64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *Operation) GetLeftMs() uint64 {
+	if x != nil {
+		return x.LeftMs
 	}
 	return 0
 }
@@ -3562,7 +3578,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x0ePreflightCheck\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x93\x04\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xc0\x04\n" +
 	"\tOperation\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12:\n" +
@@ -3581,7 +3597,9 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"updated_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x125\n" +
 	"\bended_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12)\n" +
 	"\x10cancel_requested\x18\x0e \x01(\bR\x0fcancelRequested\x12\x1a\n" +
-	"\brevision\x18\x0f \x01(\x04R\brevision\"N\n" +
+	"\brevision\x18\x0f \x01(\x04R\brevision\x12\x12\n" +
+	"\x04rate\x18d \x01(\x04R\x04rate\x12\x17\n" +
+	"\aleft_ms\x18e \x01(\x04R\x06leftMs\"N\n" +
 	"\x15ListOperationsRequest\x12!\n" +
 	"\frunning_only\x18\x01 \x01(\bR\vrunningOnly\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\"u\n" +
