@@ -37,7 +37,7 @@ func (n *oneNode) restore(t *testing.T, dir string) {
 	noError(t, err)
 	v := im.View()
 	defer func() { noError(t, errors.Join(v.Close(), im.Close())) }()
-	src, err := im.Source(t.Context())
+	src, err := im.CheckedSource(t.Context())
 	noError(t, err)
 	id := fmt.Sprintf("restore-%d", n.fsm.Epoch()+1)
 	n.must(t, &commandpb.Command{Op: &commandpb.Command_BeginRestore{BeginRestore: &commandpb.BeginRestore{
