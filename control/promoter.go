@@ -3,7 +3,6 @@ package control
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"time"
@@ -11,9 +10,6 @@ import (
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router/commandpb"
 )
-
-// KindCatchUp is the kind of the operations that show how far a new member is.
-const KindCatchUp = "catch-up"
 
 // MemberNode is what a Promoter needs of the local replica.
 type MemberNode interface {
@@ -44,6 +40,10 @@ type PromoterConfig struct {
 	// MaxLag is how many entries a learner that counts as caught up may lack.
 	// Default 500, some milliseconds of a loaded cluster.
 	MaxLag uint64
+	// VoterLag is how many entries a voter must lack, for VoterLooks in a row, to be
+	// shown as one that catches up. Defaults 5,000 and 10.
+	VoterLag   uint64
+	VoterLooks int
 }
 
 func (c *PromoterConfig) ensureDefaults() {
@@ -55,6 +55,12 @@ func (c *PromoterConfig) ensureDefaults() {
 	}
 	if c.MaxLag == 0 {
 		c.MaxLag = 500
+	}
+	if c.VoterLag == 0 {
+		c.VoterLag = 5000
+	}
+	if c.VoterLooks <= 0 {
+		c.VoterLooks = 10
 	}
 	if c.Held == nil {
 		c.Held = func(uint64) bool { return false }
@@ -68,27 +74,34 @@ func (c *PromoterConfig) ensureDefaults() {
 }
 
 // Promoter makes learners that have caught up voters while this node leads, and
-// keeps an operation for each that says how far it is. Read replicas stay what
-// they are.
-type Promoter struct{ c PromoterConfig }
+// keeps an operation for each member that catches up, which says how far it is and
+// can be cancelled. Read replicas stay what they are.
+type Promoter struct {
+	c   PromoterConfig
+	ops catchUps
+}
 
 // NewPromoter returns a Promoter; Run makes it work.
 func NewPromoter(c PromoterConfig) *Promoter {
 	c.ensureDefaults()
-	return &Promoter{c: c}
+	return &Promoter{c: c, ops: catchUps{c.State, c.Submit, c.Now}}
 }
 
 // Run works until ctx is done.
 func (p *Promoter) Run(ctx context.Context) { whileLeading(ctx, p.c.Node, p.reign) }
 
-// follower is what is known of one learner.
+// follower is what is known of one member.
 type follower struct {
+	// looks counts how often in a row a learner was caught up, or a voter lacked
+	// much.
 	looks int
-	// shown is when its operation was last told, done what it said.
+	// shown is when its operation was last told, match what it had then.
 	shown time.Time
-	begun bool
+	match uint64
+	begun string // the operation that is known to exist
 	// quiet: the operation has ended; a read replica that caught up once.
 	quiet bool
+	votes bool
 }
 
 func (p *Promoter) reign(ctx context.Context) {
@@ -101,40 +114,72 @@ func (p *Promoter) reign(ctx context.Context) {
 		if n%tidyEvery == tidyEvery-1 {
 			p.tidy(ctx, st)
 		}
-		learners := st.Position.ConfState.GetLearners()
-		for id := range known {
-			if !slices.Contains(learners, id) {
+		learners, voters := st.Position.ConfState.GetLearners(), st.Position.ConfState.GetVoters()
+		for id, f := range known {
+			if f.votes != slices.Contains(voters, id) || !f.votes && !slices.Contains(learners, id) {
 				delete(known, id)
 			}
 		}
-		for _, id := range learners {
-			m, ok := st.Position.Member(id)
-			if !ok || m.Removed {
+		for _, m := range raftnode.Live(st.Position.Members) {
+			votes := slices.Contains(voters, m.ID)
+			if m.ID == st.ID || !votes && !slices.Contains(learners, m.ID) {
 				continue
 			}
-			f := known[id]
+			f := known[m.ID]
 			if f == nil {
-				f = &follower{}
-				known[id] = f
+				f = &follower{votes: votes}
+				known[m.ID] = f
 			}
-			p.look(ctx, st, m, f)
+			if votes {
+				p.lookAtVoter(ctx, st, m, f)
+			} else {
+				p.look(ctx, st, m, f)
+			}
 		}
+	}
+}
+
+// lookAtVoter shows how far a voter is that lacks much, or gets an image. One that
+// does not answer is not catching up; it is down.
+func (p *Promoter) lookAtVoter(ctx context.Context, st raftnode.Status, m raftnode.Member, f *follower) {
+	peer := peerOf(st, m.ID)
+	if peer.ID == 0 {
+		return
+	}
+	catching := peer.State == "snapshot" || peer.Answered && !peer.Silent && peer.Match+p.c.VoterLag < st.Commit
+	if !catching && (f.begun == "" || p.ready(st, m.ID)) {
+		f.looks, f.begun = 0, "" // tidy ends what there is
+		return
+	}
+	if f.looks++; f.looks >= p.c.VoterLooks {
+		p.show(ctx, st, m, peer, f)
 	}
 }
 
 // look judges one learner.
 func (p *Promoter) look(ctx context.Context, st raftnode.Status, m raftnode.Member, f *follower) {
-	i := slices.IndexFunc(st.Peers, func(s raftnode.PeerStatus) bool { return s.ID == m.ID })
-	if i < 0 {
+	peer := peerOf(st, m.ID)
+	if peer.ID == 0 {
 		return
 	}
-	peer := st.Peers[i]
-	if ready := peer.Answered && !peer.Silent && peer.State == "replicate" && peer.Match+p.c.MaxLag >= st.Commit; !ready {
+	if !p.ready(st, m.ID) {
 		f.looks = 0
 		p.show(ctx, st, m, peer, f)
 		return
 	}
 	if f.looks++; f.looks < p.c.Looks || f.quiet || p.c.Held(m.ID) {
+		return
+	}
+	newest, _, err := p.ops.newest(m)
+	if err != nil {
+		p.note(err, m)
+		return
+	}
+	if running(newest) && newest.CancelRequested {
+		p.note(p.ops.cancel(ctx, m, newest), m)
+		return
+	}
+	if p.ops.held(newest) > 0 {
 		return
 	}
 	if m.ReadReplica || !p.c.Promote {
@@ -156,92 +201,111 @@ func (p *Promoter) look(ctx context.Context, st raftnode.Status, m raftnode.Memb
 // tidyEvery is every how many looks what has nothing to show any more is ended.
 const tidyEvery = 20
 
-// tidy ends the operations of nodes that are learners no more: somebody else made
-// them voters, or took them out, or this leader's predecessor did not come to it.
+// tidy ends the operations that nobody ends otherwise: of nodes that are members no
+// more, and of voters that have caught up, which an earlier leader may have begun,
+// or whoever sent them an image.
 func (p *Promoter) tidy(ctx context.Context, st raftnode.Status) {
 	if p.c.State == nil {
 		return
 	}
 	v := p.c.State.View()
-	var left []*commandpb.Operation
+	var all []*commandpb.Operation
 	err := v.Operations(func(op *commandpb.Operation) bool {
-		if op.Kind != KindCatchUp || op.State != commandpb.OperationState_OPERATION_STATE_RUNNING {
-			return true
+		if op.Kind == KindCatchUp && running(op) {
+			all = append(all, op)
 		}
-		for _, id := range st.Position.ConfState.GetLearners() {
-			if m, ok := st.Position.Member(id); ok && operationID(m) == op.OperationId {
-				return true
-			}
-		}
-		left = append(left, op)
 		return true
 	})
 	if err = errors.Join(err, v.Close()); err != nil {
-		p.c.Logger.Error("cannot read how far the learners are", "err", err)
+		p.c.Logger.Error("cannot read how far the members are", "err", err)
 		return
 	}
-	for _, op := range left {
-		op.State, op.Message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "the node is no learner any more"
-		if slices.Contains(st.Position.ConfState.GetLearners(), op.NodeId) {
-			op.Message = "the node has come with a directory of its own since; an operation of that one shows how far it is"
+	for _, op := range all {
+		m, ok := st.Position.Member(op.NodeId)
+		switch {
+		case !ok || m.Removed:
+			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "the node is no member any more"
+		case !ofMember(op, m):
+			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "the node has come with a directory of its own since; an operation of that one shows how far it is"
+		case slices.Contains(st.Position.ConfState.GetLearners(), m.ID):
+			continue // look ends it
+		case op.CancelRequested:
+			p.note(p.ops.cancel(ctx, m, op), m)
+			continue
+		case p.ready(st, m.ID):
+			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "caught up; the node votes"
+		default:
+			continue
 		}
-		if slices.Contains(st.Position.ConfState.GetVoters(), op.NodeId) {
-			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "the node votes now"
-		}
-		p.put(ctx, op, &follower{begun: true})
+		p.note(p.ops.put(ctx, op, false), m)
 	}
 }
 
-// operationID is the same for every leader that sees this member.
-func operationID(m raftnode.Member) string { return fmt.Sprintf("catch-up-%d-%016x", m.ID, m.Disk) }
+// ready says whether a member has what this leader has, and answers.
+func (p *Promoter) ready(st raftnode.Status, id uint64) bool {
+	peer := peerOf(st, id)
+	return peer.Answered && !peer.Silent && peer.State == "replicate" && peer.Match+p.c.MaxLag >= st.Commit
+}
 
-// show tells how far a learner is, once a second.
+// show tells how far a member is, once a second.
 func (p *Promoter) show(ctx context.Context, st raftnode.Status, m raftnode.Member, peer raftnode.PeerStatus, f *follower) {
 	now := p.c.Now()
-	if now.Sub(f.shown) < time.Second || f.quiet {
+	since := now.Sub(f.shown)
+	if since < time.Second || f.quiet {
 		return
 	}
 	f.shown = now
-	op := p.operation(m, peer.Match, st.Commit)
+	newest, next, err := p.ops.newest(m)
+	switch {
+	case err != nil:
+		p.note(err, m)
+		return
+	case running(newest) && newest.CancelRequested:
+		p.note(p.ops.cancel(ctx, m, newest), m)
+		return
+	case p.ops.held(newest) > 0, p.ops.fresh(newest):
+		return
+	}
+	op := operation(m, newest, next)
+	op.Phase, op.Unit, op.Done, op.Total = phaseLog, "entries", min(peer.Match, st.Commit), st.Commit
 	switch {
 	case peer.State == "snapshot":
-		op.Phase = "image"
+		// Whoever sends it says how much of it.
+		op.Phase, op.Unit, op.Done, op.Total = phaseImage, "bytes", 0, 0
 	case peer.Silent || !peer.Answered:
 		op.Message = "the node is not heard of"
+	case since < time.Minute && f.match > 0 && peer.Match > f.match:
+		op.Rate = uint64(float64(peer.Match-f.match) / since.Seconds())
 	}
-	p.put(ctx, op, f)
+	f.match = peer.Match
+	p.note(p.put(ctx, op, f, running(newest)), m)
 }
 
-func (p *Promoter) operation(m raftnode.Member, done, total uint64) *commandpb.Operation {
-	return &commandpb.Operation{
-		OperationId: operationID(m), Kind: KindCatchUp, Subject: fmt.Sprintf("node %d", m.ID), NodeId: m.ID,
-		State: commandpb.OperationState_OPERATION_STATE_RUNNING, Phase: "log", Done: min(done, total), Total: total, Unit: "entries",
+// put records an operation, creating it when it is not known to exist.
+func (p *Promoter) put(ctx context.Context, op *commandpb.Operation, f *follower, exists bool) error {
+	create := !exists && f.begun != op.OperationId
+	err := p.ops.put(ctx, op, create)
+	if err == nil {
+		f.begun = op.OperationId
 	}
+	return err
 }
 
-// put records an operation, creating it the first time. Failures are made up for
-// by the next.
-func (p *Promoter) put(ctx context.Context, op *commandpb.Operation, f *follower) {
-	submit := func(create bool) (*commandpb.Result, error) {
-		return p.c.Submit.Submit(ctx, &commandpb.Command{
-			TimeMs: uint64(p.c.Now().UnixMilli()),
-			Op:     &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{Operation: op, Create: create}},
-		})
-	}
-	if !f.begun {
-		if _, err := submit(true); err != nil { // one of an earlier leader is there already
-			return
-		}
-		f.begun = true
-	}
-	if _, err := submit(false); err != nil && ctx.Err() == nil {
-		p.c.Logger.Debug("the progress of a learner was not recorded", "node_changed", op.NodeId, "err", err)
+func (p *Promoter) note(err error, m raftnode.Member) {
+	if err != nil {
+		p.c.Logger.Debug("the progress of a member was not recorded", "node_changed", m.ID, "err", err)
 	}
 }
 
-// end records that a learner is caught up.
+// end records that a member is caught up.
 func (p *Promoter) end(ctx context.Context, m raftnode.Member, f *follower, total uint64, message string) {
-	op := p.operation(m, total, total)
+	newest, next, err := p.ops.newest(m)
+	if err != nil {
+		p.note(err, m)
+		return
+	}
+	op := operation(m, newest, next)
+	op.Phase, op.Unit, op.Done, op.Total = phaseLog, "entries", total, total
 	op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, message
-	p.put(ctx, op, f)
+	p.note(p.put(ctx, op, f, running(newest)), m)
 }

@@ -23,7 +23,8 @@ type ward struct {
 	changed chan struct{}
 	members []raftnode.Member
 	peers   map[uint64]raftnode.PeerStatus
-	asked   []uint64 // learners that were to be promoted
+	voters  map[uint64]bool // besides the leader
+	asked   []uint64        // learners that were to be promoted
 	refuse  error
 	ops     map[string]*commandpb.Operation
 	written int
@@ -34,7 +35,7 @@ const wardCommit = 10_000
 func newWard() *ward {
 	return &ward{
 		changed: make(chan struct{}), lead: raftnode.Leadership{Leader: 1, Term: 1, Leading: true},
-		members: []raftnode.Member{{ID: 1}}, peers: map[uint64]raftnode.PeerStatus{}, ops: map[string]*commandpb.Operation{},
+		members: []raftnode.Member{{ID: 1}}, peers: map[uint64]raftnode.PeerStatus{}, voters: map[uint64]bool{}, ops: map[string]*commandpb.Operation{},
 	}
 }
 
@@ -58,10 +59,15 @@ func (w *ward) Status() raftnode.Status {
 	st := raftnode.Status{ID: 1, Leader: 1, Commit: wardCommit}
 	st.Position = raftnode.Position{ConfState: &raftpb.ConfState{Voters: []uint64{1}}, Members: slices.Clone(w.members)}
 	for _, m := range w.members {
-		if m.ID != 1 && !m.Removed {
-			st.Position.ConfState.Learners = append(st.Position.ConfState.Learners, m.ID)
-			st.Peers = append(st.Peers, w.peers[m.ID])
+		if m.ID == 1 || m.Removed {
+			continue
 		}
+		if w.voters[m.ID] {
+			st.Position.ConfState.Voters = append(st.Position.ConfState.Voters, m.ID)
+		} else {
+			st.Position.ConfState.Learners = append(st.Position.ConfState.Learners, m.ID)
+		}
+		st.Peers = append(st.Peers, w.peers[m.ID])
 	}
 	return st
 }
@@ -109,6 +115,25 @@ func (w *ward) learner(m raftnode.Member, p raftnode.PeerStatus) {
 	}
 }
 
+// voter is learner for one that votes.
+func (w *ward) voter(m raftnode.Member, p raftnode.PeerStatus) {
+	w.mu.Lock()
+	w.voters[m.ID] = true
+	w.mu.Unlock()
+	w.learner(m, p)
+}
+
+// remove leaves a tombstone.
+func (w *ward) remove(id uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range w.members {
+		if w.members[i].ID == id {
+			w.members[i].Removed = true
+		}
+	}
+}
+
 func (w *ward) promotions() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -153,7 +178,6 @@ func TestLearnerIsPromotedWhenItHasCaughtUp(t *testing.T) {
 	w := newWard()
 	w.run(t, true, func(t *testing.T) {
 		const op = "catch-up-4-0000000000000007"
-		four := raftnode.Member{ID: 4, Disk: 7}
 		for _, p := range []raftnode.PeerStatus{unheard, receiving, behind, silent} {
 			w.learner(four, p)
 			pass(5 * time.Second)
@@ -163,7 +187,7 @@ func TestLearnerIsPromotedWhenItHasCaughtUp(t *testing.T) {
 		}
 		w.learner(four, receiving)
 		pass(2 * time.Second)
-		if got := w.operation(op); got != "RUNNING image 0/10000" {
+		if got := w.operation(op); got != "RUNNING image 0/0" {
 			t.Fatal(got)
 		}
 		w.learner(four, behind)

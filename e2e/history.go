@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -103,9 +104,25 @@ func outcome(err error) Known {
 		return NotDone
 	case codes.InvalidArgument, codes.FailedPrecondition, codes.Aborted, codes.NotFound, codes.AlreadyExists:
 		return Refused
+	case codes.OutOfRange:
+		// Of another restore epoch.
+		if reason(err) == "EPOCH" {
+			return Refused
+		}
+		return Unknown
 	default:
 		return Unknown
 	}
+}
+
+// reason is why the cluster says that a call failed, "" when it says nothing.
+func reason(err error) string {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok {
+			return info.GetReason()
+		}
+	}
+	return ""
 }
 
 // definite tells the server's own UNAVAILABLE, which carries details, and the

@@ -53,7 +53,7 @@ func StartLoad(c *Cluster, o LoadOptions) *Load {
 		go func() {
 			defer l.wg.Done()
 			rng := rand.New(rand.NewPCG(o.Seed, uint64(i)))
-			versions := map[string]uint64{}
+			versions := map[string]readVersion{}
 			// A closed loop without pause would make the history of a minute
 			// too long to be checked; 200 calls a second a client is plenty.
 			pace := time.NewTicker(5 * time.Millisecond)
@@ -122,20 +122,22 @@ func (l *Load) pipeline(k int) string { return fmt.Sprintf("%se2e/p%d", l.prefix
 
 func (l *Load) source() string { return l.prefix + "source-1" }
 
-func (l *Load) pipelineCall(ctx context.Context, node *Node, rng *rand.Rand, client, n, keys int, versions map[string]uint64) Known {
+func (l *Load) pipelineCall(ctx context.Context, node *Node, rng *rand.Rand, client, n, keys int, versions map[string]readVersion) Known {
 	id := l.pipeline(rng.IntN(keys))
 	switch r := rng.IntN(10); {
 	case r < 4:
 		return l.Pipelines.Record(client, PipelineOp{Pipeline: id}, func() (any, Known) { return readPipeline(ctx, node, id, versions) })
 	case r < 5:
 		op := PipelineOp{Pipeline: id, Delete: true}
-		if v, ok := versions[id]; ok && v > 0 {
-			op.Expected = &v
+		if v, ok := versions[id]; ok && v.version > 0 {
+			op.Expected, op.Epoch = &v.version, v.epoch
 		} else {
 			return Refused
 		}
 		return l.acknowledged(l.Pipelines.Record(client, op, func() (any, Known) {
-			res, err := node.Admin().DeletePipeline(ctx, &adminpb.DeletePipelineRequest{PipelineId: id, ExpectedVersion: op.Expected})
+			res, err := node.Admin().DeletePipeline(ctx, &adminpb.DeletePipelineRequest{
+				PipelineId: id, ExpectedVersion: op.Expected, ExpectedEpoch: op.epoch(),
+			})
 			k := outcome(err)
 			if err == nil {
 				return PipelineOut{OK: res.Success, Absent: res.Success && !res.Existed}, Done
@@ -148,21 +150,21 @@ func (l *Load) pipelineCall(ctx context.Context, node *Node, rng *rand.Rand, cli
 	default:
 		op := PipelineOp{Pipeline: id, Tag: fmt.Sprintf("c%d-%d", client, n)}
 		if v, ok := versions[id]; ok && rng.IntN(3) > 0 {
-			op.Expected = &v
+			op.Expected, op.Epoch = &v.version, v.epoch
 		}
 		if rng.IntN(2) == 0 { // exactly-once by request id
 			ctx = metadata.AppendToOutgoingContext(ctx, "conveyor-request-id", l.prefix+op.Tag)
 		}
 		return l.acknowledged(l.Pipelines.Record(client, op, func() (any, Known) {
 			res, err := node.Admin().UpdatePipeline(ctx, &adminpb.UpdatePipelineRequest{
-				PipelineId: id, Config: testPipeline(id, op.Tag), ExpectedVersion: op.Expected,
+				PipelineId: id, Config: testPipeline(id, op.Tag), ExpectedVersion: op.Expected, ExpectedEpoch: op.epoch(),
 			})
 			k := outcome(err)
 			if err == nil {
 				if res.Success {
-					versions[id] = res.Version
+					versions[id] = readVersion{res.Version, res.Epoch}
 				}
-				return PipelineOut{OK: res.Success, Version: res.Version}, Done
+				return PipelineOut{OK: res.Success, Version: res.Version, Epoch: res.Epoch}, Done
 			}
 			if k == Refused {
 				return PipelineOut{}, Done
@@ -172,17 +174,28 @@ func (l *Load) pipelineCall(ctx context.Context, node *Node, rng *rand.Rand, cli
 	}
 }
 
-func readPipeline(ctx context.Context, node *Node, id string, versions map[string]uint64) (any, Known) {
+// readVersion is what a client knows of a pipeline: 0 = that there is none.
+type readVersion struct{ version, epoch uint64 }
+
+// epoch is what a call names together with the version it expects.
+func (op PipelineOp) epoch() *uint64 {
+	if op.Expected == nil {
+		return nil
+	}
+	return &op.Epoch
+}
+
+func readPipeline(ctx context.Context, node *Node, id string, versions map[string]readVersion) (any, Known) {
 	res, err := node.Admin().GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
 	if err != nil {
 		return nil, NotDone // a failed read changes nothing
 	}
-	out := PipelineOut{OK: true}
+	out := PipelineOut{OK: true, Epoch: res.Epoch}
 	if res.Found {
 		out.Version, out.Tag = res.Status.Version, res.Config.Description
 	}
 	if versions != nil {
-		versions[id] = out.Version
+		versions[id] = readVersion{out.Version, out.Epoch}
 	}
 	return out, Done
 }

@@ -12,8 +12,10 @@ type PipelineOp struct {
 	// Tag is written by a put; empty for a read and a delete.
 	Tag    string
 	Delete bool
-	// Expected is the version a put or delete insists on, nil for any.
+	// Expected is the version a put or delete insists on, in a restore epoch; nil
+	// for any.
 	Expected *uint64
+	Epoch    uint64
 	// Save remembers the register in a backup, Restore puts back what is
 	// remembered.
 	Save, Restore bool
@@ -25,11 +27,13 @@ type PipelineOut struct {
 	// Absent: a delete found nothing to delete, whatever version it expected.
 	Absent  bool
 	Version uint64
+	Epoch   uint64 // of a read and a put
 	Tag     string
 }
 
 type pipelineState struct {
 	version uint64 // 0 = absent
+	epoch   uint64 // restores so far
 	tag     string
 	saved   pipelineCopy
 }
@@ -52,13 +56,15 @@ func PipelineModel() porcupine.Model {
 					next.saved = pipelineCopy{s.version, s.tag}
 				} else {
 					next.version, next.tag = s.saved.version, s.saved.tag
+					next.epoch++
 				}
 				if output == nil {
 					return []any{s, next}
 				}
 				return []any{next}
 			}
-			fits := in.Expected == nil || *in.Expected == s.version
+			strange := in.Expected != nil && in.Epoch != s.epoch
+			fits := !strange && (in.Expected == nil || *in.Expected == s.version)
 			next := s
 			switch {
 			case in.Delete:
@@ -74,10 +80,16 @@ func PipelineModel() porcupine.Model {
 			}
 			out := output.(PipelineOut)
 			if in.Tag == "" && !in.Delete { // read
-				if out.Version == s.version && out.Tag == s.tag {
+				if out.Version == s.version && out.Tag == s.tag && out.Epoch == s.epoch {
 					return []any{s}
 				}
 				return nil
+			}
+			if strange {
+				if out.OK {
+					return nil // it was read in another epoch
+				}
+				return []any{s}
 			}
 			if in.Delete && (out.Absent || s.version == 0) {
 				if out.OK && out.Absent && s.version == 0 {
@@ -91,7 +103,7 @@ func PipelineModel() porcupine.Model {
 				}
 				return []any{s}
 			}
-			if !fits || (!in.Delete && out.Version != next.version) {
+			if !fits || (!in.Delete && (out.Version != next.version || out.Epoch != s.epoch)) {
 				return nil
 			}
 			return []any{next}

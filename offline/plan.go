@@ -27,9 +27,15 @@ type Copy struct {
 	// Term is the newest term the node took part in.
 	Term uint64 `json:"term"`
 	// FromImage is the image the state has to be rebuilt from, if any.
-	FromImage string   `json:"from_image,omitempty"`
-	Voters    []uint64 `json:"voters"`
-	Learners  []uint64 `json:"learners,omitempty"`
+	FromImage string `json:"from_image,omitempty"`
+	// Epoch is how often the state was restored from a backup, before what the log
+	// still holds is applied. Undo says what there is of the state before the last
+	// time, to which 'backup undo-restore' goes back: kept, lost, or "" when nothing
+	// was ever restored.
+	Epoch    uint64   `json:"epoch,omitempty"`
+	Undo     string   `json:"undo,omitempty"`
+	Voters   []uint64 `json:"voters"`
+	Learners []uint64 `json:"learners,omitempty"`
 	// Damage says where the log is damaged; what lies behind is lost with this
 	// copy.
 	Damage string `json:"damage,omitempty"`
@@ -201,6 +207,10 @@ func describe(d *Directory, damaged bool) Copy {
 	if err != nil {
 		return fail(err)
 	}
+	if c.Epoch, err = epochOf(d.fs, b.dir); err != nil {
+		return fail(err)
+	}
+	c.Undo = d.undo(c.Epoch)
 	c.conf = pos.ConfState
 	c.Voters, c.Learners = slices.Clone(pos.ConfState.GetVoters()), slices.Clone(pos.ConfState.GetLearners())
 	slices.Sort(c.Voters)

@@ -26,6 +26,8 @@ type Recovered struct {
 	Index    uint64 `json:"index"`
 	Term     uint64 `json:"term"`
 	Revision uint64 `json:"revision"`
+	// Undo is that of Copy, after the log was applied.
+	Undo string `json:"undo,omitempty"`
 	// Resumed: an interrupted recovery had decided already; only its last moves
 	// were made.
 	Resumed bool `json:"resumed"`
@@ -105,9 +107,13 @@ func rebuild(d *Directory, p *Plan, o *RecoverOptions) (res *Recovered, err erro
 	id.RaftAddr, id.Removed = "", false
 	id.Members, id.CreatedAt = p.Members, time.Now().UTC().Truncate(time.Second)
 
-	pos, revision, err := recoverState(d, b, p, r.Dir(), o)
+	pos, revision, epoch, err := recoverState(d, b, p, r.Dir(), o)
 	if err != nil {
 		return nil, err
+	}
+	undo, err := keepUndo(d, r.Dir(), epoch)
+	if err != nil {
+		return nil, fmt.Errorf("keep the state before the last restore: %w", err)
 	}
 	if err := makeRest(r.Dir(), id, pos, &o.Settings); err != nil {
 		return nil, err
@@ -123,33 +129,33 @@ func rebuild(d *Directory, p *Plan, o *RecoverOptions) (res *Recovered, err erro
 	}
 	return &Recovered{
 		ClusterID: fmt.Sprintf("%016x", id.ClusterID), NodeID: id.NodeID, Members: p.Members,
-		Index: pos.Index, Term: pos.Term, Revision: revision, Before: filepath.Join(d.Path, datadir.BeforeName),
+		Index: pos.Index, Term: pos.Term, Revision: revision, Undo: undo, Before: filepath.Join(d.Path, datadir.BeforeName),
 	}, nil
 }
 
 // recoverState makes the state in dir: what d holds, and then one entry more,
 // the new group.
-func recoverState(d *Directory, b base, p *Plan, dir string, o *RecoverOptions) (pos raftnode.Position, revision uint64, err error) {
+func recoverState(d *Directory, b base, p *Plan, dir string, o *RecoverOptions) (pos raftnode.Position, revision, epoch uint64, err error) {
 	fsm, sm, err := openState(dir, o.Logger)
 	if err != nil {
-		return pos, 0, err
+		return pos, 0, 0, err
 	}
 	defer func() { err = errors.Join(err, fsm.Close()) }()
 	if _, err := fsm.Install(b.dir); err != nil {
-		return pos, 0, err
+		return pos, 0, 0, err
 	}
 	if err := d.replay(b, p.Chosen().LastIndex, sm); err != nil {
-		return pos, 0, fmt.Errorf("apply the log: %w", err)
+		return pos, 0, 0, fmt.Errorf("apply the log: %w", err)
 	}
 	pos = groupOf(p.Index, p.Term, p.members(sm.Applied().Members))
 	if err := sm.ApplyMembership(pos); err != nil {
-		return pos, 0, err
+		return pos, 0, 0, err
 	}
 	if _, err := sm.Flush(); err != nil {
-		return pos, 0, err
+		return pos, 0, 0, err
 	}
 	o.Point(stepState)
-	return pos, fsm.Revision(), nil
+	return pos, fsm.Revision(), fsm.Epoch(), nil
 }
 
 // alsoMake makes the directory of another member from the state in from.

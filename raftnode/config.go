@@ -53,7 +53,8 @@ type Config struct {
 	// when the round trip is much longer than a sync.
 	MaxBatchesInFlight int
 	// MaxWaiting and MaxWaitingBytes bound the commands that wait for a result,
-	// proposed or not; beyond them Propose fails with ErrBusy.
+	// proposed or not; beyond them Propose fails with ErrBusy. Commands of 64 KiB
+	// and more fill no more than half of the bytes.
 	MaxWaiting      int
 	MaxWaitingBytes int64
 	// MaxApplyBytes ends one call of StateMachine.Apply, so that the first

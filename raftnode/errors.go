@@ -38,6 +38,9 @@ var (
 	// ErrDiverged: the state machine and the log disagree about an entry both
 	// know to be committed. One of them belongs elsewhere or is damaged.
 	ErrDiverged = errors.New("raftnode: the state and the log disagree about a committed entry")
+	// ErrImageHeld: no image is to be sent to the peer for now, because a user
+	// stopped the one before. Nothing was sent.
+	ErrImageHeld = errors.New("raftnode: no image is sent to the node for now")
 	// ErrDiskStalled: the log's disk has not answered for Config.StallFail.
 	ErrDiskStalled = errors.New("raftnode: the disk of the log has stalled")
 )

@@ -220,18 +220,27 @@ func (b *inbox) takeUnreachable() []uint64 {
 	return ids
 }
 
+// bulkBytes is the size from which commands may fill only half of the room for
+// those that wait. Who sends such ones (the chunks of a restore, large checkpoints)
+// fills all of it with a few dozen, and everybody's small commands would be
+// refused for them.
+const bulkBytes = 64 * kib
+
 // pushCommand encodes cmd into the open batch. cmd may be reused afterwards.
 func (b *inbox) pushCommand(cmd []byte, w waiter) error {
 	if len(cmd) > b.maxCommand {
 		return ErrTooLarge
 	}
-	n := int64(len(cmd))
+	n, room := int64(len(cmd)), b.maxWaitingBytes
+	if n >= bulkBytes {
+		room /= 2
+	}
 	b.mu.Lock()
 	switch {
 	case b.closed:
 		b.mu.Unlock()
 		return ErrStopping
-	case b.waiting >= b.maxWaiting, b.waitingBytes+n > b.maxWaitingBytes:
+	case b.waiting >= b.maxWaiting, b.waitingBytes+n > room:
 		b.mu.Unlock()
 		return ErrBusy
 	}

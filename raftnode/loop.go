@@ -271,7 +271,16 @@ func (l *loop) propose() {
 			return
 		}
 		if err := l.rn.Propose(b.data); err != nil {
-			// Raft has not taken it and never will.
+			// Raft has not taken it and never will. It may have stepped down for
+			// something it was shown in this turn, which only its next Ready tells:
+			// then another node may take the command, and "busy" would send the
+			// client away instead.
+			if l.drain(); !l.leading() {
+				b.fail(l.notLeaderErr())
+				l.in.release(b)
+				l.propose() // which tells the others
+				return
+			}
 			b.fail(fmt.Errorf("%w: %w", ErrBusy, err))
 			l.in.release(b)
 			continue

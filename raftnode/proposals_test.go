@@ -283,6 +283,51 @@ func TestUncommittedLimit(t *testing.T) {
 	c.mustBe(t, true, nil)
 }
 
+// A command that waits when its leader learns, in the same turn, that another one
+// was elected is told so and may go there: it does not hear that the node is busy,
+// which is an answer for the client.
+func TestCommandsOfALeaderThatIsNoMore(t *testing.T) {
+	h := newHarness(t, 1, nil, 1)
+	h.campaign()
+	h.settle()
+	term := h.Leadership().Term + 1
+	a, b := h.propose("a"), h.propose(string(make([]byte, 2<<20))) // of an entry of its own
+	h.step(&raftpb.Message{Type: raftpb.MsgHeartbeat.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: &term, Commit: new(uint64)})
+	h.turn(false)
+	var notLeader *NotLeaderError
+	for _, c := range []*asked{a, b} {
+		if c.done != 1 || !errors.As(c.err, &notLeader) || notLeader.Leader != 2 {
+			t.Errorf("told %d times, %v", c.done, c.err)
+		}
+	}
+}
+
+// The bulk of a restore or of checkpoints leaves half of the room to the commands
+// of everybody else, and gets its own back.
+func TestBulkLeavesRoom(t *testing.T) {
+	h := newHarness(t, 1, func(c *Config) { c.MaxWaitingBytes = 8 << 20 }, 1)
+	h.campaign()
+	h.settle()
+	bulk := string(make([]byte, 1<<20))
+	var taken []*asked
+	for range 4 {
+		taken = append(taken, h.propose(bulk))
+	}
+	for range 10 {
+		h.propose(bulk).mustBe(t, true, ErrBusy)
+	}
+	for range 1000 {
+		taken = append(taken, h.propose(string(make([]byte, 1<<10))))
+	}
+	h.settle()
+	for _, a := range taken {
+		a.mustBe(t, true, nil)
+	}
+	again := h.propose(bulk)
+	h.settle()
+	again.mustBe(t, true, nil)
+}
+
 // A caller that leaves does not disturb the others, and learns that the outcome
 // is open.
 func TestProposeContextEnds(t *testing.T) {

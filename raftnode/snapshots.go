@@ -160,9 +160,14 @@ func (s *snapshots) sendStep(ctx context.Context) bool {
 	status := raft.SnapshotFinish
 	if err != nil {
 		status = raft.SnapshotFailure
-		s.cfg.Logger.Warn("sending an image failed; raft will ask again", "peer", to, "image", job.id, "err", err)
 	}
-	s.cfg.Events.ImageSent(to, s.cfg.Clock.Now().Sub(start), size, err)
+	// One that is held is asked for again with every heartbeat.
+	if !errors.Is(err, ErrImageHeld) {
+		if err != nil {
+			s.cfg.Logger.Warn("sending an image failed; raft will ask again", "peer", to, "image", job.id, "err", err)
+		}
+		s.cfg.Events.ImageSent(to, s.cfg.Clock.Now().Sub(start), size, err)
+	}
 	// Without a report the peer would stay in raft's snapshot state for ever.
 	s.in.pushControl(nil, func(l *loop) { l.rn.ReportSnapshot(to, status) })
 	return true

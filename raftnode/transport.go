@@ -20,7 +20,8 @@ type Transport interface {
 	// SendImage streams the image to peer m.To, resuming where an earlier
 	// attempt with the same image stopped, and then delivers m (a MsgSnap whose
 	// Snapshot.Data is the image id). It blocks until the peer has stored and
-	// verified the image, ctx is done or the peer fails.
+	// verified the image, ctx is done or the peer fails. An error that matches
+	// ErrImageHeld is asked for so often that it is passed over in silence.
 	SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) error
 
 	// SetMembers replaces the set of peers to talk to. Those marked Removed are

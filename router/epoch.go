@@ -14,6 +14,17 @@ const epochShift = 32
 // group may come to the same number again.
 func Fence(epoch, generation uint64) uint64 { return epoch<<epochShift | generation&(1<<epochShift-1) }
 
+// orderShift leaves room for generations that are log indexes: those of assignments.
+const orderShift = 48
+
+// Ordered returns the generation of an assignment as sidecars see it: of two, the
+// one made later is the larger, also when a restore lies between them, which puts
+// back assignments of lower generations than sidecars have seen. As they are, a
+// sidecar would keep what it runs against what the cluster wants.
+func Ordered(epoch, generation uint64) uint64 {
+	return epoch<<orderShift | generation&(1<<orderShift-1)
+}
+
 // fenced returns a group's generation for results and refusals.
 func (t *tx) fenced(generation uint64) uint64 { return Fence(t.clock.Epoch, generation) }
 

@@ -65,6 +65,44 @@ func UndoDirs(f vfs.FS, root string) ([]string, error) {
 	return out, nil
 }
 
+// UndoDir returns the directory below the state directory root that holds the
+// state which the last restore of a state of an epoch replaced, "" when there is
+// none or it cannot be opened.
+func UndoDir(f vfs.FS, root string, epoch uint64) string {
+	if epoch == 0 {
+		return ""
+	}
+	dir := f.PathJoin(root, undoName(epoch-1))
+	if u, err := readUndo(f, dir, Options{}.EnsureDefaults()); err != nil || u.Epoch != epoch-1 {
+		return ""
+	}
+	return dir
+}
+
+// KeepUndo makes what UndoDir returned the undo point of the state directory root,
+// durably, unless that has one of the same epoch. Tables are linked where the file
+// system allows it. After an error there is none, or it is whole.
+func KeepUndo(f vfs.FS, dir, root string) error {
+	to := f.PathJoin(root, f.PathBase(dir))
+	if _, err := f.Stat(to); err == nil {
+		return nil
+	}
+	tmp := to + unfinished
+	if err := f.RemoveAll(tmp); err != nil {
+		return err
+	}
+	if err := copyFiles(f, dir, tmp); err != nil {
+		return err
+	}
+	if err := syncDir(f, tmp); err != nil {
+		return err
+	}
+	if err := f.Rename(tmp, to); err != nil {
+		return err
+	}
+	return syncDir(f, root)
+}
+
 // AllGroupOffsets lists the offsets of all groups, also of those without
 // members.
 func (v *View) AllGroupOffsets(fn func(group, source string, partition uint32, o *commandpb.Offset) bool) error {

@@ -29,6 +29,7 @@ type adminAPI struct {
 type putResult struct {
 	version    uint64
 	revision   uint64
+	epoch      uint64
 	violations []string
 	refused    string
 }
@@ -42,7 +43,7 @@ func (r *putResult) err() string {
 
 // CreatePipeline creates a pipeline, or replaces the one of that id.
 func (a *adminAPI) CreatePipeline(ctx context.Context, req *adminpb.CreatePipelineRequest) (*adminpb.CreatePipelineResponse, error) {
-	r, err := a.put(ctx, req.GetConfig(), req.ExpectedVersion, req.GetValidateOnly())
+	r, err := a.put(ctx, req.GetConfig(), comparison{req.ExpectedVersion, req.ExpectedEpoch}, req.GetValidateOnly())
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +53,7 @@ func (a *adminAPI) CreatePipeline(ctx context.Context, req *adminpb.CreatePipeli
 		Error:      r.err(),
 		Version:    r.version,
 		Revision:   r.revision,
+		Epoch:      r.epoch,
 		Violations: r.violations,
 	}, nil
 }
@@ -70,7 +72,7 @@ func (a *adminAPI) UpdatePipeline(ctx context.Context, req *adminpb.UpdatePipeli
 			return nil, invalid("config.id", "%q differs from pipeline_id %q", cfg.Id, req.PipelineId)
 		}
 	}
-	r, err := a.put(ctx, cfg, req.ExpectedVersion, req.GetValidateOnly())
+	r, err := a.put(ctx, cfg, comparison{req.ExpectedVersion, req.ExpectedEpoch}, req.GetValidateOnly())
 	if err != nil {
 		return nil, err
 	}
@@ -79,27 +81,56 @@ func (a *adminAPI) UpdatePipeline(ctx context.Context, req *adminpb.UpdatePipeli
 		Version:    r.version,
 		Error:      r.err(),
 		Revision:   r.revision,
+		Epoch:      r.epoch,
 		Violations: r.violations,
 	}, nil
 }
 
-func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, expected *uint64, validateOnly bool) (*putResult, error) {
+// comparison is what a compare-and-set insists on.
+type comparison struct{ version, epoch *uint64 }
+
+// fence returns the epoch a call insists on, nil when any will do. A version means
+// something only together with the epoch it was read in: a restore may give the
+// pipeline the same one again with another content. Who names none (clients from
+// before epochs do not) read it in epoch 0, or else it cannot be known what they
+// read. Version 0, "must not exist", was read nowhere and needs none.
+func (c comparison) fence(ctx context.Context) (*uint64, error) {
+	named, err := requestEpoch(ctx)
+	switch {
+	case err != nil:
+		return nil, err
+	case c.epoch != nil && named != nil && *c.epoch != *named:
+		return nil, invalid("expected_epoch", "is %d, but the metadata %s says %d", *c.epoch, MetadataEpoch, *named)
+	case c.epoch != nil:
+		return c.epoch, nil
+	case named == nil && c.version != nil && *c.version > 0:
+		return new(uint64), nil
+	}
+	return named, nil
+}
+
+func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, c comparison, validateOnly bool) (*putResult, error) {
 	if cfg == nil {
 		return nil, invalid("config", "is missing")
 	}
 	if err := checkPipelineShape(proto.Size(cfg), cfg); err != nil {
 		return nil, err
 	}
-	spec := specFromAPI(cfg)
-	if v := router.ValidatePipeline(spec); len(v) > 0 {
-		revision := a.cfg.State.Revision()
-		a.reader.SetHeader(ctx, revision, a.cfg.State.Epoch())
-		return &putResult{violations: v, revision: revision}, nil
-	}
-	current, revision, err := a.pipeline(ctx, spec.Id)
+	fence, err := c.fence(ctx)
 	if err != nil {
 		return nil, err
 	}
+	spec := specFromAPI(cfg)
+	if v := router.ValidatePipeline(spec); len(v) > 0 {
+		out := &putResult{violations: v, revision: a.cfg.State.Revision(), epoch: a.cfg.State.Epoch()}
+		a.reader.SetHeader(ctx, out.revision, out.epoch)
+		return out, nil
+	}
+	current, at, err := a.pipeline(ctx, spec.Id, fence)
+	if err != nil {
+		return nil, err
+	}
+	expected := c.version
 	same := current != nil && proto.Equal(current.Spec, spec)
 	matches := expected == nil || *expected == current.GetVersion()
 	// A call with a request id goes to the log even when nothing is left to do:
@@ -110,18 +141,18 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, expecte
 		return nil, err
 	}
 	if matches && (same && request == "" || validateOnly) {
-		return &putResult{version: current.GetVersion(), revision: revision}, nil
+		return &putResult{version: current.GetVersion(), revision: at.revision, epoch: at.epoch}, nil
 	}
 	if validateOnly {
 		return nil, errVersion(spec.Id, *expected, current)
 	}
-	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_PutPipeline{
+	res, err := a.submit(ctx, &commandpb.Command{ExpectedEpoch: fence, Op: &commandpb.Command_PutPipeline{
 		PutPipeline: &commandpb.PutPipeline{Spec: spec, ExpectedVersion: expected},
 	}})
 	if err != nil {
 		return nil, err
 	}
-	out := &putResult{version: res.GetVersion(), revision: res.GetRevision()}
+	out := &putResult{version: res.GetVersion(), revision: res.GetRevision(), epoch: res.GetEpoch()}
 	if rej := res.GetRejection(); rej != nil {
 		if comparisonFailed(rej, expected) {
 			return nil, FromRejection(rej).Err()
@@ -131,24 +162,32 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, expecte
 	return out, nil
 }
 
-// pipeline reads one pipeline, nil when there is none, and the revision of the
-// read, as current as can be: it decides whether a command is needed, so a
-// request for stale reads does not apply to it.
-func (a *adminAPI) pipeline(ctx context.Context, id string) (*commandpb.Pipeline, uint64, error) {
+// readPoint is what a read reflects at least.
+type readPoint struct{ revision, epoch uint64 }
+
+// pipeline reads one pipeline, nil when there is none, as current as can be: it
+// decides whether a command is needed, so a request for stale reads does not
+// apply to it. When the state is of another epoch than fence it fails.
+func (a *adminAPI) pipeline(ctx context.Context, id string, fence *uint64) (*commandpb.Pipeline, readPoint, error) {
 	if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
 		// No read, no shortcut: Wait does the waiting for a leader.
 		if err := a.reader.Wait(ctx); err != nil {
-			return nil, 0, err
+			return nil, readPoint{}, err
 		}
 	}
 	v := a.cfg.State.Latest()
 	defer v.Close()
 	p, err := v.Pipeline(id)
+	// After the read: a restore that came before it has raised the epoch before
+	// it showed anything.
+	if err == nil {
+		err = a.reader.checkEpoch(readOptions{epoch: fence})
+	}
 	if err != nil {
-		return nil, 0, err
+		return nil, readPoint{}, err
 	}
 	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
-	return p, v.Revision(), nil
+	return p, readPoint{v.Revision(), v.Epoch()}, nil
 }
 
 // comparisonFailed says whether a compare-and-set was refused by its comparison.
@@ -190,7 +229,11 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 	if err := checkID("pipeline_id", id); err != nil {
 		return nil, err
 	}
-	current, revision, err := a.pipeline(ctx, id)
+	fence, err := comparison{req.ExpectedVersion, req.ExpectedEpoch}.fence(ctx)
+	if err != nil {
+		return nil, err
+	}
+	current, at, err := a.pipeline(ctx, id, fence)
 	if err != nil {
 		return nil, err
 	}
@@ -202,10 +245,10 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 		// A repeated request goes to the log, which remembers whether the first
 		// one found the pipeline.
 		if request == "" {
-			return &adminpb.DeletePipelineResponse{Success: true, Revision: revision}, nil
+			return &adminpb.DeletePipelineResponse{Success: true, Revision: at.revision, Epoch: at.epoch}, nil
 		}
 	}
-	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_DeletePipeline{
+	res, err := a.submit(ctx, &commandpb.Command{ExpectedEpoch: fence, Op: &commandpb.Command_DeletePipeline{
 		DeletePipeline: &commandpb.DeletePipeline{PipelineId: id, ExpectedVersion: req.ExpectedVersion},
 	}})
 	if err != nil {
@@ -215,56 +258,61 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 		if comparisonFailed(rej, req.ExpectedVersion) {
 			return nil, FromRejection(rej).Err()
 		}
-		return &adminpb.DeletePipelineResponse{Error: rej.Reason, Revision: res.GetRevision()}, nil
+		return &adminpb.DeletePipelineResponse{Error: rej.Reason, Revision: res.GetRevision(), Epoch: res.GetEpoch()}, nil
 	}
-	return &adminpb.DeletePipelineResponse{Success: true, Existed: res.GetExisted(), Revision: res.GetRevision()}, nil
+	return &adminpb.DeletePipelineResponse{Success: true, Existed: res.GetExisted(), Revision: res.GetRevision(), Epoch: res.GetEpoch()}, nil
 }
 
 // EnablePipeline lets a pipeline be placed.
 func (a *adminAPI) EnablePipeline(ctx context.Context, req *adminpb.EnablePipelineRequest) (*adminpb.EnablePipelineResponse, error) {
-	r, err := a.setEnabled(ctx, req.GetPipelineId(), true, req.ExpectedVersion)
+	r, err := a.setEnabled(ctx, req.GetPipelineId(), true, comparison{req.ExpectedVersion, req.ExpectedEpoch})
 	if err != nil {
 		return nil, err
 	}
 	return &adminpb.EnablePipelineResponse{
-		Success: r.refused == "", Error: r.refused, Version: r.version, Revision: r.revision,
+		Success: r.refused == "", Error: r.refused, Version: r.version, Revision: r.revision, Epoch: r.epoch,
 	}, nil
 }
 
 // DisablePipeline takes a pipeline's stages from the sidecars, which finish what
 // they hold. The router sees no records, so it cannot count what is pending.
 func (a *adminAPI) DisablePipeline(ctx context.Context, req *adminpb.DisablePipelineRequest) (*adminpb.DisablePipelineResponse, error) {
-	r, err := a.setEnabled(ctx, req.GetPipelineId(), false, req.ExpectedVersion)
+	r, err := a.setEnabled(ctx, req.GetPipelineId(), false, comparison{req.ExpectedVersion, req.ExpectedEpoch})
 	if err != nil {
 		return nil, err
 	}
 	return &adminpb.DisablePipelineResponse{
-		Success: r.refused == "", Error: r.refused, Version: r.version, Revision: r.revision,
+		Success: r.refused == "", Error: r.refused, Version: r.version, Revision: r.revision, Epoch: r.epoch,
 	}, nil
 }
 
-func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled bool, expected *uint64) (*putResult, error) {
+func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled bool, c comparison) (*putResult, error) {
 	if err := checkID("pipeline_id", id); err != nil {
 		return nil, err
 	}
-	current, revision, err := a.pipeline(ctx, id)
+	fence, err := c.fence(ctx)
 	if err != nil {
 		return nil, err
 	}
+	current, at, err := a.pipeline(ctx, id, fence)
+	if err != nil {
+		return nil, err
+	}
+	expected := c.version
 	request, err := requestID(ctx) // see put
 	if err != nil {
 		return nil, err
 	}
 	if request == "" && current != nil && current.GetSpec().GetEnabled() == enabled && (expected == nil || *expected == current.Version) {
-		return &putResult{version: current.Version, revision: revision}, nil
+		return &putResult{version: current.Version, revision: at.revision, epoch: at.epoch}, nil
 	}
-	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_SetPipelineEnabled{
+	res, err := a.submit(ctx, &commandpb.Command{ExpectedEpoch: fence, Op: &commandpb.Command_SetPipelineEnabled{
 		SetPipelineEnabled: &commandpb.SetPipelineEnabled{PipelineId: id, Enabled: enabled, ExpectedVersion: expected},
 	}})
 	if err != nil {
 		return nil, err
 	}
-	out := &putResult{version: res.GetVersion(), revision: res.GetRevision()}
+	out := &putResult{version: res.GetVersion(), revision: res.GetRevision(), epoch: res.GetEpoch()}
 	if rej := res.GetRejection(); rej != nil {
 		if comparisonFailed(rej, expected) {
 			return nil, FromRejection(rej).Err()
@@ -289,13 +337,13 @@ func (a *adminAPI) GetPipeline(ctx context.Context, req *adminpb.GetPipelineRequ
 		return nil, err
 	}
 	if p == nil {
-		return &adminpb.GetPipelineResponse{Revision: v.Revision()}, nil
+		return &adminpb.GetPipelineResponse{Revision: v.Revision(), Epoch: v.Epoch()}, nil
 	}
 	st, err := a.newPlacementReader(v).status(p)
 	if err != nil {
 		return nil, err
 	}
-	return &adminpb.GetPipelineResponse{Found: true, Config: configToAPI(p.Spec), Status: st, Revision: v.Revision()}, nil
+	return &adminpb.GetPipelineResponse{Found: true, Config: configToAPI(p.Spec), Status: st, Revision: v.Revision(), Epoch: v.Epoch()}, nil
 }
 
 // ListPipelines lists pipelines by id, all of them or in pages.
@@ -310,7 +358,7 @@ func (a *adminAPI) ListPipelines(ctx context.Context, req *adminpb.ListPipelines
 		return nil, err
 	}
 	defer v.Close()
-	resp := &adminpb.ListPipelinesResponse{Revision: v.Revision()}
+	resp := &adminpb.ListPipelinesResponse{Revision: v.Revision(), Epoch: v.Epoch()}
 	placements := a.newPlacementReader(v)
 	var inner error
 	size := 0

@@ -32,8 +32,8 @@ import (
 // oneNode is a group of one node without a log: a submitted command is encoded,
 // applied to a real state machine and answered.
 type oneNode struct {
-	fsm *router.FSM
 	fs  vfs.FS
+	fsm *router.FSM
 	id  uint64
 
 	mu      sync.Mutex
@@ -65,7 +65,7 @@ func newOneNode(t testing.TB) *oneNode {
 		}
 	})
 	return &oneNode{
-		fsm: fsm, fs: fs, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
+		fs: fs, fsm: fsm, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
 		members: []raftnode.Member{{ID: 1, Addr: "n1:50052"}},
 	}
 }

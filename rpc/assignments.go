@@ -42,7 +42,7 @@ type told struct {
 }
 
 type toldPipeline struct {
-	generation uint64
+	generation uint64 // as it was told
 	revoked    bool
 	again      bool // was told once; tell it once more
 }
@@ -164,7 +164,7 @@ func (t *toldSidecars) reset() {
 
 // registered notes that a sidecar was told assignments in the answer to its
 // registration.
-func (t *toldSidecars) registered(id string, now time.Time, assignments []*commandpb.Assignment) {
+func (t *toldSidecars) registered(id string, now time.Time, assignments []*commandpb.Assignment, epoch uint64) {
 	t.mu.Lock()
 	e := t.insertLocked(id, now)
 	e.dirty = true // repeats them with the first heartbeat
@@ -173,7 +173,7 @@ func (t *toldSidecars) registered(id string, now time.Time, assignments []*comma
 	defer e.mu.Unlock()
 	e.pipelines = make(map[string]toldPipeline, len(assignments))
 	for _, a := range assignments {
-		e.pipelines[a.PipelineId] = toldPipeline{generation: a.Generation, again: true}
+		e.pipelines[a.PipelineId] = toldPipeline{generation: router.Ordered(epoch, a.Generation), again: true}
 	}
 }
 
@@ -190,8 +190,8 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 	err = v.Assignments(sidecar, func(a *commandpb.Assignment) bool {
 		present[a.PipelineId] = struct{}{}
 		was, known := e.pipelines[a.PipelineId]
-		now := toldPipeline{generation: a.Generation, revoked: a.Revoked}
-		change := !known || was.generation != a.Generation || was.revoked != a.Revoked
+		now := toldPipeline{generation: router.Ordered(v.Epoch(), a.Generation), revoked: a.Revoked}
+		change := !known || was.generation != now.generation || was.revoked != a.Revoked
 		if !change && !was.again && what == changesDue {
 			return true
 		}
@@ -206,7 +206,7 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 			}
 			cmds = append(cmds, revokeCommand(a.PipelineId, drain))
 		} else {
-			cmds = append(cmds, assignCommand(a))
+			cmds = append(cmds, assignCommand(a, v.Epoch()))
 		}
 		return true
 	})

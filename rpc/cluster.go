@@ -78,7 +78,7 @@ func sidecarInfo(v *router.View, s *commandpb.Sidecar) (*clusterpb.SidecarInfo, 
 		}
 		return true
 	})
-	return sidecarToAPI(s, held), err
+	return sidecarToAPI(s, held, v.Epoch()), err
 }
 
 // ListSidecars lists sidecars by id, in pages.

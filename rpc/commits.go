@@ -24,15 +24,24 @@ type commitsAPI struct {
 // handed to gRPC: beyond that it is not read, so that a client that does not
 // read its answers is held up by flow control and costs nothing.
 //
+// A stream opened with the metadata conveyor-epoch takes it for that of its
+// batches, and a batch may name another: what is of an epoch that has passed is
+// refused one by one, the stream goes on.
+//
 // When the client closes its side every batch still gets its answer. When the
 // node stops, batches in flight are answered and the stream ends with
 // UNAVAILABLE: what was not answered by then is unknown to the client.
 func (a *commitsAPI) Commit(stream clusterpb.Commits_CommitServer) error {
+	epoch, err := requestEpoch(stream.Context())
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
 	s := &commitStream{
 		api:    a,
 		stream: stream,
+		epoch:  epoch,
 		wake:   make(chan struct{}, 1),
 		free:   make(chan struct{}, 1),
 	}
@@ -63,6 +72,7 @@ func (a *commitsAPI) Commit(stream clusterpb.Commits_CommitServer) error {
 type commitStream struct {
 	api    *commitsAPI
 	stream clusterpb.Commits_CommitServer
+	epoch  *uint64       // fences the batches that name none; nil = any
 	wake   chan struct{} // to answer: there is something to send, or it is over
 	free   chan struct{} // to receive: something was sent
 
@@ -139,6 +149,9 @@ func (s *commitStream) receive(ctx context.Context) error {
 			continue
 		}
 		cmd := c.buffer.fill(c.req.Ops, c.req.RequestId, uint64(s.api.cfg.Now().UnixMilli()))
+		if cmd.ExpectedEpoch = c.req.ExpectedEpoch; cmd.ExpectedEpoch == nil {
+			cmd.ExpectedEpoch = s.epoch
+		}
 		s.api.cfg.Submitter.SubmitFunc(cmd, c.done)
 	}
 }
@@ -204,10 +217,10 @@ func (c *commitCall) complete(res *commandpb.Result, _ uint64, err error) {
 		st := FromRejection(res.Rejection)
 		r.Outcome = clusterpb.Outcome_OUTCOME_REFUSED
 		r.Code, r.Message = uint32(st.Code()), st.Message()
-		r.Revision, r.FailedOp = res.Revision, res.FailedOp
+		r.Revision, r.Epoch, r.FailedOp = res.Revision, res.Epoch, res.FailedOp
 	default:
 		r.Outcome = clusterpb.Outcome_OUTCOME_DONE
-		r.Revision = res.GetRevision()
+		r.Revision, r.Epoch = res.GetRevision(), res.GetEpoch()
 		c.stream.api.commits.Add(uint64(len(c.req.Ops)))
 	}
 	c.stream.deliver(c)

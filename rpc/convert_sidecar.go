@@ -7,12 +7,13 @@ import (
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 )
 
-// assignmentToAPI shows what a sidecar has to run of one pipeline.
-func assignmentToAPI(a *commandpb.Assignment) *sidecarpb.PipelineAssignment {
+// assignmentToAPI shows what a sidecar has to run of one pipeline, in a state of an
+// epoch.
+func assignmentToAPI(a *commandpb.Assignment, epoch uint64) *sidecarpb.PipelineAssignment {
 	out := &sidecarpb.PipelineAssignment{
 		PipelineId:      a.PipelineId,
 		IsLocalComplete: a.LocalComplete,
-		Generation:      a.Generation,
+		Generation:      router.Ordered(epoch, a.Generation),
 		PipelineVersion: a.PipelineVersion,
 		Stages:          make([]*sidecarpb.StageAssignment, 0, len(a.Stages)),
 	}
@@ -30,8 +31,8 @@ func assignmentToAPI(a *commandpb.Assignment) *sidecarpb.PipelineAssignment {
 	return out
 }
 
-func assignCommand(a *commandpb.Assignment) *sidecarpb.SidecarCommand {
-	return &sidecarpb.SidecarCommand{Command: &sidecarpb.SidecarCommand_Assign{Assign: assignmentToAPI(a)}}
+func assignCommand(a *commandpb.Assignment, epoch uint64) *sidecarpb.SidecarCommand {
+	return &sidecarpb.SidecarCommand{Command: &sidecarpb.SidecarCommand_Assign{Assign: assignmentToAPI(a, epoch)}}
 }
 
 func revokeCommand(pipeline string, drainFirst bool) *sidecarpb.SidecarCommand {
@@ -40,8 +41,9 @@ func revokeCommand(pipeline string, drainFirst bool) *sidecarpb.SidecarCommand {
 	}}
 }
 
-// sidecarToAPI shows one sidecar; assignments are those not revoked.
-func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment) *clusterpb.SidecarInfo {
+// sidecarToAPI shows one sidecar of a state of an epoch; assignments are those not
+// revoked.
+func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment, epoch uint64) *clusterpb.SidecarInfo {
 	out := &clusterpb.SidecarInfo{
 		SidecarId:      s.SidecarId,
 		PodName:        s.PodName,
@@ -59,7 +61,7 @@ func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment) *cl
 		})
 	}
 	for _, a := range assignments {
-		out.Assignments = append(out.Assignments, assignmentToAPI(a))
+		out.Assignments = append(out.Assignments, assignmentToAPI(a, epoch))
 	}
 	return out
 }

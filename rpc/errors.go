@@ -77,8 +77,12 @@ type EpochError struct {
 
 // Error implements error.
 func (e *EpochError) Error() string {
-	return fmt.Sprintf("rpc: the call is about restore epoch %d, the state is at epoch %d: "+
-		"it was replaced by a backup; nothing was done, read everything again", e.Known, e.Current)
+	about := fmt.Sprintf("is about restore epoch %d", e.Known)
+	if e.Known == 0 {
+		about += " (or expects a version without saying of which epoch: expected_epoch, or metadata " + MetadataEpoch + ")"
+	}
+	return fmt.Sprintf("rpc: the call %s, the state is at epoch %d: it was replaced by a backup; "+
+		"nothing was done, read everything again", about, e.Current)
 }
 
 // Is makes errors.Is(err, ErrEpoch) true.

@@ -24,10 +24,29 @@ func endOfStream(err error) error {
 	return err
 }
 
+// ImageTransfers is told of the images this node sends to others, and may stop
+// them.
+type ImageTransfers interface {
+	// Begin says that an image of total bytes is about to be sent to node. An error
+	// means that it must not be; it matches raftnode.ErrImageHeld. The context is
+	// done when ctx is, or when the image is to be stopped, which its cause then
+	// says. held is to be called with the bytes that are there, often; it does not
+	// block. end is to be called once, with nil when the image has arrived.
+	Begin(ctx context.Context, node uint64, total int64) (watched context.Context, held func(int64), end func(error), err error)
+}
+
+// beginImage tells transfers, if anybody, of an image.
+func beginImage(ctx context.Context, transfers ImageTransfers, node uint64, total int64) (context.Context, func(int64), func(error), error) {
+	if transfers == nil {
+		return ctx, func(int64) {}, func(error) {}, nil
+	}
+	return transfers.Begin(ctx, node, total)
+}
+
 // SendImage implements raftnode.Transport. It uses a connection of its own, so
 // that an image never delays log entries, and starts again from what the
 // receiver holds after every break, as long as that grows.
-func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) error {
+func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image *snap.Reader) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(t.ctx, cancel)()
@@ -41,13 +60,18 @@ func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image 
 	if err != nil {
 		return fmt.Errorf("rpc: encode a snapshot message: %w", err)
 	}
+	ctx, note, end, err := beginImage(ctx, t.o.Transfers, to, image.Size())
+	if err != nil {
+		return err
+	}
+	defer func() { end(err) }()
 	held := int64(-1)
 	failures := 0
 	pause := t.o.BackoffMin
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		reached, err := t.sendImageOnce(ctx, to, raw, image)
+		reached, err := t.sendImageOnce(ctx, to, raw, image, note)
 		if err == nil {
 			return nil
 		}
@@ -55,7 +79,7 @@ func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image 
 			return fmt.Errorf("%w: the transport was closed while image %s was sent to node %d", ErrClosed, id, to)
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("rpc: image %s was not sent to node %d: %w (last: %v)", id, to, ctx.Err(), err)
+			return fmt.Errorf("rpc: image %s was not sent to node %d: %w (last: %v)", id, to, context.Cause(ctx), err)
 		}
 		if final(err) {
 			return fmt.Errorf("rpc: node %d cannot take image %s: %w", to, id, err)
@@ -92,7 +116,7 @@ func final(err error) bool {
 
 // sendImageOnce makes one attempt and returns how much the receiver held at its
 // beginning, -1 when it did not say.
-func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []byte, image *snap.Reader) (int64, error) {
+func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []byte, image *snap.Reader, note func(int64)) (int64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	conn, err := t.connect(to)
@@ -140,6 +164,7 @@ func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []
 	if held < 0 || held > image.Size() {
 		return -1, fmt.Errorf("%w: it holds %d of %d bytes", ErrMalformed, held, image.Size())
 	}
+	note(held)
 	for offset := held; ; {
 		frame := &peerpb.ImageFrame{Offset: offset}
 		chunk, err := t.o.ImageLimit.ReadChunk(ctx, image, offset, t.o.ImageChunkBytes)
@@ -158,6 +183,7 @@ func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []
 		if err := stream.Send(frame); err != nil {
 			return held, failed(err)
 		}
+		note(offset)
 		if frame.Last {
 			break
 		}
@@ -267,19 +293,27 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 	if offset < 0 || offset > image.Size() {
 		return InvalidArgument("offset", fmt.Sprintf("%d is outside of image %s", offset, info.ID)).Err()
 	}
+	ctx, note, end, err := beginImage(ctx, s.c.Transfers, req.GetHello().GetNodeId(), image.Size())
+	if err != nil {
+		return Status(err).Err()
+	}
+	defer func() { end(err) }()
 	err = stream.Send(&peerpb.ImageFrame{
 		Hello:   s.c.Transport.identity().hello(req.GetHello().GetNodeId()),
 		ImageId: info.ID,
 		Size:    image.Size(),
 		Offset:  offset,
 	})
-	if err != nil {
-		return err
-	}
-	for {
-		chunk, err := s.c.ImageLimit.ReadChunk(ctx, image, offset, 256<<10)
+	for err == nil {
+		note(offset)
+		var chunk snap.Chunk
+		chunk, err = s.c.ImageLimit.ReadChunk(ctx, image, offset, 256<<10)
 		if errors.Is(err, io.EOF) {
+			err = nil
 			return nil
+		}
+		if ctx.Err() != nil { // the stream itself does not notice
+			err = context.Cause(ctx)
 		}
 		if err != nil {
 			return Status(err).Err()
@@ -287,11 +321,9 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 		err = stream.Send(&peerpb.ImageFrame{
 			Offset: chunk.Offset, Data: chunk.Data, Crc: chunk.CRC, Last: chunk.Last,
 		})
-		if err != nil {
-			return err
-		}
 		offset += int64(len(chunk.Data))
 	}
+	return err
 }
 
 // imageFor returns the image a FetchImage asked for, and the offset to begin

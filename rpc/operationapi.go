@@ -22,7 +22,12 @@ func operationToAPI(op *commandpb.Operation) *clusterpb.Operation {
 		}
 		return &timestamppb.Timestamp{Seconds: int64(ms / 1000), Nanos: int32(ms%1000) * 1e6}
 	}
+	var left uint64
+	if op.State == commandpb.OperationState_OPERATION_STATE_RUNNING && op.Rate > 0 && op.Total > op.Done {
+		left = uint64(float64(op.Total-op.Done) / float64(op.Rate) * 1000)
+	}
 	return &clusterpb.Operation{
+		Rate: op.Rate, LeftMs: left,
 		OperationId: op.OperationId, Kind: op.Kind, State: clusterpb.OperationState(op.State), Subject: op.Subject,
 		NodeId: op.NodeId, Phase: op.Phase, Done: op.Done, Total: op.Total, Unit: op.Unit, Message: Plain(op.Message),
 		StartedAt: at(op.StartedAtMs), UpdatedAt: at(op.UpdatedAtMs), EndedAt: at(op.EndedAtMs),

@@ -41,6 +41,8 @@ type PeerServerConfig struct {
 	// Beat takes the heartbeats that other nodes received; nil drops them. It
 	// must not block.
 	Beat func(sidecarID, serviceID string)
+	// Transfers is told of images sent on request; nil = nobody is.
+	Transfers ImageTransfers
 	// ImageLimit paces images sent on request; nil = no limit.
 	ImageLimit *snap.RateLimit
 	// Preflight is what this node tells of itself; what is nil is zero.

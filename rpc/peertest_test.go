@@ -323,7 +323,7 @@ func newStation(t testing.TB, id uint64, configure func(*TransportOptions)) *sta
 }
 
 func (s *station) listen(l net.Listener) {
-	c := PeerServerConfig{Node: s.node, Transport: s.transport, Beat: s.node.beat, Logger: slog.New(s.log),
+	c := PeerServerConfig{Node: s.node, Transport: s.transport, Beat: s.node.beat, Logger: slog.New(s.log), Transfers: s.transport.o.Transfers,
 		Image: func(_ context.Context, min uint64) (*snap.Reader, error) {
 			for _, i := range s.node.images.List() {
 				if i.Index >= min {

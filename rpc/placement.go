@@ -36,6 +36,7 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 		CreatedAt:   timestampMs(p.CreatedAtMs),
 		UpdatedAt:   timestampMs(p.UpdatedAtMs),
 		ModRevision: p.ModRevision,
+		Epoch:       r.v.Epoch(),
 	}
 	runs := make(map[string][]string)
 	err := r.v.PipelineAssignments(p.GetSpec().GetId(), func(a *commandpb.Assignment) bool {

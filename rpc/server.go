@@ -364,15 +364,18 @@ func requestID(ctx context.Context) (string, error) {
 }
 
 // submit stamps cmd with the time and the caller's request id, replicates it
-// and puts the revision into the reply's headers. A refusal of the state machine
-// is in the result.
+// and puts the revision into the reply's headers. The epoch the caller names
+// fences it, unless cmd has one already. A refusal of the state machine is in the
+// result, except one because of the epoch, which is the error.
 func (s *Server) submit(ctx context.Context, cmd *commandpb.Command) (*commandpb.Result, error) {
 	id, err := requestID(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if cmd.ExpectedEpoch, err = requestEpoch(ctx); err != nil {
-		return nil, err
+	if cmd.ExpectedEpoch == nil {
+		if cmd.ExpectedEpoch, err = requestEpoch(ctx); err != nil {
+			return nil, err
+		}
 	}
 	cmd.RequestId = id
 	cmd.TimeMs = uint64(s.cfg.Now().UnixMilli())
@@ -381,6 +384,11 @@ func (s *Server) submit(ctx context.Context, cmd *commandpb.Command) (*commandpb
 		return nil, err
 	}
 	s.reader.SetHeader(ctx, res.GetRevision(), res.GetEpoch())
+	if res.GetRejection().GetCode() == commandpb.Code_CODE_EPOCH {
+		// Not in a reply, where it would be one refusal of many: everything the
+		// caller knows is of another state.
+		return nil, &EpochError{Known: cmd.GetExpectedEpoch(), Current: res.GetEpoch(), Revision: res.GetRevision()}
+	}
 	return res, nil
 }
 

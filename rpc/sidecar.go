@@ -79,15 +79,18 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 	if !same && a.feed.wanted(rec.Services) {
 		a.awaitPlacement(ctx, id, res.GetRevision(), b)
 	}
+	// The epoch is that of the answer or, when it is restored meanwhile, an older
+	// one: then the next heartbeat tells all of it again.
+	epoch := a.cfg.State.Epoch()
 	assignments, _, err := a.currentAssignments(id)
 	if err != nil {
 		a.log.Error("reading the assignments of a new sidecar", "sidecar", id, "error", err)
 		return resp, nil
 	}
 	for _, as := range assignments {
-		resp.InitialAssignments = append(resp.InitialAssignments, assignmentToAPI(as))
+		resp.InitialAssignments = append(resp.InitialAssignments, assignmentToAPI(as, epoch))
 	}
-	a.told.registered(id, a.cfg.Now(), assignments)
+	a.told.registered(id, a.cfg.Now(), assignments, epoch)
 	return resp, nil
 }
 

@@ -128,6 +128,7 @@ func statusTable() []statusRow {
 		{router.ErrHashBusy, codes.ResourceExhausted, "HASH_BUSY", NotDone, later},
 		{router.ErrNewerFormat, codes.FailedPrecondition, "STATE_NEWER_FORMAT", NotDone, 0},
 		// These stop the node; what it had proposed, others may apply.
+		{raftnode.ErrImageHeld, codes.FailedPrecondition, "IMAGE_HELD", NotDone, 0},
 		{raftnode.ErrDiverged, codes.DataLoss, "DIVERGED", Unknown, 0},
 		{raftnode.ErrDiskStalled, codes.Unknown, "DISK_STALLED", Unknown, 0},
 		{router.ErrUnknownCommand, codes.DataLoss, "UNKNOWN_COMMAND", Unknown, 0},

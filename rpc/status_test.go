@@ -45,6 +45,7 @@ func statusCases() map[string]struct {
 		"raftnode.ErrMembershipRefused": {raftnode.ErrMembershipRefused, codes.FailedPrecondition, NotDone},
 		"raftnode.ErrDiverged":          {raftnode.ErrDiverged, codes.DataLoss, Unknown},
 		"raftnode.ErrDiskStalled":       {raftnode.ErrDiskStalled, codes.Unknown, Unknown},
+		"raftnode.ErrImageHeld":         {raftnode.ErrImageHeld, codes.FailedPrecondition, NotDone},
 		"raftnode.ErrStateBehindLog":    {raftnode.ErrStateBehindLog, codes.Unavailable, NotDone},
 
 		"rpc.ErrNoSpace":             {ErrNoSpace, codes.ResourceExhausted, NotDone},

@@ -65,6 +65,8 @@ type TransportOptions struct {
 	// is unreachable. Default 100 ms.
 	ReportInterval time.Duration
 
+	// Transfers is told of outgoing images; nil = nobody is.
+	Transfers ImageTransfers
 	// ImageLimit paces outgoing images together. Default: no limit.
 	ImageLimit *snap.RateLimit
 	// ImageChunkBytes is the size of the chunks of an image. Default 256 KiB.

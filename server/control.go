@@ -14,6 +14,8 @@ type controlLoops struct {
 	checker  *control.Checker
 	promoter *control.Promoter
 	replacer *control.Replacer
+	// transfers is for every node, whoever leads.
+	transfers *control.Transfers
 }
 
 func newControlLoops(s *Server) (*controlLoops, error) {
@@ -33,7 +35,10 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	promoter := control.NewPromoter(control.PromoterConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote, Held: replacer.Holds,
 	})
-	return &controlLoops{liveness, placer, newChecker(s), promoter, replacer}, nil
+	transfers := control.NewTransfers(control.TransfersConfig{
+		Self: s.c.NodeID, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Position: s.disk.machine.Applied,
+	})
+	return &controlLoops{liveness, placer, newChecker(s), promoter, replacer, transfers}, nil
 }
 
 // start runs the loops until ctx is done.

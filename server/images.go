@@ -66,3 +66,12 @@ func (m *imageMaker) image(ctx context.Context, minIndex uint64) (*snap.Reader, 
 	}
 	return r, nil
 }
+
+// imageTransfers tells of the images this node sends. The transport is made before
+// what it needs; nothing is sent earlier, since it has no members then.
+type imageTransfers struct{ s *Server }
+
+// Begin implements rpc.ImageTransfers.
+func (t imageTransfers) Begin(ctx context.Context, node uint64, total int64) (context.Context, func(int64), func(error), error) {
+	return t.s.control.transfers.Begin(ctx, node, total)
+}

@@ -118,7 +118,7 @@ func (s *Server) start(ctx context.Context) error {
 	}
 	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
 		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"),
-		Position: s.disk.machine.Applied, Also: s.alsoAt,
+		Position: s.disk.machine.Applied, Also: s.alsoAt, Transfers: imageTransfers{s},
 	})
 	if err != nil {
 		return err
@@ -226,7 +226,7 @@ func (s *Server) startPeers() error {
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Agreed: s.agreed, Suspect: s.suspect,
-		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
+		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"), Transfers: imageTransfers{s},
 		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {

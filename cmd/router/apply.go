@@ -54,7 +54,7 @@ func (f *manifestFlags) load(cmd *cobra.Command, a *app) (*manifest.Set, error) 
 func newPipelineApplyCommand(a *app) *cobra.Command {
 	var from manifestFlags
 	var dryRun bool
-	var version uint64
+	var version pipelineVersion
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE|FOLDER...",
 		Short: "Create pipelines or change them to what the files say",
@@ -74,7 +74,7 @@ not sent.`,
 			if len(set.Pipelines) == 0 {
 				return errors.New("the files declare no pipeline; nothing was applied")
 			}
-			expected, err := expectedVersion(cmd, version, len(set.Pipelines))
+			expected, epoch, err := version.expected(cmd, len(set.Pipelines))
 			if err != nil {
 				return err
 			}
@@ -82,7 +82,7 @@ not sent.`,
 				var errs []error
 				done := []applied{}
 				for i, p := range set.Pipelines {
-					r, err := a.apply(cmd, ctx, c, p.Config, expected, dryRun)
+					r, err := a.apply(cmd, ctx, c, p.Config, expected, epoch, dryRun)
 					if err != nil {
 						errs = append(errs, err)
 						if left := len(set.Pipelines) - i - 1; left > 0 && clusterFailed(err) {
@@ -105,7 +105,7 @@ not sent.`,
 	}
 	from.add(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "let the cluster check the pipelines and change nothing")
-	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version; 0: only if it does not exist")
+	version.add(cmd, "; 0: only if it does not exist")
 	return cmd
 }
 
@@ -115,6 +115,8 @@ type applied struct {
 	// Result is valid, created, unchanged or changed.
 	Result  string `json:"result"`
 	Version uint64 `json:"version,omitempty"`
+	// Epoch is the restore epoch the version is of.
+	Epoch uint64 `json:"epoch,omitempty"`
 }
 
 // String returns r as a line for people.
@@ -123,7 +125,7 @@ func (r applied) String() string {
 	case "valid":
 		return "pipeline " + r.Pipeline + " is valid (dry run)"
 	case "changed":
-		return fmt.Sprintf("pipeline %s changed, version %d", r.Pipeline, r.Version)
+		return fmt.Sprintf("pipeline %s changed, version %s", r.Pipeline, shownVersion(r.Version, r.Epoch))
 	}
 	return "pipeline " + r.Pipeline + " " + r.Result
 }
@@ -134,10 +136,12 @@ func clusterFailed(err error) bool {
 	return code == exitUnavailable || code == exitDeadline
 }
 
-// apply makes one pipeline what p says. talk is what it keeps of the conversation:
+// apply makes one pipeline what p says. Without an epoch it is for the one in
+// which it finds the pipeline, so that what it says of the change is true; a
+// version that was read before is only ever compared with its own epoch. talk is what it keeps of the conversation:
 // the deadline is its own, or the first of many that waits would leave none for
 // the last.
-func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adminpb.PipelineConfig, expected *uint64, dryRun bool) (applied, error) {
+func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adminpb.PipelineConfig, expected, epoch *uint64, dryRun bool) (applied, error) {
 	ctx, cancel := a.quick(context.WithoutCancel(talk))
 	defer cancel()
 	defer context.AfterFunc(cmd.Context(), cancel)()
@@ -146,8 +150,11 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 	if err != nil {
 		return applied{}, readError{about("pipeline "+id+" was not applied", err)}
 	}
+	if epoch == nil && (expected == nil || *expected == 0) {
+		epoch = &before.Epoch
+	}
 	reply, err := c.Admin.CreatePipeline(ctx, &adminpb.CreatePipelineRequest{
-		Config: p, ExpectedVersion: expected, ValidateOnly: dryRun,
+		Config: p, ExpectedVersion: expected, ExpectedEpoch: epoch, ValidateOnly: dryRun,
 	})
 	if err != nil && !dryRun && client.OutcomeOf(err) == client.Unknown {
 		what := "apply it again: a pipeline that is as declared already is left alone"
@@ -166,7 +173,7 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 		}
 		return applied{}, refused("pipeline "+id+" was not applied", text, expected != nil)
 	}
-	r := applied{Pipeline: id, Result: "changed", Version: reply.GetVersion()}
+	r := applied{Pipeline: id, Result: "changed", Version: reply.GetVersion(), Epoch: reply.GetEpoch()}
 	switch {
 	case dryRun:
 		r.Result = "valid"

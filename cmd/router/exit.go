@@ -214,6 +214,9 @@ func exitCode(err error) int {
 		if outcomeUnknown(err, st) {
 			return exitDeadline
 		}
+		if otherEpoch(st) {
+			return exitConflict
+		}
 		return statusCode(st.Code())
 	}
 	for _, row := range errorCodes() {
@@ -229,6 +232,12 @@ func exitCode(err error) int {
 // details; gRPC makes up its own when a connection breaks.
 func outcomeUnknown(err error, st *status.Status) bool {
 	return st.Code() == codes.Unavailable && !errors.As(err, new(readError)) && client.OutcomeOf(err) == client.Unknown
+}
+
+// otherEpoch says whether a call was refused because the state was restored from a
+// backup since what it is about was read.
+func otherEpoch(st *status.Status) bool {
+	return st.Code() == codes.OutOfRange && rpc.ReasonOf(st) == "EPOCH"
 }
 
 // explain turns err into sentences for people: what happened, whether it was
@@ -280,6 +289,9 @@ func advise(err error) string {
 	st, ok := status.FromError(err)
 	if !ok || errors.As(err, new(codedError)) {
 		return ""
+	}
+	if otherEpoch(st) {
+		return "Nothing was changed. Look at the current state; a version is given with its epoch, as 'router pipeline get' shows it: --if-version 5@2."
 	}
 	read := errors.As(err, new(readError))
 	const unknown = "It is not known whether the change was made: look before you repeat it."

@@ -93,7 +93,13 @@ func newOperationCancelCommand(a *app) *cobra.Command {
 		Use:   "cancel ID",
 		Short: "Ask a running operation to end",
 		Long: `Ask a running operation to end. It does so where nothing is half done; a restore
-that has swapped the state in is past that, see 'router backup undo-restore'.`,
+that has swapped the state in is past that, see 'router backup undo-restore'.
+
+Of a node that catches up it stops the image on its way to it, if there is one,
+and for ten minutes the node gets no other and is not made a voter by itself. It
+stays a member and gets the entries of the log as every member does: whether it is
+to go is for 'router member remove' to say. After the ten minutes it is tried again,
+as another operation.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
@@ -137,8 +143,19 @@ func operationProgress(op *clusterpb.Operation) string {
 		return "-"
 	}
 	text := op.GetPhase()
+	amount := func(n uint64) string { return fmt.Sprint(n) }
+	unit := " " + op.GetUnit()
+	if op.GetUnit() == "bytes" {
+		amount, unit = func(n uint64) string { return output.Bytes(int64(n)) }, ""
+	}
 	if op.GetTotal() > 0 {
-		text += fmt.Sprintf(" %d of %d %s", op.GetDone(), op.GetTotal(), op.GetUnit())
+		text += " " + amount(op.GetDone()) + " of " + amount(op.GetTotal()) + unit
+	}
+	if op.GetRate() > 0 {
+		text += ", " + amount(op.GetRate()) + "/s"
+	}
+	if left := time.Duration(op.GetLeftMs()) * time.Millisecond; left > 0 {
+		text += fmt.Sprintf(", %v left", max(left, time.Second).Round(time.Second))
 	}
 	return text
 }

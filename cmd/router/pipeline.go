@@ -58,7 +58,7 @@ func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus
 		head.Add("DESCRIPTION", p.GetDescription())
 	}
 	head.Add("ENABLED", yesNo(p.GetEnabled()))
-	head.Add("VERSION", st.GetVersion())
+	head.Add("VERSION", shownVersion(st.GetVersion(), st.GetEpoch()))
 	head.Add("UPDATED", when(st.GetUpdatedAt()))
 	if err := head.Write(a.stdout); err != nil {
 		return err
@@ -119,7 +119,7 @@ func newPipelineListCommand(a *app) *cobra.Command {
 								pending++
 							}
 						}
-						g.Add(p.GetId(), yesNo(p.GetEnabled()), st.GetVersion(), len(p.GetStages()), pending, when(st.GetUpdatedAt()))
+						g.Add(p.GetId(), yesNo(p.GetEnabled()), shownVersion(st.GetVersion(), st.GetEpoch()), len(p.GetStages()), pending, when(st.GetUpdatedAt()))
 					}
 					return g
 				})
@@ -132,20 +132,20 @@ func newPipelineListCommand(a *app) *cobra.Command {
 
 func newPipelineDeleteCommand(a *app) *cobra.Command {
 	var missingOK bool
-	var version uint64
+	var version pipelineVersion
 	cmd := &cobra.Command{
 		Use:   "delete ID...",
 		Short: "Delete pipelines",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			expected, err := expectedVersion(cmd, version, len(args))
+			expected, epoch, err := version.expected(cmd, len(args))
 			if err != nil {
 				return err
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var errs []error
 				for _, id := range args {
-					reply, err := c.Admin.DeletePipeline(ctx, &adminpb.DeletePipelineRequest{PipelineId: id, ExpectedVersion: expected})
+					reply, err := c.Admin.DeletePipeline(ctx, &adminpb.DeletePipelineRequest{PipelineId: id, ExpectedVersion: expected, ExpectedEpoch: epoch})
 					switch {
 					case err != nil:
 						errs = append(errs, about("pipeline "+id, err))
@@ -164,7 +164,7 @@ func newPipelineDeleteCommand(a *app) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&missingOK, "ignore-missing", false, "succeed when a pipeline does not exist")
-	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version")
+	version.add(cmd, "")
 	return cmd
 }
 
@@ -173,20 +173,20 @@ func newPipelineEnableCommand(a *app, enable bool) *cobra.Command {
 	if !enable {
 		verb, long = "disable", "Stop a pipeline: its stages are taken from the sidecars, its config stays"
 	}
-	var version uint64
+	var version pipelineVersion
 	cmd := &cobra.Command{
 		Use:   verb + " ID...",
 		Short: long,
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			expected, err := expectedVersion(cmd, version, len(args))
+			expected, epoch, err := version.expected(cmd, len(args))
 			if err != nil {
 				return err
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var errs []error
 				for _, id := range args {
-					done, text, err := setEnabled(ctx, c, id, enable, expected)
+					done, text, err := setEnabled(ctx, c, id, enable, expected, epoch)
 					switch {
 					case err != nil:
 						errs = append(errs, about("pipeline "+id, err))
@@ -200,16 +200,18 @@ func newPipelineEnableCommand(a *app, enable bool) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version")
+	version.add(cmd, "")
 	return cmd
 }
 
-func setEnabled(ctx context.Context, c *clients, id string, enable bool, expected *uint64) (bool, string, error) {
+func setEnabled(ctx context.Context, c *clients, id string, enable bool, expected, epoch *uint64) (bool, string, error) {
 	if enable {
-		reply, err := c.Admin.EnablePipeline(ctx, &adminpb.EnablePipelineRequest{PipelineId: id, ExpectedVersion: expected})
+		reply, err := c.Admin.EnablePipeline(ctx, &adminpb.EnablePipelineRequest{PipelineId: id, ExpectedVersion: expected, ExpectedEpoch: epoch})
 		return reply.GetSuccess(), reply.GetError(), err
 	}
-	reply, err := c.Admin.DisablePipeline(ctx, &adminpb.DisablePipelineRequest{PipelineId: id, Drain: true, ExpectedVersion: expected})
+	reply, err := c.Admin.DisablePipeline(ctx, &adminpb.DisablePipelineRequest{
+		PipelineId: id, Drain: true, ExpectedVersion: expected, ExpectedEpoch: epoch,
+	})
 	return reply.GetSuccess(), reply.GetError(), err
 }
 
@@ -221,17 +223,6 @@ func notEnabled(ctx context.Context, c *clients, id, text string, conditional bo
 		return notFound("there is no pipeline %q; nothing was changed", id)
 	}
 	return refused("pipeline "+id+" was not changed", text, conditional)
-}
-
-// expectedVersion returns the --if-version of a command about count objects.
-func expectedVersion(cmd *cobra.Command, version uint64, count int) (*uint64, error) {
-	if !cmd.Flags().Changed("if-version") {
-		return nil, nil
-	}
-	if count > 1 {
-		return nil, usageError{cmd, errors.New("--if-version is about one pipeline; name only one")}
-	}
-	return &version, nil
 }
 
 // refused is a change the state did not allow, reported inside a reply.

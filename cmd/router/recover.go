@@ -155,6 +155,12 @@ func (a *app) applyRecovery(o *offline.RecoverOptions, plan *offline.Plan) error
 	if res.Resumed {
 		fmt.Fprintln(a.stdout, "An interrupted recovery had been decided; it is finished now.")
 	}
+	switch res.Undo {
+	case offline.UndoKept:
+		fmt.Fprintf(a.stdout, "The state before the last restore was kept; node %d can go back to it by 'router backup undo-restore'.\n", res.NodeID)
+	case offline.UndoLost:
+		fmt.Fprintln(a.stdout, "The state before the last restore was not there; 'router backup undo-restore' cannot go back to it.")
+	}
 	fmt.Fprintf(a.stdout, `
 Node %d is now a member of cluster %s, with members %v, behind entry %d.
 The old content is in %s; remove it later by
@@ -216,6 +222,12 @@ func printPlan(w io.Writer, p *offline.Plan) {
 	}
 	if p.Uncommitted > 1 {
 		fmt.Fprintf(w, "The last %d entries are not known to have been committed. They are kept: some of their callers may have been told that they were done.\n", p.Uncommitted)
+	}
+	switch c := p.Chosen(); c.Undo {
+	case offline.UndoKept:
+		fmt.Fprintf(w, "The state before the last restore (number %d) is kept: 'router backup undo-restore' on node %d goes back to it.\n", c.Epoch, c.NodeID)
+	case offline.UndoLost:
+		fmt.Fprintf(w, "LOST: the state before the last restore (number %d) is not in this directory; 'router backup undo-restore' cannot go back to it.\n", c.Epoch)
 	}
 	if p.KeepsBefore {
 		fmt.Fprintln(w, "An earlier recovery's old content is still in .before-recover; it must be removed by --purge first.")

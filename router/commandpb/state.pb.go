@@ -2668,6 +2668,7 @@ type Operation struct {
 	ModRevision     uint64                 `protobuf:"varint,16,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
 	Detail          []byte                 `protobuf:"bytes,17,opt,name=detail,proto3" json:"detail,omitempty"`                           // of its kind, opaque here
 	SnapshotId      string                 `protobuf:"bytes,18,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"` // of a restore: what it puts in force
+	Rate            uint64                 `protobuf:"varint,19,opt,name=rate,proto3" json:"rate,omitempty"`                              // units done per second of late, 0 = not known
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2826,6 +2827,13 @@ func (x *Operation) GetSnapshotId() string {
 		return x.SnapshotId
 	}
 	return ""
+}
+
+func (x *Operation) GetRate() uint64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
 }
 
 // RestoreSource is what a staged state is a copy of.
@@ -3272,7 +3280,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\tGroupPast\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
-	"generation\"\xb3\x04\n" +
+	"generation\"\xc7\x04\n" +
 	"\tOperation\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x126\n" +
@@ -3293,7 +3301,8 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\fmod_revision\x18\x10 \x01(\x04R\vmodRevision\x12\x16\n" +
 	"\x06detail\x18\x11 \x01(\fR\x06detail\x12\x1f\n" +
 	"\vsnapshot_id\x18\x12 \x01(\tR\n" +
-	"snapshotId\"\xe3\x01\n" +
+	"snapshotId\x12\x12\n" +
+	"\x04rate\x18\x13 \x01(\x04R\x04rate\"\xe3\x01\n" +
 	"\rRestoreSource\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12!\n" +

@@ -16,6 +16,11 @@
 // middle, is busy, or does not know what became of the command. An error that
 // remains says by OutcomeOf whether the command was done.
 //
+// A restore of a backup replaces the state, and begins another epoch: versions and
+// offsets read before it are of another state. Compare with Expect, or fence calls
+// with InEpoch; such a call then fails with OUT_OF_RANGE and the reason EPOCH, and
+// nothing was done.
+//
 // A call without a deadline gets Options.Timeout, 5 s, for all its attempts
 // together; it is never stuck longer. Streams get no deadline and are not
 // repeated: after one has ended with UNAVAILABLE, open it again (with the

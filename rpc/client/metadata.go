@@ -5,6 +5,8 @@ import (
 	"strconv"
 
 	"google.golang.org/grpc/metadata"
+
+	"conveyor.etl/router/rpc/routerpb/adminpb"
 )
 
 // Names of the metadata of the API.
@@ -14,6 +16,7 @@ const (
 	metadataRevision    = "conveyor-revision"
 	metadataClusterID   = "conveyor-cluster-id"
 	metadataRequestID   = "conveyor-request-id"
+	metadataEpoch       = "conveyor-epoch"
 	errorDomain         = "conveyor.etl"
 )
 
@@ -29,6 +32,22 @@ func AtLeast(ctx context.Context, revision uint64) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, metadataMinRevision, strconv.FormatUint(revision, 10))
 }
 
+// InEpoch makes calls of ctx fail, undone, when the state is no longer of this
+// restore epoch: it was replaced by a backup since, and what the caller knows has
+// to be read again. For a stream of commits it fences all its batches.
+func InEpoch(ctx context.Context, epoch uint64) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, metadataEpoch, strconv.FormatUint(epoch, 10))
+}
+
+// Expect returns what a compare-and-set of a pipeline insists on so that nothing
+// has happened since st was read, for ExpectedVersion and ExpectedEpoch of its
+// request. The version alone does not say that: a restore may give a pipeline the
+// same one again.
+func Expect(st *adminpb.PipelineStatus) (version, epoch *uint64) {
+	v, e := st.GetVersion(), st.GetEpoch()
+	return &v, &e
+}
+
 // WithRequestID gives a mutation an id of the caller's: at most 128 bytes of
 // printable ASCII. A repetition with the same id, by whatever process, returns
 // the first result, for as long as the cluster remembers it.
@@ -40,6 +59,20 @@ func WithRequestID(ctx context.Context, id string) context.Context {
 // 0 when they hold none.
 func Revision(header metadata.MD) uint64 {
 	v := header.Get(metadataRevision)
+	if len(v) != 1 {
+		return 0
+	}
+	n, err := strconv.ParseUint(v[0], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// Epoch reads the restore epoch an answer is of from its headers, 0 when they hold
+// none. A revision means something only together with it.
+func Epoch(header metadata.MD) uint64 {
+	v := header.Get(metadataEpoch)
 	if len(v) != 1 {
 		return 0
 	}

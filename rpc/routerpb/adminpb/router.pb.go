@@ -960,6 +960,7 @@ type CreatePipelineRequest struct {
 	Config          *PipelineConfig        `protobuf:"bytes,1,opt,name=config,proto3" json:"config,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,100,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"` // compare-and-set; 0 = must not exist
 	ValidateOnly    bool                   `protobuf:"varint,101,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`                // check, change nothing
+	ExpectedEpoch   *uint64                `protobuf:"varint,102,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"`       // the epoch expected_version was read in
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1015,6 +1016,13 @@ func (x *CreatePipelineRequest) GetValidateOnly() bool {
 	return false
 }
 
+func (x *CreatePipelineRequest) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
 type CreatePipelineResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Success       bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
@@ -1023,6 +1031,7 @@ type CreatePipelineResponse struct {
 	Version       uint64                 `protobuf:"varint,100,opt,name=version,proto3" json:"version,omitempty"`
 	Revision      uint64                 `protobuf:"varint,101,opt,name=revision,proto3" json:"revision,omitempty"`
 	Violations    []string               `protobuf:"bytes,102,rep,name=violations,proto3" json:"violations,omitempty"` // every fault of the config, not only the first
+	Epoch         uint64                 `protobuf:"varint,103,opt,name=epoch,proto3" json:"epoch,omitempty"`          // restore epoch of version and revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1099,12 +1108,20 @@ func (x *CreatePipelineResponse) GetViolations() []string {
 	return nil
 }
 
+func (x *CreatePipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type UpdatePipelineRequest struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	Config          *PipelineConfig        `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,100,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"` // compare-and-set; 0 = must not exist
 	ValidateOnly    bool                   `protobuf:"varint,101,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`                // check, change nothing
+	ExpectedEpoch   *uint64                `protobuf:"varint,102,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"`       // the epoch expected_version was read in
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1167,6 +1184,13 @@ func (x *UpdatePipelineRequest) GetValidateOnly() bool {
 	return false
 }
 
+func (x *UpdatePipelineRequest) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
 type UpdatePipelineResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Success       bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
@@ -1174,6 +1198,7 @@ type UpdatePipelineResponse struct {
 	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`
 	Violations    []string               `protobuf:"bytes,101,rep,name=violations,proto3" json:"violations,omitempty"` // every fault of the config, not only the first
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`          // restore epoch of version and revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1243,11 +1268,19 @@ func (x *UpdatePipelineResponse) GetViolations() []string {
 	return nil
 }
 
+func (x *UpdatePipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type DeletePipelineRequest struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	Force           bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,100,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"` // compare-and-set
+	ExpectedEpoch   *uint64                `protobuf:"varint,101,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"`       // the epoch expected_version was read in
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1303,12 +1336,20 @@ func (x *DeletePipelineRequest) GetExpectedVersion() uint64 {
 	return 0
 }
 
+func (x *DeletePipelineRequest) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
 type DeletePipelineResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Success       bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
 	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`
 	Existed       bool                   `protobuf:"varint,101,opt,name=existed,proto3" json:"existed,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"` // restore epoch of the revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1371,6 +1412,13 @@ func (x *DeletePipelineResponse) GetExisted() bool {
 	return false
 }
 
+func (x *DeletePipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type GetPipelineRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
@@ -1421,6 +1469,7 @@ type GetPipelineResponse struct {
 	Config        *PipelineConfig        `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
 	Status        *PipelineStatus        `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
 	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"` // revision the answer reflects
+	Epoch         uint64                 `protobuf:"varint,101,opt,name=epoch,proto3" json:"epoch,omitempty"`       // restore epoch of the revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1483,6 +1532,13 @@ func (x *GetPipelineResponse) GetRevision() uint64 {
 	return 0
 }
 
+func (x *GetPipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type PipelineStatus struct {
 	state         protoimpl.MessageState  `protogen:"open.v1"`
 	Enabled       bool                    `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
@@ -1492,6 +1548,11 @@ type PipelineStatus struct {
 	StageStatuses map[string]*StageStatus `protobuf:"bytes,5,rep,name=stage_statuses,json=stageStatuses,proto3" json:"stage_statuses,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	ModRevision   uint64                  `protobuf:"varint,100,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"` // revision of its last change
 	Placements    []*StagePlacement       `protobuf:"bytes,101,rep,name=placements,proto3" json:"placements,omitempty"`                       // where its stages run, in stage order
+	// The restore epoch the version is of. A restore may give a pipeline the same
+	// version again with another content: whoever expects a version above 0 names
+	// its epoch too (expected_epoch, or the metadata conveyor-epoch). Without one it
+	// is taken for epoch 0, and refused once something was restored.
+	Epoch         uint64 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1573,6 +1634,13 @@ func (x *PipelineStatus) GetPlacements() []*StagePlacement {
 		return x.Placements
 	}
 	return nil
+}
+
+func (x *PipelineStatus) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type StageStatus struct {
@@ -1709,6 +1777,7 @@ type ListPipelinesResponse struct {
 	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`
 	Statuses      []*PipelineStatus      `protobuf:"bytes,101,rep,name=statuses,proto3" json:"statuses,omitempty"` // parallel to pipelines
 	NextPageToken string                 `protobuf:"bytes,102,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,103,opt,name=epoch,proto3" json:"epoch,omitempty"` // restore epoch of the revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1771,10 +1840,18 @@ func (x *ListPipelinesResponse) GetNextPageToken() string {
 	return ""
 }
 
+func (x *ListPipelinesResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type EnablePipelineRequest struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,100,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
+	ExpectedEpoch   *uint64                `protobuf:"varint,101,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"` // the epoch expected_version was read in
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1823,12 +1900,20 @@ func (x *EnablePipelineRequest) GetExpectedVersion() uint64 {
 	return 0
 }
 
+func (x *EnablePipelineRequest) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
 type EnablePipelineResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Success       bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
 	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	Version       uint64                 `protobuf:"varint,100,opt,name=version,proto3" json:"version,omitempty"`
 	Revision      uint64                 `protobuf:"varint,101,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"` // restore epoch of version and revision
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1891,11 +1976,19 @@ func (x *EnablePipelineResponse) GetRevision() uint64 {
 	return 0
 }
 
+func (x *EnablePipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type DisablePipelineRequest struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	Drain           bool                   `protobuf:"varint,2,opt,name=drain,proto3" json:"drain,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,100,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
+	ExpectedEpoch   *uint64                `protobuf:"varint,101,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"` // the epoch expected_version was read in
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1951,6 +2044,13 @@ func (x *DisablePipelineRequest) GetExpectedVersion() uint64 {
 	return 0
 }
 
+func (x *DisablePipelineRequest) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
 type DisablePipelineResponse struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Success        bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
@@ -1958,6 +2058,7 @@ type DisablePipelineResponse struct {
 	Error          string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	Version        uint64                 `protobuf:"varint,100,opt,name=version,proto3" json:"version,omitempty"`
 	Revision       uint64                 `protobuf:"varint,101,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch          uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"` // restore epoch of version and revision
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2023,6 +2124,13 @@ func (x *DisablePipelineResponse) GetVersion() uint64 {
 func (x *DisablePipelineResponse) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *DisablePipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
 	}
 	return 0
 }
@@ -2526,12 +2634,14 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\n" +
 	"from_stage\x18\x01 \x01(\tR\tfromStage\x12\x19\n" +
 	"\bto_stage\x18\x02 \x01(\tR\atoStage\x12<\n" +
-	"\tcondition\x18\x03 \x01(\v2\x1e.conveyor_etl.router.ConditionR\tcondition\"\xbe\x01\n" +
+	"\tcondition\x18\x03 \x01(\v2\x1e.conveyor_etl.router.ConditionR\tcondition\"\xfd\x01\n" +
 	"\x15CreatePipelineRequest\x12;\n" +
 	"\x06config\x18\x01 \x01(\v2#.conveyor_etl.router.PipelineConfigR\x06config\x12.\n" +
 	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12#\n" +
-	"\rvalidate_only\x18e \x01(\bR\fvalidateOnlyB\x13\n" +
-	"\x11_expected_version\"\xbf\x01\n" +
+	"\rvalidate_only\x18e \x01(\bR\fvalidateOnly\x12*\n" +
+	"\x0eexpected_epoch\x18f \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x13\n" +
+	"\x11_expected_versionB\x11\n" +
+	"\x0f_expected_epoch\"\xd5\x01\n" +
 	"\x16CreatePipelineResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x1f\n" +
 	"\vpipeline_id\x18\x02 \x01(\tR\n" +
@@ -2541,14 +2651,17 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\brevision\x18e \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
 	"violations\x18f \x03(\tR\n" +
-	"violations\"\xdf\x01\n" +
+	"violations\x12\x14\n" +
+	"\x05epoch\x18g \x01(\x04R\x05epoch\"\x9e\x02\n" +
 	"\x15UpdatePipelineRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12;\n" +
 	"\x06config\x18\x02 \x01(\v2#.conveyor_etl.router.PipelineConfigR\x06config\x12.\n" +
 	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12#\n" +
-	"\rvalidate_only\x18e \x01(\bR\fvalidateOnlyB\x13\n" +
-	"\x11_expected_version\"\x9e\x01\n" +
+	"\rvalidate_only\x18e \x01(\bR\fvalidateOnly\x12*\n" +
+	"\x0eexpected_epoch\x18f \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x13\n" +
+	"\x11_expected_versionB\x11\n" +
+	"\x0f_expected_epoch\"\xb4\x01\n" +
 	"\x16UpdatePipelineResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x14\n" +
@@ -2556,26 +2669,31 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
 	"violations\x18e \x03(\tR\n" +
-	"violations\"\x93\x01\n" +
+	"violations\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\"\xd2\x01\n" +
 	"\x15DeletePipelineRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12.\n" +
-	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
-	"\x11_expected_version\"~\n" +
+	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12*\n" +
+	"\x0eexpected_epoch\x18e \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x13\n" +
+	"\x11_expected_versionB\x11\n" +
+	"\x0f_expected_epoch\"\x94\x01\n" +
 	"\x16DeletePipelineResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x18\n" +
-	"\aexisted\x18e \x01(\bR\aexisted\"5\n" +
+	"\aexisted\x18e \x01(\bR\aexisted\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\"5\n" +
 	"\x12GetPipelineRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
-	"pipelineId\"\xc1\x01\n" +
+	"pipelineId\"\xd7\x01\n" +
 	"\x13GetPipelineResponse\x12\x14\n" +
 	"\x05found\x18\x01 \x01(\bR\x05found\x12;\n" +
 	"\x06config\x18\x02 \x01(\v2#.conveyor_etl.router.PipelineConfigR\x06config\x12;\n" +
 	"\x06status\x18\x03 \x01(\v2#.conveyor_etl.router.PipelineStatusR\x06status\x12\x1a\n" +
-	"\brevision\x18d \x01(\x04R\brevision\"\xe5\x03\n" +
+	"\brevision\x18d \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18e \x01(\x04R\x05epoch\"\xfb\x03\n" +
 	"\x0ePipelineStatus\x12\x18\n" +
 	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x129\n" +
@@ -2587,7 +2705,8 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\fmod_revision\x18d \x01(\x04R\vmodRevision\x12C\n" +
 	"\n" +
 	"placements\x18e \x03(\v2#.conveyor_etl.router.StagePlacementR\n" +
-	"placements\x1ab\n" +
+	"placements\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\x1ab\n" +
 	"\x12StageStatusesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x126\n" +
 	"\x05value\x18\x02 \x01(\v2 .conveyor_etl.router.StageStatusR\x05value:\x028\x01\"\xa3\x01\n" +
@@ -2600,34 +2719,41 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\x10include_disabled\x18\x01 \x01(\bR\x0fincludeDisabled\x12\x1b\n" +
 	"\tpage_size\x18d \x01(\rR\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18e \x01(\tR\tpageToken\"\xdf\x01\n" +
+	"page_token\x18e \x01(\tR\tpageToken\"\xf5\x01\n" +
 	"\x15ListPipelinesResponse\x12A\n" +
 	"\tpipelines\x18\x01 \x03(\v2#.conveyor_etl.router.PipelineConfigR\tpipelines\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12?\n" +
 	"\bstatuses\x18e \x03(\v2#.conveyor_etl.router.PipelineStatusR\bstatuses\x12&\n" +
-	"\x0fnext_page_token\x18f \x01(\tR\rnextPageToken\"}\n" +
+	"\x0fnext_page_token\x18f \x01(\tR\rnextPageToken\x12\x14\n" +
+	"\x05epoch\x18g \x01(\x04R\x05epoch\"\xbc\x01\n" +
 	"\x15EnablePipelineRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12.\n" +
-	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
-	"\x11_expected_version\"~\n" +
+	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12*\n" +
+	"\x0eexpected_epoch\x18e \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x13\n" +
+	"\x11_expected_versionB\x11\n" +
+	"\x0f_expected_epoch\"\x94\x01\n" +
 	"\x16EnablePipelineResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aversion\x18d \x01(\x04R\aversion\x12\x1a\n" +
-	"\brevision\x18e \x01(\x04R\brevision\"\x94\x01\n" +
+	"\brevision\x18e \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\"\xd3\x01\n" +
 	"\x16DisablePipelineRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x14\n" +
 	"\x05drain\x18\x02 \x01(\bR\x05drain\x12.\n" +
-	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
-	"\x11_expected_version\"\xa8\x01\n" +
+	"\x10expected_version\x18d \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12*\n" +
+	"\x0eexpected_epoch\x18e \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x13\n" +
+	"\x11_expected_versionB\x11\n" +
+	"\x0f_expected_epoch\"\xbe\x01\n" +
 	"\x17DisablePipelineResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fpending_records\x18\x02 \x01(\x04R\x0ependingRecords\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12\x18\n" +
 	"\aversion\x18d \x01(\x04R\aversion\x12\x1a\n" +
-	"\brevision\x18e \x01(\x04R\brevision\"\x19\n" +
+	"\brevision\x18e \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\"\x19\n" +
 	"\x17GetClusterStatusRequest\"\xaf\x03\n" +
 	"\x18GetClusterStatusResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +

@@ -1097,6 +1097,8 @@ type Operation struct {
 	EndedAt         *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
 	CancelRequested bool                   `protobuf:"varint,14,opt,name=cancel_requested,json=cancelRequested,proto3" json:"cancel_requested,omitempty"`
 	Revision        uint64                 `protobuf:"varint,15,opt,name=revision,proto3" json:"revision,omitempty"`
+	Rate            uint64                 `protobuf:"varint,100,opt,name=rate,proto3" json:"rate,omitempty"`                   // units done per second of late, 0 = not known
+	LeftMs          uint64                 `protobuf:"varint,101,opt,name=left_ms,json=leftMs,proto3" json:"left_ms,omitempty"` // estimate of the time to come in this phase, from rate; 0 = not known
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1232,6 +1234,20 @@ func (x *Operation) GetCancelRequested() bool {
 func (x *Operation) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *Operation) GetRate() uint64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *Operation) GetLeftMs() uint64 {
+	if x != nil {
+		return x.LeftMs
 	}
 	return 0
 }
@@ -1765,10 +1781,13 @@ func (x *MemberState) GetError() string {
 }
 
 type CommitRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`                               // chosen by the client, echoed in the answer
-	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // makes a repeat of this batch return the first result
-	Ops           []*CommitOp            `protobuf:"bytes,3,rep,name=ops,proto3" json:"ops,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`                               // chosen by the client, echoed in the answer
+	RequestId string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // makes a repeat of this batch return the first result
+	Ops       []*CommitOp            `protobuf:"bytes,3,rep,name=ops,proto3" json:"ops,omitempty"`
+	// The restore epoch the batch is made for; another one refuses it. Absent: that
+	// of the stream's metadata conveyor-epoch, or any.
+	ExpectedEpoch *uint64 `protobuf:"varint,100,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1822,6 +1841,13 @@ func (x *CommitRequest) GetOps() []*CommitOp {
 		return x.Ops
 	}
 	return nil
+}
+
+func (x *CommitRequest) GetExpectedEpoch() uint64 {
+	if x != nil && x.ExpectedEpoch != nil {
+		return *x.ExpectedEpoch
+	}
+	return 0
 }
 
 type CommitOp struct {
@@ -2278,6 +2304,7 @@ type CommitResult struct {
 	Code          uint32                 `protobuf:"varint,4,opt,name=code,proto3" json:"code,omitempty"` // gRPC status code unless OUTCOME_DONE
 	Message       string                 `protobuf:"bytes,5,opt,name=message,proto3" json:"message,omitempty"`
 	FailedOp      uint32                 `protobuf:"varint,6,opt,name=failed_op,json=failedOp,proto3" json:"failed_op,omitempty"` // index into ops, for OUTCOME_REFUSED
+	Epoch         uint64                 `protobuf:"varint,100,opt,name=epoch,proto3" json:"epoch,omitempty"`                     // restore epoch of the revision; the current one when refused for another
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2350,6 +2377,13 @@ func (x *CommitResult) GetMessage() string {
 func (x *CommitResult) GetFailedOp() uint32 {
 	if x != nil {
 		return x.FailedOp
+	}
+	return 0
+}
+
+func (x *CommitResult) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
 	}
 	return 0
 }
@@ -3581,7 +3615,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x0ePreflightCheck\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x93\x04\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\xc0\x04\n" +
 	"\tOperation\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12:\n" +
@@ -3600,7 +3634,9 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"updated_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x125\n" +
 	"\bended_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x12)\n" +
 	"\x10cancel_requested\x18\x0e \x01(\bR\x0fcancelRequested\x12\x1a\n" +
-	"\brevision\x18\x0f \x01(\x04R\brevision\"N\n" +
+	"\brevision\x18\x0f \x01(\x04R\brevision\x12\x12\n" +
+	"\x04rate\x18d \x01(\x04R\x04rate\x12\x17\n" +
+	"\aleft_ms\x18e \x01(\x04R\x06leftMs\"N\n" +
 	"\x15ListOperationsRequest\x12!\n" +
 	"\frunning_only\x18\x01 \x01(\bR\vrunningOnly\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\"u\n" +
@@ -3636,12 +3672,14 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x05error\x18\x05 \x01(\tR\x05error\x1a9\n" +
 	"\vHashesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"p\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xaf\x01\n" +
 	"\rCommitRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tR\trequestId\x120\n" +
-	"\x03ops\x18\x03 \x03(\v2\x1e.conveyor_etl.cluster.CommitOpR\x03ops\"\xad\x02\n" +
+	"\x03ops\x18\x03 \x03(\v2\x1e.conveyor_etl.cluster.CommitOpR\x03ops\x12*\n" +
+	"\x0eexpected_epoch\x18d \x01(\x04H\x00R\rexpectedEpoch\x88\x01\x01B\x11\n" +
+	"\x0f_expected_epoch\"\xad\x02\n" +
 	"\bCommitOp\x12<\n" +
 	"\x06offset\x18\x01 \x01(\v2\".conveyor_etl.cluster.OffsetCommitH\x00R\x06offset\x12L\n" +
 	"\fgroup_offset\x18\x02 \x01(\v2'.conveyor_etl.cluster.GroupOffsetCommitH\x00R\vgroupOffset\x12E\n" +
@@ -3678,14 +3716,15 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\rcheckpoint_id\x18\x02 \x01(\tR\fcheckpointId\x12\x12\n" +
 	"\x04data\x18\x03 \x01(\fR\x04data\"N\n" +
 	"\x0eCommitResponse\x12<\n" +
-	"\aresults\x18\x01 \x03(\v2\".conveyor_etl.cluster.CommitResultR\aresults\"\xbe\x01\n" +
+	"\aresults\x18\x01 \x03(\v2\".conveyor_etl.cluster.CommitResultR\aresults\"\xd4\x01\n" +
 	"\fCommitResult\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x127\n" +
 	"\aoutcome\x18\x02 \x01(\x0e2\x1d.conveyor_etl.cluster.OutcomeR\aoutcome\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x12\n" +
 	"\x04code\x18\x04 \x01(\rR\x04code\x12\x18\n" +
 	"\amessage\x18\x05 \x01(\tR\amessage\x12\x1b\n" +
-	"\tfailed_op\x18\x06 \x01(\rR\bfailedOp\"0\n" +
+	"\tfailed_op\x18\x06 \x01(\rR\bfailedOp\x12\x14\n" +
+	"\x05epoch\x18d \x01(\x04R\x05epoch\"0\n" +
 	"\x15TransferLeaderRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\"I\n" +
 	"\x16TransferLeaderResponse\x12\x1b\n" +
@@ -3988,6 +4027,7 @@ func file_conveyor_etl_cluster_proto_init() {
 	if File_conveyor_etl_cluster_proto != nil {
 		return
 	}
+	file_conveyor_etl_cluster_proto_msgTypes[24].OneofWrappers = []any{}
 	file_conveyor_etl_cluster_proto_msgTypes[25].OneofWrappers = []any{
 		(*CommitOp_Offset)(nil),
 		(*CommitOp_GroupOffset)(nil),

@@ -779,7 +779,7 @@ type PipelineAssignment struct {
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	IsLocalComplete bool                   `protobuf:"varint,2,opt,name=is_local_complete,json=isLocalComplete,proto3" json:"is_local_complete,omitempty"`
 	Stages          []*StageAssignment     `protobuf:"bytes,3,rep,name=stages,proto3" json:"stages,omitempty"`
-	Generation      uint64                 `protobuf:"varint,100,opt,name=generation,proto3" json:"generation,omitempty"`                                  // grows with every change of this assignment; the larger one wins
+	Generation      uint64                 `protobuf:"varint,100,opt,name=generation,proto3" json:"generation,omitempty"`                                  // grows with every change of this assignment and with every restore; the larger one wins
 	PipelineVersion uint64                 `protobuf:"varint,101,opt,name=pipeline_version,json=pipelineVersion,proto3" json:"pipeline_version,omitempty"` // version of the pipeline it was planned from
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
