@@ -216,7 +216,7 @@ func TestMassExpiryInSlices(t *testing.T) {
 	l.settleAll(now.Add(testSuspect), ts)
 	expired := 0
 	for i := range 100 {
-		l.all[fmt.Sprintf("pod%03d", i)].last = now.Add(time.Duration(i) * 100 * time.Millisecond)
+		l.all[fmt.Sprintf("pod%03d", i)].last = l.since(now.Add(time.Duration(i) * 100 * time.Millisecond))
 	}
 	for i := range 20 {
 		at := now.Add(testExpire + time.Duration(i)*time.Second)
