@@ -140,10 +140,35 @@ func (l *Liveness) Touch(sidecarID, serviceID string) {
 	}
 	l.mu.Unlock()
 	if revive {
-		select {
-		case l.wake <- struct{}{}:
-		default:
+		l.look()
+	}
+}
+
+// look makes judge sweep without waiting for its time.
+func (l *Liveness) look() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// TouchAll is Touch for a batch of heartbeats that another node received. It
+// keeps none of the ids.
+func (l *Liveness) TouchAll(sidecars, services [][]byte) {
+	now := l.c.Now()
+	l.mu.Lock()
+	revive := false
+	if l.leading {
+		for _, id := range sidecars {
+			revive = l.sidecars.touchBytes(now, id) || revive
 		}
+		for _, id := range services {
+			revive = l.services.touchBytes(now, id) || revive
+		}
+	}
+	l.mu.Unlock()
+	if revive {
+		l.look()
 	}
 }
 

@@ -977,10 +977,12 @@ func (x *FetchImageRequest) GetOffset() int64 {
 }
 
 type ForwardRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"` // first frame only
-	Commands      []*ForwardedCommand    `protobuf:"bytes,2,rep,name=commands,proto3" json:"commands,omitempty"`
-	Beats         []*Beat                `protobuf:"bytes,3,rep,name=beats,proto3" json:"beats,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Hello    *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"` // first frame only
+	Commands []*ForwardedCommand    `protobuf:"bytes,2,rep,name=commands,proto3" json:"commands,omitempty"`
+	// The sidecars, and the services, that were heard of since the last batch.
+	SidecarBeats  []string `protobuf:"bytes,4,rep,name=sidecar_beats,json=sidecarBeats,proto3" json:"sidecar_beats,omitempty"`
+	ServiceBeats  []string `protobuf:"bytes,5,rep,name=service_beats,json=serviceBeats,proto3" json:"service_beats,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1029,9 +1031,16 @@ func (x *ForwardRequest) GetCommands() []*ForwardedCommand {
 	return nil
 }
 
-func (x *ForwardRequest) GetBeats() []*Beat {
+func (x *ForwardRequest) GetSidecarBeats() []string {
 	if x != nil {
-		return x.Beats
+		return x.SidecarBeats
+	}
+	return nil
+}
+
+func (x *ForwardRequest) GetServiceBeats() []string {
+	if x != nil {
+		return x.ServiceBeats
 	}
 	return nil
 }
@@ -1088,59 +1097,6 @@ func (x *ForwardedCommand) GetCommand() []byte {
 	return nil
 }
 
-// Beat is a heartbeat a follower received.
-type Beat struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
-	ServiceId     string                 `protobuf:"bytes,2,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Beat) Reset() {
-	*x = Beat{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Beat) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Beat) ProtoMessage() {}
-
-func (x *Beat) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Beat.ProtoReflect.Descriptor instead.
-func (*Beat) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{15}
-}
-
-func (x *Beat) GetSidecarId() string {
-	if x != nil {
-		return x.SidecarId
-	}
-	return ""
-}
-
-func (x *Beat) GetServiceId() string {
-	if x != nil {
-		return x.ServiceId
-	}
-	return ""
-}
-
 type ForwardResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Results       []*ForwardedResult     `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
@@ -1151,7 +1107,7 @@ type ForwardResponse struct {
 
 func (x *ForwardResponse) Reset() {
 	*x = ForwardResponse{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1163,7 +1119,7 @@ func (x *ForwardResponse) String() string {
 func (*ForwardResponse) ProtoMessage() {}
 
 func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1176,7 +1132,7 @@ func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardResponse.ProtoReflect.Descriptor instead.
 func (*ForwardResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{16}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ForwardResponse) GetResults() []*ForwardedResult {
@@ -1207,7 +1163,7 @@ type ForwardedResult struct {
 
 func (x *ForwardedResult) Reset() {
 	*x = ForwardedResult{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1219,7 +1175,7 @@ func (x *ForwardedResult) String() string {
 func (*ForwardedResult) ProtoMessage() {}
 
 func (x *ForwardedResult) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1232,7 +1188,7 @@ func (x *ForwardedResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardedResult.ProtoReflect.Descriptor instead.
 func (*ForwardedResult) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ForwardedResult) GetId() uint64 {
@@ -1352,19 +1308,15 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1b\n" +
 	"\tmin_index\x18\x02 \x01(\x04R\bminIndex\x12\x19\n" +
 	"\bimage_id\x18\x03 \x01(\tR\aimageId\x12\x16\n" +
-	"\x06offset\x18\x04 \x01(\x03R\x06offset\"\xa4\x01\n" +
+	"\x06offset\x18\x04 \x01(\x03R\x06offset\"\xc9\x01\n" +
 	"\x0eForwardRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12;\n" +
-	"\bcommands\x18\x02 \x03(\v2\x1f.conveyor.peer.ForwardedCommandR\bcommands\x12)\n" +
-	"\x05beats\x18\x03 \x03(\v2\x13.conveyor.peer.BeatR\x05beats\"<\n" +
+	"\bcommands\x18\x02 \x03(\v2\x1f.conveyor.peer.ForwardedCommandR\bcommands\x12#\n" +
+	"\rsidecar_beats\x18\x04 \x03(\tR\fsidecarBeats\x12#\n" +
+	"\rservice_beats\x18\x05 \x03(\tR\fserviceBeatsJ\x04\b\x03\x10\x04\"<\n" +
 	"\x10ForwardedCommand\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
-	"\acommand\x18\x02 \x01(\fR\acommand\"D\n" +
-	"\x04Beat\x12\x1d\n" +
-	"\n" +
-	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1d\n" +
-	"\n" +
-	"service_id\x18\x02 \x01(\tR\tserviceId\"w\n" +
+	"\acommand\x18\x02 \x01(\fR\acommand\"w\n" +
 	"\x0fForwardResponse\x128\n" +
 	"\aresults\x18\x01 \x03(\v2\x1e.conveyor.peer.ForwardedResultR\aresults\x12*\n" +
 	"\x05hello\x18\x02 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\"\xb3\x01\n" +
@@ -1409,7 +1361,7 @@ func file_conveyor_peer_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_peer_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_conveyor_peer_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_conveyor_peer_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_conveyor_peer_peer_proto_goTypes = []any{
 	(Failure)(0),                // 0: conveyor.peer.Failure
 	(*Hello)(nil),               // 1: conveyor.peer.Hello
@@ -1427,9 +1379,8 @@ var file_conveyor_peer_peer_proto_goTypes = []any{
 	(*FetchImageRequest)(nil),   // 13: conveyor.peer.FetchImageRequest
 	(*ForwardRequest)(nil),      // 14: conveyor.peer.ForwardRequest
 	(*ForwardedCommand)(nil),    // 15: conveyor.peer.ForwardedCommand
-	(*Beat)(nil),                // 16: conveyor.peer.Beat
-	(*ForwardResponse)(nil),     // 17: conveyor.peer.ForwardResponse
-	(*ForwardedResult)(nil),     // 18: conveyor.peer.ForwardedResult
+	(*ForwardResponse)(nil),     // 16: conveyor.peer.ForwardResponse
+	(*ForwardedResult)(nil),     // 17: conveyor.peer.ForwardedResult
 }
 var file_conveyor_peer_peer_proto_depIdxs = []int32{
 	1,  // 0: conveyor.peer.StateHashesRequest.hello:type_name -> conveyor.peer.Hello
@@ -1447,29 +1398,28 @@ var file_conveyor_peer_peer_proto_depIdxs = []int32{
 	1,  // 12: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
 	1,  // 13: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
 	15, // 14: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
-	16, // 15: conveyor.peer.ForwardRequest.beats:type_name -> conveyor.peer.Beat
-	18, // 16: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
-	1,  // 17: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
-	0,  // 18: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
-	10, // 19: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
-	11, // 20: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
-	13, // 21: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
-	14, // 22: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
-	2,  // 23: conveyor.peer.Peer.StateHashes:input_type -> conveyor.peer.StateHashesRequest
-	5,  // 24: conveyor.peer.Peer.Quarantine:input_type -> conveyor.peer.QuarantineRequest
-	7,  // 25: conveyor.peer.Peer.Preflight:input_type -> conveyor.peer.PreflightRequest
-	1,  // 26: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
-	12, // 27: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
-	11, // 28: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
-	17, // 29: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
-	3,  // 30: conveyor.peer.Peer.StateHashes:output_type -> conveyor.peer.StateHashesResponse
-	6,  // 31: conveyor.peer.Peer.Quarantine:output_type -> conveyor.peer.QuarantineResponse
-	9,  // 32: conveyor.peer.Peer.Preflight:output_type -> conveyor.peer.PreflightResponse
-	26, // [26:33] is the sub-list for method output_type
-	19, // [19:26] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	17, // 15: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
+	1,  // 16: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
+	0,  // 17: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
+	10, // 18: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
+	11, // 19: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
+	13, // 20: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
+	14, // 21: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
+	2,  // 22: conveyor.peer.Peer.StateHashes:input_type -> conveyor.peer.StateHashesRequest
+	5,  // 23: conveyor.peer.Peer.Quarantine:input_type -> conveyor.peer.QuarantineRequest
+	7,  // 24: conveyor.peer.Peer.Preflight:input_type -> conveyor.peer.PreflightRequest
+	1,  // 25: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
+	12, // 26: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
+	11, // 27: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
+	16, // 28: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
+	3,  // 29: conveyor.peer.Peer.StateHashes:output_type -> conveyor.peer.StateHashesResponse
+	6,  // 30: conveyor.peer.Peer.Quarantine:output_type -> conveyor.peer.QuarantineResponse
+	9,  // 31: conveyor.peer.Peer.Preflight:output_type -> conveyor.peer.PreflightResponse
+	25, // [25:32] is the sub-list for method output_type
+	18, // [18:25] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_peer_peer_proto_init() }
@@ -1483,7 +1433,7 @@ func file_conveyor_peer_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_peer_peer_proto_rawDesc), len(file_conveyor_peer_peer_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   18,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
