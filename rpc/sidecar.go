@@ -174,7 +174,8 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		TtlMs:               uint64(a.cfg.SidecarTTL.Milliseconds()),
 	}
 	current := false // whether the state is known to be up to date
-	if !a.told.known(id, a.cfg.Now()) {
+	entry, what := a.told.beat(id, a.cfg.Now())
+	if entry == nil {
 		// "Unknown" must not be said by a node that is merely behind.
 		if err := a.reader.Wait(ctx); err != nil {
 			return nil, err
@@ -192,7 +193,9 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	}
 	a.cfg.Beats.Touch(id, "")
 	resp.Acknowledged = true
-	entry, what := a.told.beat(id, a.cfg.Now())
+	if entry == nil {
+		entry, what = a.told.first(id, a.cfg.Now()), firstDue
+	}
 	if what != nothingDue {
 		if what == firstDue && !current {
 			if err := a.reader.Wait(ctx); err != nil {
@@ -222,13 +225,19 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 // noteHealth passes on what a sidecar says of the health of its services, when
 // that differs from what it said last, to those of them that are registered.
 func (a *sidecarAPI) noteHealth(id string, e *told, said []*sidecarpb.LocalServiceHealth) {
-	changed := make(map[string]bool)
+	var changed map[string]bool
 	e.mu.Lock()
 	for _, h := range said {
+		if len(e.unhealthy) == 0 && h.GetHealthy() {
+			continue // what nearly every heartbeat says
+		}
 		name := router.NormalizeName(h.GetServiceName())
 		_, was := e.unhealthy[name]
 		if was == !h.GetHealthy() {
 			continue
+		}
+		if changed == nil {
+			changed = make(map[string]bool)
 		}
 		changed[name] = h.GetHealthy()
 		if h.GetHealthy() {
