@@ -31,6 +31,7 @@ type lease struct {
 	busy       bool          // a transition is on its way
 	held       bool          // its expiry is due: it is in leases.waiting
 	returning  bool          // it is in leases.back
+	silent     bool          // it is counted in leases.silent
 }
 
 // transition is one change of condition to propose.
@@ -39,6 +40,7 @@ type transition struct {
 	generation uint64
 	from, to   condition
 	silent     time.Duration
+	last       time.Duration // when it was last heard of, as the decision knew it
 }
 
 // leases judges who is still there. It is plain data without clock or
@@ -55,8 +57,11 @@ type leases struct {
 	origin time.Time // what times are counted from: the first moment told
 	all    map[string]*lease
 	wheel  *wheel
-	// present counts those that are not expired.
-	present int
+	// present counts those that are not expired, silent those of them that are
+	// suspect, were not heard of since, and have no transition on its way.
+	present, silent int
+	// grace is the moment before which nobody is judged.
+	grace time.Duration
 	// back were heard of while they were not alive; gone or changed ones among
 	// them are sorted out by the sweep.
 	back []*lease
@@ -73,8 +78,8 @@ type leases struct {
 
 // massLimits bound how many may expire at once.
 type massLimits struct {
-	// fraction of all holders that may expire within one window (expireAfter);
-	// more are held back as suspects. A cut network or a leader that was itself
+	// fraction of all holders that may expire within one window (expireAfter),
+	// suspects included; more are held back. A cut network or a leader that was itself
 	// asleep looks like the death of everybody, and moving everything then
 	// turns a hiccup into an outage.
 	fraction float64
@@ -112,6 +117,7 @@ func (l *leases) put(now time.Time, id string, is condition, generation uint64, 
 		if is != expired {
 			l.present++
 		}
+		l.tally(e)
 		l.rearm(e)
 		return
 	}
@@ -128,7 +134,20 @@ func (l *leases) put(now time.Time, id string, is condition, generation uint64, 
 		l.present++
 	}
 	e.is, e.generation, e.patience = is, generation, patience
+	l.tally(e)
 	l.rearm(e)
+}
+
+// tally keeps silent right after e has changed.
+func (l *leases) tally(e *lease) {
+	is := e.is == suspect && !e.busy && !e.heard
+	switch {
+	case is && !e.silent:
+		l.silent++
+	case !is && e.silent:
+		l.silent--
+	}
+	e.silent = is
 }
 
 // longest is how long a holder may be silent before it expires.
@@ -184,6 +203,7 @@ func (l *leases) drop(id string) {
 	}
 	// Whoever still holds on to e finds nothing left to do.
 	e.held, e.heard, e.busy = false, false, true
+	l.tally(e)
 	l.wheel.disarm(e)
 	delete(l.all, id)
 }
@@ -212,6 +232,7 @@ func (l *leases) renew(e *lease, at time.Duration) bool {
 	if e.is == alive && !e.held {
 		return false
 	}
+	l.tally(e)
 	l.rearm(e)
 	return e.is != alive && !e.busy
 }
@@ -227,6 +248,25 @@ func (l *leases) shift(now time.Time, d time.Duration) {
 	}
 }
 
+// pause lets nobody be judged for d from now; who comes back is let back.
+func (l *leases) pause(now time.Time, d time.Duration) { l.grace = max(l.grace, l.since(now)+d) }
+
+// recall moves the moment a holder was last heard of back to at, which a leader
+// before knew. Its lease does not run out sooner than the grace.
+func (l *leases) recall(id string, at time.Time) {
+	if e := l.all[id]; e != nil && e.is != expired {
+		e.last = min(e.last, at.Sub(l.origin))
+		l.rearm(e)
+	}
+}
+
+// stands reports whether t, which sweep returned, is still what is to be done:
+// nobody heard of the holder meanwhile.
+func (l *leases) stands(t transition) bool {
+	e := l.all[t.id]
+	return e != nil && e.busy && e.generation == t.generation && e.last == t.last
+}
+
 // sweep returns the transitions that are due, by id, and marks them busy.
 func (l *leases) sweep(now time.Time) []transition {
 	at := l.since(now)
@@ -238,6 +278,10 @@ func (l *leases) sweep(now time.Time) []transition {
 		}
 	}
 	l.back = l.back[:0]
+	if at < l.grace {
+		slices.SortFunc(out, func(a, b transition) int { return cmp.Compare(a.id, b.id) })
+		return out
+	}
 	l.waiting = slices.DeleteFunc(l.waiting, func(e *lease) bool { return !e.held })
 	l.wheel.turn(at, func(e *lease) {
 		switch due := l.dueAt(e); {
@@ -279,8 +323,9 @@ func (l *leases) release(now time.Time, out []transition) []transition {
 
 func (l *leases) move(e *lease, to condition, silent time.Duration) transition {
 	e.busy, e.held = true, false
+	l.tally(e)
 	l.wheel.disarm(e)
-	return transition{id: e.id, generation: e.generation, from: e.is, to: to, silent: silent}
+	return transition{id: e.id, generation: e.generation, from: e.is, to: to, silent: silent, last: e.last}
 }
 
 // admit says how many of due expiries go ahead.
@@ -297,7 +342,10 @@ func (l *leases) admit(now time.Time, due int) int {
 	}
 	present := l.present + len(l.expiry) // those that were there at the window's start
 	window := max(l.limits.floor, int(l.limits.fraction*float64(present)))
-	if len(l.expiry)+due <= window {
+	// Suspects count already: the leases of a fleet that is cut off run out over
+	// a whole heartbeat interval, and the first half of it would be moved before
+	// the due ones alone were too many.
+	if len(l.expiry)+max(due, l.silent) <= window {
 		l.holding = time.Time{}
 		return due
 	}
@@ -326,6 +374,7 @@ func (l *leases) admit(now time.Time, due int) int {
 func (l *leases) done(id string) {
 	if e := l.all[id]; e != nil && e.busy {
 		e.busy = false
+		l.tally(e)
 		l.rearm(e)
 	}
 }

@@ -30,6 +30,7 @@ type plainLeases struct {
 	holding time.Time   // since when expiries are held back; zero = not
 	due     int         // how many are held back
 	drained time.Time   // until when the slow release has been used up
+	grace   time.Time   // nobody is judged before
 }
 
 func newPlainLeases(what string, suspectAfter, expireAfter time.Duration, limits massLimits) *plainLeases {
@@ -84,6 +85,18 @@ func (l *plainLeases) shift(now time.Time, d time.Duration) {
 	}
 }
 
+func (l *plainLeases) pause(now time.Time, d time.Duration) {
+	if until := now.Add(d); until.After(l.grace) {
+		l.grace = until
+	}
+}
+
+func (l *plainLeases) recall(id string, at time.Time) {
+	if e := l.all[id]; e != nil && e.is != expired && at.Before(e.last) {
+		e.last = at
+	}
+}
+
 // sweep returns the transitions that are due, by id, and marks them busy.
 func (l *plainLeases) sweep(now time.Time) []transition {
 	var out []transition
@@ -96,6 +109,7 @@ func (l *plainLeases) sweep(now time.Time) []transition {
 		switch {
 		case e.is != alive && e.heard && silent < l.silence(e):
 			out = append(out, l.move(e, alive, silent))
+		case now.Before(l.grace):
 		case e.is == alive && l.suspectAfter > 0 && silent >= l.suspectAfter:
 			out = append(out, l.move(e, suspect, silent))
 		case e.is != expired && silent >= e.patience && (e.is == suspect || l.suspectAfter == 0):
@@ -105,7 +119,11 @@ func (l *plainLeases) sweep(now time.Time) []transition {
 	slices.SortFunc(expiring, func(a, b *plainLease) int {
 		return cmp.Or(a.last.Compare(b.last), cmp.Compare(a.id, b.id))
 	})
-	for _, e := range expiring[:l.admit(now, len(expiring))] {
+	due := 0
+	if !now.Before(l.grace) {
+		due = l.admit(now, len(expiring))
+	}
+	for _, e := range expiring[:due] {
 		l.expiry = append(l.expiry, now)
 		out = append(out, l.move(e, expired, now.Sub(e.last)))
 	}
@@ -127,13 +145,17 @@ func (l *plainLeases) admit(now time.Time, due int) int {
 		return 0
 	}
 	present := len(l.expiry) // those that were there at the window's start
+	silent := 0
 	for _, e := range l.all {
 		if e.is != expired {
 			present++
 		}
+		if e.is == suspect && !e.busy && !e.heard {
+			silent++
+		}
 	}
 	window := max(l.limits.floor, int(l.limits.fraction*float64(present)))
-	if len(l.expiry)+due <= window {
+	if len(l.expiry)+max(due, silent) <= window {
 		l.holding = time.Time{}
 		return due
 	}

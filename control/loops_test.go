@@ -81,7 +81,7 @@ func (r *replica) apply(cmd *commandpb.Command) (*commandpb.Result, error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := router.Entry{Index: r.fsm.Applied().Index + 1, Term: 1, Commands: [][]byte{raw}, Local: true}
+	e := router.Entry{Index: r.fsm.Applied().Index + 1, Term: max(r.lead.Term, 1), Commands: [][]byte{raw}, Local: true}
 	res, err := r.fsm.Apply([]router.Entry{e})
 	if err != nil {
 		return nil, err

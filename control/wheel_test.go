@@ -111,6 +111,14 @@ func TestLeasesEqualThePlainWay(t *testing.T) {
 				now = now.Add(d)
 				l.shift(now, d)
 				p.shift(now, d)
+			case k == 4:
+				d := time.Duration(r.Int64N(int64(20 * time.Second)))
+				l.pause(now, d)
+				p.pause(now, d)
+			case k == 5:
+				x, at := id(), now.Add(-time.Duration(r.Int64N(int64(time.Minute))))
+				l.recall(x, at)
+				p.recall(x, at)
 			}
 			if r.IntN(100) < noisy {
 				for range r.IntN(n) {

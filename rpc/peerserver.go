@@ -39,6 +39,9 @@ type PeerServerConfig struct {
 	// were heard of; nil drops them. It must not block, and the ids are not its to
 	// keep.
 	Beats func(sidecars, services [][]byte)
+	// Leases takes what the leader tells of the leases, or says why not; nil
+	// refuses all. The digest becomes its own.
+	Leases func(d *peerpb.LeaseDigest) error
 	// ImageLimit paces images sent on request; nil = no limit.
 	ImageLimit *snap.RateLimit
 	// Preflight is what this node tells of itself; what is nil is zero.

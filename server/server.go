@@ -230,7 +230,7 @@ func (s *Server) startPeers() error {
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Suspect: s.suspect,
-		Beats: s.control.liveness.TouchAll, Logger: s.log.With("part", "peers"),
+		Beats: s.control.liveness.TouchAll, Leases: s.takeLeases, Logger: s.log.With("part", "peers"),
 		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {
