@@ -78,7 +78,7 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 		ClusterName:  a.cfg.ClusterName,
 		Revision:     a.cfg.State.Revision(),
 		Version:      a.cfg.Version,
-		Alarms:       a.cfg.Alarms(),
+		Alarms:       slices.Concat(a.cfg.Alarms(), a.rivals.alarms(now)),
 	}
 	learners := st.Position.ConfState.GetLearners()
 	silent := 0
