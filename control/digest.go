@@ -109,31 +109,52 @@ func (l *Liveness) recallLocked(now time.Time, v *router.View, sidecars []*comma
 		"silent_sidecars", len(h.sidecars), "silent_services", len(h.services))
 }
 
+// digestPart is how many leases are looked at under one lock, well below a
+// millisecond's worth: heartbeats wait for it.
+const digestPart = 4096
+
 // digest describes the leases of a reign.
 func (l *Liveness) digest(term uint64) Digest {
-	now := l.c.Now()
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	return Digest{
-		Term: term, Epoch: l.epoch, Revision: l.revision,
-		Sidecars: l.sidecars.late(now, l.c.Period), Services: l.services.late(now, l.c.Period),
-	}
+	d := Digest{Term: term, Epoch: l.epoch, Revision: l.revision}
+	l.mu.Unlock()
+	d.Sidecars, d.Services = l.late(l.sidecars), l.late(l.services)
+	return d
 }
 
-// late returns those present that have been silent for longer than period, or
-// than somewhat more than the interval they announced.
-func (l *leases) late(now time.Time, period time.Duration) []Silence {
-	at := l.since(now)
+// late returns those of t that have been silent for longer than usual. One that
+// is dropped or changes in between may be missing or named twice, which says no
+// less than is true.
+func (l *Liveness) late(t *leases) []Silence {
 	var out []Silence
-	for _, e := range l.all {
-		if silent := at - e.last; e.is != expired && silent > max(period, e.patience/3+e.patience/12) {
-			out = append(out, Silence{e.id, silent})
+	for end := -1; end != 0; {
+		l.mu.Lock()
+		// From the end: a drop puts the last one into the gap, so that nobody
+		// moves from what is still to be visited to what has been.
+		if end < 0 || end > len(t.order) {
+			end = len(t.order)
 		}
+		begin := max(0, end-digestPart)
+		out = t.late(out, l.c.Now(), l.c.Period, begin, end)
+		end = begin
+		l.mu.Unlock()
 	}
 	if len(out) > maxDigest {
 		// Of the ones left out the next leader thinks better than is right.
 		slices.SortFunc(out, func(a, b Silence) int { return cmp.Or(cmp.Compare(b.For, a.For), cmp.Compare(a.ID, b.ID)) })
 		out = out[:maxDigest]
+	}
+	return out
+}
+
+// late appends to out those present among order[begin:end] that have been silent
+// for longer than period, or than somewhat more than the interval they announced.
+func (l *leases) late(out []Silence, now time.Time, period time.Duration, begin, end int) []Silence {
+	at := l.since(now)
+	for _, e := range l.order[begin:end] {
+		if silent := at - e.last; e.is != expired && silent > max(period, e.patience/3+e.patience/12) {
+			out = append(out, Silence{e.id, silent})
+		}
 	}
 	return out
 }

@@ -32,6 +32,7 @@ type lease struct {
 	held       bool          // its expiry is due: it is in leases.waiting
 	returning  bool          // it is in leases.back
 	silent     bool          // it is counted in leases.silent
+	place      int32         // its place in leases.order
 }
 
 // transition is one change of condition to propose.
@@ -56,6 +57,7 @@ type leases struct {
 
 	origin time.Time // what times are counted from: the first moment told
 	all    map[string]*lease
+	order  []*lease // all, in no order that means anything: for walks in parts
 	wheel  *wheel
 	// present counts those that are not expired, silent those of them that are
 	// suspect, were not heard of since, and have no transition on its way.
@@ -112,8 +114,9 @@ func (l *leases) put(now time.Time, id string, is condition, generation uint64, 
 	at := l.since(now)
 	e := l.all[id]
 	if e == nil {
-		e = &lease{id: id, is: is, generation: generation, last: at, patience: patience}
+		e = &lease{id: id, is: is, generation: generation, last: at, patience: patience, place: int32(len(l.order))}
 		l.all[id] = e
+		l.order = append(l.order, e)
 		if is != expired {
 			l.present++
 		}
@@ -206,6 +209,11 @@ func (l *leases) drop(id string) {
 	l.tally(e)
 	l.wheel.disarm(e)
 	delete(l.all, id)
+	last := len(l.order) - 1
+	moved := l.order[last]
+	l.order[e.place], moved.place = moved, e.place
+	l.order[last] = nil
+	l.order = l.order[:last]
 }
 
 // touch notes a heartbeat. It returns true when the holder is to be brought

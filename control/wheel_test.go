@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -156,6 +157,11 @@ func TestLeasesEqualThePlainWay(t *testing.T) {
 			flying = rest
 			now = now.Add(time.Duration(r.Int64N(int64(3 * time.Second))))
 			got, want := l.sweep(now), p.sweep(now)
+			for i, e := range l.order {
+				if int(e.place) != i || l.all[e.id] != e || len(l.order) != len(l.all) {
+					t.Fatalf("round %d step %d: %s is at place %d of %d, not %d", round, step, e.id, i, len(l.order), e.place)
+				}
+			}
 			if show(got) != show(want) || l.due != p.due || l.holding != p.holding {
 				t.Fatalf("round %d step %d: %q with %d held since %v, plainly %q with %d held since %v",
 					round, step, show(got), l.due, l.holding, show(want), p.due, p.holding)
@@ -221,4 +227,29 @@ func BenchmarkLeases(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkLeaseMemory measures the memory one lease takes in a fleet of 100,000,
+// its id included, and what a digest of it costs while all beat.
+func BenchmarkLeaseMemory(b *testing.B) {
+	limits := massLimits{fraction: 0.5, floor: 10, hold: time.Hour}
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	l, now := newLeases("sidecars", testSuspect, testExpire, limits), time.Unix(1_000_000, 0)
+	for i := range fleetSize {
+		l.put(now, fmt.Sprintf("namespace-%02d/sidecar-%06d", i%100, i), alive, 1, 0)
+	}
+	perLease := float64(heap()-before) / fleetSize
+	for b.Loop() {
+		if late := l.late(nil, now.Add(time.Second), 10*time.Second, 0, fleetSize); len(late) != 0 {
+			b.Fatal(late[0])
+		}
+	}
+	b.ReportMetric(perLease, "B/lease")
+	runtime.KeepAlive(l)
 }
