@@ -1,9 +1,15 @@
 package rpc
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -20,7 +26,7 @@ import (
 )
 
 // beatFleet is a server with n sidecars that have beaten before.
-func beatFleet(b *testing.B, n int) (*Server, []*sidecarpb.SidecarHeartbeatRequest) {
+func beatFleet(b testing.TB, n int) (*Server, []*sidecarpb.SidecarHeartbeatRequest) {
 	b.Helper()
 	node := newOneNode(b)
 	srv, err := NewServer(ServerConfig{Node: node, State: node.fsm, Submitter: node, Beats: &nullBeats{}, NodeID: 1, PlacementWait: time.Nanosecond})
@@ -136,6 +142,108 @@ func BenchmarkHeartbeatCall(b *testing.B) {
 			b.ReportMetric(float64((processorTime()-before).Nanoseconds())/float64(b.N), "cpu-ns/op")
 		})
 	}
+}
+
+// serveBeats, in the environment, makes TestServeBeats the server of
+// BenchmarkHeartbeatServed.
+const serveBeats = "CONVEYOR_TEST_SERVE_BEATS"
+
+// TestServeBeats serves a fleet on the address it prints, and answers each line it
+// reads with the processor time it has used.
+func TestServeBeats(t *testing.T) {
+	if os.Getenv(serveBeats) == "" {
+		t.Skip("only as a part of BenchmarkHeartbeatServed")
+	}
+	srv, _ := beatFleet(t, 10_000)
+	defer srv.Shutdown(context.Background())
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = srv.Serve(lis) }()
+	fmt.Println("serving", lis.Addr())
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		fmt.Println("used", processorTime().Nanoseconds())
+	}
+}
+
+// BenchmarkHeartbeatServed measures the processor time a node spends on one plain
+// heartbeat, without that of the client, which is another process here: 1,000
+// connections that beat in turn, 32 at a time.
+func BenchmarkHeartbeatServed(b *testing.B) {
+	cmd := exec.Command(os.Args[0], "-test.run=^TestServeBeats$")
+	cmd.Env = append(os.Environ(), serveBeats+"=1")
+	cmd.Stderr = os.Stderr
+	in, err1 := cmd.StdinPipe()
+	out, err2 := cmd.StdoutPipe()
+	if err := errors.Join(err1, err2, cmd.Start()); err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			b.Error(err)
+		}
+	}()
+	lines := bufio.NewScanner(out)
+	read := func(word string) string {
+		for lines.Scan() {
+			if rest, ok := strings.CutPrefix(lines.Text(), word+" "); ok {
+				return rest
+			}
+		}
+		b.Fatalf("the server ended before it said %q", word)
+		return ""
+	}
+	addr := read("serving")
+	used := func() int64 {
+		if _, err := fmt.Fprintln(in); err != nil {
+			b.Fatal(err)
+		}
+		n, err := strconv.ParseInt(read("used"), 10, 64)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return n
+	}
+	conns := make([]sidecarpb.SidecarCoordinatorClient, 1000)
+	for i := range conns {
+		conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer conn.Close()
+		conns[i] = sidecarpb.NewSidecarCoordinatorClient(conn)
+	}
+	beats := func(n int) {
+		var next atomic.Int64
+		var wg sync.WaitGroup
+		for range 32 {
+			wg.Go(func() {
+				for {
+					i := int(next.Add(1)) - 1
+					if i >= n {
+						return
+					}
+					id := i % 10_000
+					_, err := conns[i%len(conns)].Heartbeat(context.Background(), &sidecarpb.SidecarHeartbeatRequest{
+						SidecarId:     fmt.Sprintf("namespace-%02d/sidecar-%06d", id%100, id),
+						ServiceHealth: []*sidecarpb.LocalServiceHealth{{ServiceName: "clean", Healthy: true}},
+					})
+					if err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+	beats(len(conns)) // connects
+	b.ResetTimer()
+	before := used()
+	beats(b.N)
+	b.ReportMetric(float64(used()-before)/float64(b.N), "server-cpu-ns/op")
 }
 
 func processorTime() time.Duration {
