@@ -94,6 +94,11 @@ type Liveness struct {
 	// ExpireAfter is the silence after which it counts as gone and its work is
 	// moved elsewhere.
 	ExpireAfter time.Duration
+	// MassExpiryPercent of all that may expire within ExpireAfter; more are held
+	// back. 100 = any number.
+	MassExpiryPercent uint64
+	// MassExpiryHold is for how long; zero is ten times ExpireAfter.
+	MassExpiryHold time.Duration
 }
 
 // Check holds how the states of the members are compared.

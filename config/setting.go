@@ -140,6 +140,12 @@ func settings() []*setting {
 			bind: func(c *Config) value {
 				return span{&c.Liveness.ExpireAfter, time.Nanosecond, 100 * time.Millisecond, 240 * time.Hour}
 			}},
+		{key: "liveness.mass_expiry_percent", flag: "liveness-mass-expiry-percent", def: "50", usage: "share of all sidecars that may be given up within expire_after; if more fall silent at once all of them keep their work for a while; 100 = no limit",
+			bind: func(c *Config) value { return unsigned{&c.Liveness.MassExpiryPercent, 1, 100} }},
+		{key: "liveness.mass_expiry_hold", flag: "liveness-mass-expiry-hold", def: "0s", usage: "how long they keep it; after that a hundredth of the fleet is given up every second; 0s = ten times expire_after",
+			bind: func(c *Config) value {
+				return span{&c.Liveness.MassExpiryHold, time.Nanosecond, 0, 240 * time.Hour}
+			}},
 
 		{key: "backup.keep_snapshots", flag: "backup-keep-snapshots", def: "16", usage: "snapshots of the state a node keeps; the oldest goes when one more is made",
 			bind: func(c *Config) value { return unsigned{&c.Backup.KeepSnapshots, 1, 10_000} }},

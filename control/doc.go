@@ -34,8 +34,21 @@
 // # Liveness
 //
 // Heartbeats live in the leader's memory and never enter the log; only
-// transitions (suspect, expired, alive again) become commands. A new leader has
-// heard from nobody, so it gives everybody a full lease before it judges.
+// transitions (suspect, expired, alive again) become commands. Invariants:
+//
+//  1. Nobody is given up by a node that does not lead. A decision waits for a
+//     quorum that confirms the leader after the lease ran out, and names the
+//     term, so that it does nothing in the log of a later leader.
+//  2. Nobody is given up by a leader that could not hear them. One that was
+//     stopped, and one that has just been elected, lets everybody beat first.
+//  3. A change of leader neither forgets how long somebody has been silent nor
+//     shortens a lease, by more than one period. Once a period the leader tells
+//     the other nodes who has missed a heartbeat (Digest); what they received
+//     and passed on lately they tell the next leader again. Without a recent
+//     digest everybody has a full lease.
+//  4. Of more than a share of all that fall silent at once nobody is given up
+//     for a while, then slowly: what looks like the death of everybody is a cut
+//     network, as a rule, and moving all of their work makes it an outage.
 //
 // # Comparison
 //

@@ -39,6 +39,11 @@ type Submitter interface {
 // whileLeading runs fn whenever node leads, with a context that ends with its
 // leadership, until ctx is done. It returns after fn has.
 func whileLeading(ctx context.Context, node Node, fn func(context.Context)) {
+	eachReign(ctx, node, func(ctx context.Context, _ uint64) { fn(ctx) })
+}
+
+// eachReign is whileLeading for who has to know the term.
+func eachReign(ctx context.Context, node Node, fn func(ctx context.Context, term uint64)) {
 	for ctx.Err() == nil {
 		changed := node.Changed()
 		lead := node.Leadership()
@@ -49,11 +54,11 @@ func whileLeading(ctx context.Context, node Node, fn func(context.Context)) {
 			}
 			continue
 		}
-		term, cancel := context.WithCancel(ctx)
+		reign, cancel := context.WithCancel(ctx)
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			fn(term)
+			fn(reign, lead.Term)
 		}()
 		// A leader that lost and regained its place begins anew: what it
 		// remembers is of another reign.
@@ -80,6 +85,19 @@ func caughtUp(ctx context.Context, node Node, retry time.Duration) bool {
 			return false
 		}
 	}
+}
+
+// confirmed reports whether this node still led term after the call began: a
+// quorum has said so since. It takes no longer than limit.
+func confirmed(ctx context.Context, node Node, term uint64, limit time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if _, err := node.ReadIndex(ctx); err != nil {
+		return false
+	}
+	// The answer may have come through a leader that took this one's place.
+	lead := node.Leadership()
+	return lead.Leading && lead.Term == term
 }
 
 // sleep waits for d; it returns false when ctx is done first.

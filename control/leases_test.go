@@ -209,15 +209,36 @@ func TestMassExpiryFloor(t *testing.T) {
 	}
 }
 
-// Losing a fleet in slices within one window counts as a mass expiry too.
+// Losing a fleet in slices within one window counts as a mass expiry too, and is
+// known for one while the first slices are only suspect: none is let go.
 func TestMassExpiryInSlices(t *testing.T) {
 	l, now := testLeases(100)
-	ts := l.sweep(now.Add(testSuspect))
-	l.settleAll(now.Add(testSuspect), ts)
-	expired := 0
 	for i := range 100 {
-		l.all[fmt.Sprintf("pod%03d", i)].last = now.Add(time.Duration(i) * 100 * time.Millisecond)
+		l.touch(now.Add(time.Duration(i)*100*time.Millisecond), fmt.Sprintf("pod%03d", i))
 	}
+	for i := range 60 {
+		at := now.Add(time.Duration(i) * time.Second)
+		ts := l.sweep(at)
+		for _, tr := range ts {
+			if tr.to == expired {
+				t.Fatalf("after %d s: %s", i, show(ts))
+			}
+		}
+		l.settleAll(at, ts)
+	}
+	if l.due != 100 {
+		t.Fatalf("%d are held", l.due)
+	}
+}
+
+// Without suspects to tell, a window's worth is let go before the rest is held.
+func TestMassExpiryOfServicesInSlices(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	l := newLeases("services", 0, testExpire, massLimits{fraction: 0.5, floor: 10, hold: time.Hour})
+	for i := range 100 {
+		l.put(now.Add(time.Duration(i)*100*time.Millisecond), fmt.Sprintf("svc%03d", i), alive, 1, 0)
+	}
+	expired := 0
 	for i := range 20 {
 		at := now.Add(testExpire + time.Duration(i)*time.Second)
 		ts := l.sweep(at)
@@ -226,5 +247,73 @@ func TestMassExpiryInSlices(t *testing.T) {
 	}
 	if expired < 40 || expired > 50 || expired+l.due != 100 {
 		t.Fatalf("%d expired within one window and %d are held", expired, l.due)
+	}
+}
+
+// A third of the fleet that is lost at once goes, in time.
+func TestALostZoneIsNoMassExpiry(t *testing.T) {
+	l, now := testLeases(99)
+	gone := 0
+	for i := range 60 {
+		at := now.Add(time.Duration(i) * time.Second)
+		for k := range 66 {
+			l.touch(at, fmt.Sprintf("pod%03d", k))
+		}
+		ts := l.sweep(at)
+		l.settleAll(at, ts)
+		for _, tr := range ts {
+			if tr.to == expired {
+				gone++
+			}
+		}
+	}
+	if gone != 33 || l.due != 0 {
+		t.Fatalf("%d expired, %d held", gone, l.due)
+	}
+}
+
+// A pause lets nobody go, but lets those in that come back; what has piled up is
+// judged at its end.
+func TestLeasePause(t *testing.T) {
+	l, now := testLeases(3)
+	l.put(now, "back", expired, 1, 0)
+	l.pause(now, time.Minute)
+	l.touch(now.Add(40*time.Second), "back")
+	l.touch(now.Add(40*time.Second), "pod001")
+	expectMoves(t, l.sweep(now.Add(40*time.Second)), "back expired>alive")
+	expectMoves(t, l.sweep(now.Add(time.Minute-1)), "")
+	expectMoves(t, l.sweep(now.Add(time.Minute)), "pod000 alive>suspect, pod002 alive>suspect")
+}
+
+// What an earlier leader knew shortens a lease, never beyond the pause, and says
+// nothing about those that are expired.
+func TestLeaseRecall(t *testing.T) {
+	l, now := testLeases(3)
+	l.put(now, "gone", expired, 1, 0)
+	l.recall("pod000", now.Add(-25*time.Second))
+	l.recall("pod001", now.Add(-time.Hour))
+	l.recall("pod002", now.Add(time.Hour)) // no lease grows by it
+	l.recall("gone", now.Add(-time.Hour))
+	l.pause(now, 4*time.Second)
+	expectMoves(t, l.sweep(now.Add(4*time.Second-1)), "")
+	ts := l.sweep(now.Add(4 * time.Second))
+	expectMoves(t, ts, "pod001 alive>suspect")
+	l.settleAll(now.Add(4*time.Second), ts)
+	expectMoves(t, l.sweep(now.Add(5*time.Second)), "pod000 alive>suspect, pod001 suspect>expired")
+	expectMoves(t, l.sweep(now.Add(testSuspect)), "pod002 alive>suspect")
+}
+
+// A decision whose holder was heard of, or registered again, before it could be
+// carried out does not stand.
+func TestLeaseStands(t *testing.T) {
+	l, now := testLeases(3)
+	now = now.Add(testSuspect)
+	ts := l.sweep(now)
+	l.touch(now.Add(1), "pod000")
+	l.put(now, "pod001", alive, 2, 0)
+	for i, want := range []bool{false, false, true} {
+		if got := l.stands(ts[i]); got != want {
+			t.Errorf("%s stands: %v", ts[i].id, got)
+		}
 	}
 }

@@ -30,8 +30,19 @@ type LivenessConfig struct {
 	// Sweep is the time between two looks at all leases. Default: a thirtieth
 	// of SuspectAfter, at most 1 s.
 	Sweep time.Duration
+	// Beat is how often everybody is asked to beat. Default a third of
+	// SuspectAfter.
+	Beat time.Duration
+	// Period is the time between two digests of the leases, and the least that
+	// a leader which could not listen for a while waits before it judges: all who
+	// live beat within it. Default five quarters of Beat.
+	Period time.Duration
+	// Share brings a digest to the other nodes and returns an error when one did
+	// not get it; nil keeps it here. It may block until ctx is done.
+	Share func(ctx context.Context, d Digest) error
 	// MassFraction bounds how many of all sidecars (or services) may expire
-	// within ExpireAfter; MassFloor is how many always may. Defaults 0.5, 10.
+	// within ExpireAfter, 1 = any number; MassFloor is how many always may.
+	// Defaults 0.5, 10.
 	MassFraction float64
 	MassFloor    int
 	// MassHold is how long a mass expiry is held back. Default ten times
@@ -69,6 +80,15 @@ func (c *LivenessConfig) EnsureDefaults() {
 	if c.Sweep == 0 {
 		c.Sweep = min(max(c.SuspectAfter/30, time.Millisecond), time.Second)
 	}
+	if c.Beat == 0 {
+		c.Beat = c.SuspectAfter / 3
+	}
+	if c.Period == 0 {
+		c.Period = c.Beat + c.Beat/4
+	}
+	if c.Share == nil {
+		c.Share = func(context.Context, Digest) error { return nil }
+	}
 	if c.MassFraction == 0 {
 		c.MassFraction = 0.5
 	}
@@ -95,6 +115,9 @@ func (c *LivenessConfig) Validate() error {
 	if c.MassFraction < 0 || c.MassFraction > 1 {
 		errs = append(errs, fmt.Errorf("liveness: mass fraction %v is not between 0 and 1", c.MassFraction))
 	}
+	if c.Beat < 0 || c.Period < c.Beat {
+		errs = append(errs, fmt.Errorf("liveness: a period of %v must not be shorter than the %v between two beats, and both positive", c.Period, c.Beat))
+	}
 	if c.Sweep < 0 || c.MassFloor < 0 || c.MassHold < 0 || c.InFlight < 0 {
 		errs = append(errs, errors.New("liveness: sweep, mass floor, mass hold and in-flight limit must not be negative"))
 	}
@@ -110,9 +133,13 @@ type Liveness struct {
 
 	mu       sync.Mutex
 	leading  bool
+	term     uint64 // of the reign, while leading
 	sidecars *leases
 	services *leases
-	epoch    uint64 // restore epoch of the state the leases are of
+	// epoch and revision are of the state the leases are in line with.
+	epoch, revision uint64
+	heard           *heardDigest // by the leader of now or before; nil = nothing
+	stats           LivenessStats
 }
 
 // NewLiveness returns a Liveness; Run makes it work.
@@ -140,10 +167,35 @@ func (l *Liveness) Touch(sidecarID, serviceID string) {
 	}
 	l.mu.Unlock()
 	if revive {
-		select {
-		case l.wake <- struct{}{}:
-		default:
+		l.look()
+	}
+}
+
+// look makes judge sweep without waiting for its time.
+func (l *Liveness) look() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// TouchAll is Touch for a batch of heartbeats that another node received. It
+// keeps none of the ids.
+func (l *Liveness) TouchAll(sidecars, services [][]byte) {
+	now := l.c.Now()
+	l.mu.Lock()
+	revive := false
+	if l.leading {
+		for _, id := range sidecars {
+			revive = l.sidecars.touchBytes(now, id) || revive
 		}
+		for _, id := range services {
+			revive = l.services.touchBytes(now, id) || revive
+		}
+	}
+	l.mu.Unlock()
+	if revive {
+		l.look()
 	}
 }
 
@@ -166,13 +218,14 @@ func (l *Liveness) Alarms() []string {
 
 // Run works until ctx is done.
 func (l *Liveness) Run(ctx context.Context) {
-	whileLeading(ctx, l.c.Node, l.reign)
+	eachReign(ctx, l.c.Node, l.reign)
 }
 
-// reign starts with nothing but the replicated state: everybody gets a full
-// lease, because a new leader has heard from nobody and the last one may have
-// heard from all.
-func (l *Liveness) reign(ctx context.Context) {
+// reign starts with the replicated state and what the leader before told of the
+// leases. Without that everybody gets a full lease, because a new leader has
+// heard from nobody and the last one may have heard from all. Either way nobody
+// is judged before those that live have had the time to beat here.
+func (l *Liveness) reign(ctx context.Context, term uint64) {
 	const retry = 200 * time.Millisecond
 	if !caughtUp(ctx, l.c.Node, retry) {
 		return
@@ -181,8 +234,9 @@ func (l *Liveness) reign(ctx context.Context) {
 	l.mu.Lock()
 	l.sidecars = newLeases("sidecars", l.c.SuspectAfter, l.c.ExpireAfter, limits)
 	l.services = newLeases("services", 0, l.c.ExpireAfter, limits)
-	l.leading = true
+	l.leading, l.term = true, term
 	l.mu.Unlock()
+	first := true
 	var flying sync.WaitGroup
 	defer func() {
 		l.mu.Lock()
@@ -191,17 +245,24 @@ func (l *Liveness) reign(ctx context.Context) {
 		flying.Wait()
 	}()
 
-	flying.Go(func() { l.judge(ctx, &flying) })
 	for ctx.Err() == nil {
-		if err := l.follow(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {
+		err := l.follow(ctx, func() {
+			if first {
+				first = false
+				flying.Go(func() { l.judge(ctx, term, &flying) })
+				flying.Go(func() { l.share(ctx, term) })
+			}
+		})
+		if err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {
 			l.c.Logger.Warn("liveness starts over", "err", err)
 			sleep(ctx, retry)
 		}
 	}
 }
 
-// follow takes over who is registered, until it loses track of the changes.
-func (l *Liveness) follow(ctx context.Context) error {
+// follow takes over who is registered, calls loaded, and takes over the changes
+// until it loses track of them.
+func (l *Liveness) follow(ctx context.Context, loaded func()) error {
 	v := l.c.State.View()
 	from := v.Revision()
 	err := l.load(v)
@@ -211,13 +272,14 @@ func (l *Liveness) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	loaded()
 	sub, err := l.c.State.Hub().Subscribe(from, router.TableSidecars, router.TableServices)
 	if err != nil {
 		return err
 	}
 	defer sub.Close()
 	for {
-		changes, _, err := sub.Next(ctx)
+		changes, upTo, err := sub.Next(ctx)
 		if err != nil {
 			return err
 		}
@@ -226,6 +288,7 @@ func (l *Liveness) follow(ctx context.Context) error {
 		for _, c := range changes {
 			l.changedLocked(now, c)
 		}
+		l.revision = max(l.revision, upTo)
 		l.mu.Unlock()
 	}
 }
@@ -260,7 +323,7 @@ func (l *Liveness) load(v *router.View) error {
 	now := l.c.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.epoch = v.Epoch()
+	l.epoch, l.revision = v.Epoch(), v.Revision()
 	known := make(map[string]bool, len(sidecars))
 	for _, s := range sidecars {
 		known[s.SidecarId] = true
@@ -281,6 +344,7 @@ func (l *Liveness) load(v *router.View) error {
 			l.services.drop(id)
 		}
 	}
+	l.recallLocked(now, v, sidecars, services)
 	return nil
 }
 
@@ -303,114 +367,4 @@ func serviceCondition(s *commandpb.Service) condition {
 
 func servicePatience(s *commandpb.Service) time.Duration {
 	return 3 * time.Duration(min(s.HeartbeatIntervalMs, 24*3600*1000)) * time.Millisecond
-}
-
-// judge sweeps the leases until ctx is done.
-func (l *Liveness) judge(ctx context.Context, flying *sync.WaitGroup) {
-	tick := time.NewTicker(l.c.Sweep)
-	defer tick.Stop()
-	slots := make(chan struct{}, l.c.InFlight)
-	last := l.c.Now()
-	var alarmed [2]bool
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		case <-l.wake:
-		}
-		now := l.c.Now()
-		l.mu.Lock()
-		// A leader that was stopped or starved for a while could hear nobody
-		// in that time; the silence is its own.
-		if gap := now.Sub(last); gap > l.c.SuspectAfter/3+l.c.Sweep {
-			l.sidecars.shift(now, gap)
-			l.services.shift(now, gap)
-			l.c.Logger.Warn("liveness was held up; all leases are extended", "by", gap)
-		}
-		last = now
-		sidecars, services := l.sidecars.sweep(now), l.services.sweep(now)
-		held := [2]int{l.sidecars.due, l.services.due}
-		l.mu.Unlock()
-		for i, kind := range []string{"sidecars", "services"} {
-			if (held[i] > 0) != alarmed[i] {
-				alarmed[i] = held[i] > 0
-				if alarmed[i] {
-					l.c.Logger.Error("too many leases run out at once; holding them back", "what", kind, "held", held[i], "for", l.c.MassHold)
-				} else {
-					l.c.Logger.Info("no leases are held back any more", "what", kind)
-				}
-			}
-		}
-		for _, t := range sidecars {
-			l.propose(ctx, flying, slots, "sidecar", t)
-		}
-		for _, t := range services {
-			l.propose(ctx, flying, slots, "service", t)
-		}
-	}
-}
-
-// propose sends one transition on its way.
-func (l *Liveness) propose(ctx context.Context, flying *sync.WaitGroup, slots chan struct{}, kind string, t transition) {
-	select {
-	case slots <- struct{}{}:
-	case <-ctx.Done():
-		return // the leases end with the reign
-	}
-	flying.Add(1)
-	cmd := transitionCommand(l.c.Now(), kind, t)
-	l.mu.Lock()
-	epoch := l.epoch
-	l.mu.Unlock()
-	// A state restored since may have a record that looks the same.
-	cmd.ExpectedEpoch = &epoch
-	l.c.Submit.SubmitFunc(cmd, func(res *commandpb.Result, _ uint64, err error) {
-		defer flying.Done()
-		<-slots
-		l.mu.Lock()
-		table := l.sidecars
-		if kind == "service" {
-			table = l.services
-		}
-		table.done(t.id)
-		l.mu.Unlock()
-		switch {
-		case err != nil:
-			if ctx.Err() == nil {
-				l.c.Logger.Warn("a transition was not replicated; it is tried again", "kind", kind, "id", t.id, "to", t.to, "err", err)
-			}
-		case res.GetRejection() != nil:
-			// It registered again or is gone: the decision was about another.
-			l.c.Logger.Debug("a transition came too late", "kind", kind, "id", t.id, "to", t.to, "reason", res.Rejection.Reason)
-		case res.GetChanged():
-			l.c.Logger.Info(kind+" is "+t.to.String(), "id", t.id, "was", t.from, "silent", t.silent.Round(time.Millisecond))
-			l.c.Transitioned(TransitionInfo{Kind: kind, ID: t.id, From: t.from.String(), To: t.to.String(), Silent: t.silent})
-		}
-	})
-}
-
-func transitionCommand(now time.Time, kind string, t transition) *commandpb.Command {
-	cmd := &commandpb.Command{TimeMs: uint64(now.UnixMilli())}
-	if kind == "service" {
-		state := commandpb.ServiceState_SERVICE_STATE_ALIVE
-		if t.to == expired {
-			state = commandpb.ServiceState_SERVICE_STATE_EXPIRED
-		}
-		cmd.Op = &commandpb.Command_UpdateServiceHealth{UpdateServiceHealth: &commandpb.UpdateServiceHealth{
-			// Without it, a service that registered again meanwhile would be put
-			// out of its groups right after it has come back.
-			ServiceId: t.id, State: state, ExpectedRevision: t.generation,
-		}}
-		return cmd
-	}
-	state := map[condition]commandpb.SidecarState{
-		alive:   commandpb.SidecarState_SIDECAR_STATE_ALIVE,
-		suspect: commandpb.SidecarState_SIDECAR_STATE_SUSPECT,
-		expired: commandpb.SidecarState_SIDECAR_STATE_EXPIRED,
-	}[t.to]
-	cmd.Op = &commandpb.Command_TransitionSidecar{TransitionSidecar: &commandpb.TransitionSidecar{
-		SidecarId: t.id, ExpectedGeneration: t.generation, State: state,
-	}}
-	return cmd
 }

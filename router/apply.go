@@ -29,7 +29,7 @@ func (s *FSM) Apply(entries []Entry) ([][]*commandpb.Result, error) {
 		if e.Index != t.pos.Index+1 {
 			return nil, s.breakdown(fmt.Errorf("router: entry %d handed in after %d: entries must follow each other", e.Index, t.pos.Index))
 		}
-		t.revision = e.Index + t.clock.RevisionBase
+		t.revision, t.term = e.Index+t.clock.RevisionBase, e.Term
 		if e.Local {
 			results[i] = make([]*commandpb.Result, 0, len(e.Commands))
 		}
@@ -208,15 +208,15 @@ func (t *tx) command(raw []byte, local bool) (*commandpb.Result, error) {
 	t.op = h.op
 	// Before the request id, and not remembered under it: the caller reads again
 	// and sends the same request for the new epoch.
-	rej := t.checkEpoch(&c)
+	rej := first(t.checkEpoch(&c), t.checkTerm(&c))
 	strange := rej != nil
 	var digest uint64
 	if c.RequestId != "" && !strange {
 		if rej = checkID("request id", c.RequestId); rej == nil {
 			digest = digestOf(&c)
-			first, again := t.remembered(c.RequestId, h, digest)
+			result, again := t.remembered(c.RequestId, h, digest)
 			if again || t.err != nil {
-				return first, t.err
+				return result, t.err
 			}
 		}
 	}

@@ -52,3 +52,17 @@ func (t *tx) checkEpoch(c *commandpb.Command) *commandpb.Rejection {
 	r.Current = t.clock.Revision
 	return r
 }
+
+// checkTerm refuses what a leader decided that leads no more, or leads again: it
+// may have been asleep in between, and the command may have reached the log
+// through the leader that took its place. The term of an entry is the same on
+// every replica, so this is no clock.
+func (t *tx) checkTerm(c *commandpb.Command) *commandpb.Rejection {
+	if c.ExpectedTerm == nil || *c.ExpectedTerm == t.term {
+		return nil
+	}
+	r := reject(commandpb.Code_CODE_CONFLICT, "term",
+		"the leader of term %d decided this, the entry is of term %d; nothing was changed", *c.ExpectedTerm, t.term)
+	r.Current = t.term
+	return r
+}

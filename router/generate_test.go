@@ -168,6 +168,10 @@ func (g *commands) next() *pb.Command {
 		epoch := uint64(g.r.Intn(2))
 		c.ExpectedEpoch = &epoch
 	}
+	if g.r.Intn(20) == 0 {
+		term := uint64(g.r.Intn(2))
+		c.ExpectedTerm = &term
+	}
 	switch g.r.Intn(22) {
 	case 20:
 		c.Op = g.operation().Op

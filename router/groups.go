@@ -1,6 +1,7 @@
 package router
 
 import (
+	"errors"
 	"slices"
 	"strings"
 
@@ -130,8 +131,17 @@ func (t *tx) joinGroup(c *commandpb.JoinGroup) *commandpb.Rejection {
 	return nil
 }
 
-// joined fills the result for the member at i.
+// joined fills the result for the member at i. A member that was expired is alive
+// again in the same step: the leases of the expired are not watched, and nobody
+// would notice when a member dies that has never come back.
 func (t *tx) joined(g *commandpb.Group, i int) {
+	if prev := t.service(g.Members[i].ServiceId); prev != nil && prev.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
+		next := proto.Clone(prev).(*commandpb.Service)
+		next.State = commandpb.ServiceState_SERVICE_STATE_ALIVE
+		if r := t.saveService(prev, next); r != nil {
+			t.fail(errors.New("router: a stored service cannot be stored again: " + r.Reason))
+		}
+	}
 	t.res.Generation, t.res.PartitionCount = t.fenced(g.Generation), g.PartitionCount
 	t.res.Partitions = slices.Clone(g.Members[i].Partitions)
 }

@@ -37,6 +37,7 @@ type tx struct {
 
 	// Of the running entry.
 	revision uint64 // its index plus the clock's revision base
+	term     uint64 // that of the entry
 	set      *changeSet
 	swap     *commandpb.RestoreStage // takes effect at its end
 

@@ -51,15 +51,6 @@ func newToldSidecars(limit int, fullEvery, staleAfter time.Duration) *toldSideca
 	return &toldSidecars{limit: limit, fullEvery: fullEvery, staleAfter: staleAfter, by: make(map[string]*told)}
 }
 
-// known says whether a sidecar was heard of here lately. A sidecar that was
-// deregistered is not: the feed drops its entry.
-func (t *toldSidecars) known(id string, now time.Time) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	e := t.by[id]
-	return e != nil && now.Sub(e.heard) <= t.staleAfter
-}
-
 // len returns how many sidecars are remembered.
 func (t *toldSidecars) len() int {
 	t.mu.Lock()
@@ -79,15 +70,17 @@ const (
 	firstDue
 )
 
-// beat notes a heartbeat and says what has to be told. A sidecar that was
-// silent here for longer than staleAfter counts as unknown: it has probably
-// beaten at another node meanwhile, which may have told it newer things.
+// beat notes a heartbeat and says what has to be told. It returns nil for a
+// sidecar that is not known here: one that was deregistered, for the feed drops
+// its entry, and one that was silent here for longer than staleAfter, for it has
+// probably beaten at another node meanwhile, which may have told it newer things.
+// If such a sidecar exists, first is to follow.
 func (t *toldSidecars) beat(id string, now time.Time) (*told, due) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e := t.by[id]
 	if e == nil || now.Sub(e.heard) > t.staleAfter {
-		return t.insertLocked(id, now), firstDue
+		return nil, nothingDue
 	}
 	e.heard = now
 	if now.Sub(e.full) >= t.fullEvery {
@@ -99,6 +92,13 @@ func (t *toldSidecars) beat(id string, now time.Time) (*told, due) {
 		return e, changesDue
 	}
 	return e, nothingDue
+}
+
+// first notes the first heartbeat of a sidecar here.
+func (t *toldSidecars) first(id string, now time.Time) *told {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.insertLocked(id, now)
 }
 
 func (t *toldSidecars) insertLocked(id string, now time.Time) *told {

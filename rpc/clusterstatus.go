@@ -93,7 +93,7 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 		Revision:     a.cfg.State.Revision(),
 		Version:      a.cfg.Version,
 	}
-	for _, alarm := range a.cfg.Alarms() {
+	for _, alarm := range slices.Concat(a.cfg.Alarms(), a.rivals.alarms(now)) {
 		resp.Alarms = append(resp.Alarms, Plain(alarm))
 	}
 	learners := st.Position.ConfState.GetLearners()

@@ -67,6 +67,7 @@ type feed struct {
 	// Called from the goroutine of follow, without mu; set before it starts.
 	onAssignment func(sidecar string)
 	onSidecar    func(sidecar string)
+	onReplaced   func(prev, next *commandpb.Sidecar)
 	onReset      func()
 
 	mu       sync.Mutex
@@ -94,6 +95,7 @@ func newFeed(state *router.FSM, log *slog.Logger) *feed {
 		log:          log,
 		onAssignment: func(string) {},
 		onSidecar:    func(string) {},
+		onReplaced:   func(_, _ *commandpb.Sidecar) {},
 		onReset:      func() {},
 		sidecars:     make(bells),
 		services:     make(bells),
@@ -187,6 +189,9 @@ func (f *feed) dispatch(changes []router.Change, reached uint64) {
 			// more. A change of its liveness says nothing about its memory.
 			if prev == nil || next == nil || prev.Generation != next.Generation || prev.RegisteredAtMs != next.RegisteredAtMs {
 				f.onSidecar(cmp.Or(next.GetSidecarId(), prev.GetSidecarId()))
+			}
+			if prev != nil && next != nil && prev.Endpoint != next.Endpoint {
+				f.onReplaced(prev, next)
 			}
 		}
 	}

@@ -12,7 +12,6 @@ import (
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
-	"conveyor.etl/router/rpc/peerpb"
 )
 
 // Pauses between attempts while no leader takes commands. The channel of
@@ -60,6 +59,8 @@ type Forwarder struct {
 	buffers sync.Pool // *[]byte
 	timers  timerPool
 	wake    chan struct{}
+	// broken tells Beats that what a stream was given may be lost.
+	broken chan struct{}
 
 	mu     sync.Mutex
 	closed bool
@@ -94,6 +95,7 @@ func NewForwarder(c ForwarderConfig) (*Forwarder, error) {
 		ctx:    ctx,
 		cancel: cancel,
 		wake:   make(chan struct{}, 1),
+		broken: make(chan struct{}, 1),
 	}
 	f.buffers.New = func() any { return new([]byte) }
 	f.wg.Go(f.run)
@@ -450,11 +452,15 @@ func (f *Forwarder) failed(s *forwardStream) {
 	}
 	f.holdPause = min(max(2*f.holdPause, f.c.Transport.o.BackoffMin), f.c.Transport.o.BackoffMax)
 	f.holdUntil = time.Now().Add(f.holdPause)
+	select {
+	case f.broken <- struct{}{}:
+	default:
+	}
 }
 
-// SendBeats passes heartbeats on to the leader and reports whether they are on
-// their way. They are lost with the stream; the next ones replace them.
-func (f *Forwarder) SendBeats(beats []*peerpb.Beat) bool {
+// sendBeats passes heartbeats on to the leader and reports whether they are on
+// their way. They are lost with the stream, of which Beats is told.
+func (f *Forwarder) sendBeats(beats beatBatch) bool {
 	lead := f.c.Node.Leadership()
 	if lead.Leading || lead.Leader == 0 || lead.Leader == f.c.Transport.o.Identity.NodeID {
 		return false

@@ -55,10 +55,8 @@ func (s *PeerServer) Forward(stream peerpb.Peer_ForwardServer) error {
 		for _, c := range in.commands {
 			s.propose(out, c)
 		}
-		for _, b := range in.beats {
-			if s.c.Beat != nil && (b.GetSidecarId() != "" || b.GetServiceId() != "") {
-				s.c.Beat(b.GetSidecarId(), b.GetServiceId())
-			}
+		if s.c.Beats != nil && len(in.sidecars)+len(in.services) > 0 {
+			s.c.Beats(in.sidecars, in.services)
 		}
 		if err = stream.RecvMsg(&in); err != nil {
 			break

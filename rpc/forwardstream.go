@@ -18,10 +18,11 @@ const (
 	// forwardFrameBytes is the size up to which waiting commands go into one
 	// frame.
 	forwardFrameBytes = 1 << 20
-	// maxBeatsQueued bounds the heartbeats that wait for a stream; those beyond
-	// are reported as not taken.
+	// maxBeatsQueued bounds the heartbeats that wait for a stream; a batch that
+	// finds more than that waiting is reported as not taken.
 	maxBeatsQueued = 1 << 16
 	// beatsPerFrame bounds those in one frame, about 1 MiB of the longest ids.
+	// The leader notes a frame under one lock, within a millisecond.
 	beatsPerFrame = 2048
 )
 
@@ -39,7 +40,7 @@ type forwardStream struct {
 	retired, broken bool
 	queue           []*operation
 	queueBytes      int64
-	beats           []*peerpb.Beat
+	beats           beatBatch
 	// flight holds what was handed to the network, by id, until it is
 	// answered. Invariant: an operation is in queue, or in flight, or not of
 	// this stream; whoever removes it resolves it.
@@ -97,14 +98,16 @@ func (s *forwardStream) push(op *operation) {
 	}
 }
 
-// pushBeats queues heartbeats; false when the stream cannot take them.
-func (s *forwardStream) pushBeats(beats []*peerpb.Beat) bool {
+// pushBeats queues heartbeats, whose slices become the stream's; false when the
+// stream cannot take them.
+func (s *forwardStream) pushBeats(beats beatBatch) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.retired || s.broken || len(s.beats)+len(beats) > maxBeatsQueued {
+	if s.retired || s.broken || s.beats.len() >= maxBeatsQueued {
 		return false
 	}
-	s.beats = append(s.beats, beats...)
+	s.beats.sidecars = append(s.beats.sidecars, beats.sidecars...)
+	s.beats.services = append(s.beats.services, beats.services...)
 	s.poke()
 	return true
 }
@@ -138,7 +141,7 @@ func (s *forwardStream) run() {
 	s.mu.Lock()
 	s.broken = true
 	queue, flight, retired := s.queue, s.flight, s.retired
-	s.queue, s.flight, s.beats = nil, nil, nil
+	s.queue, s.flight, s.beats = nil, nil, beatBatch{}
 	if s.grace != nil {
 		s.grace.Stop()
 	}
@@ -224,11 +227,10 @@ func (s *forwardStream) sendLoop(stream grpc.ClientStream) error {
 			}
 			return s.drain(stream)
 		}
-		for len(queue) > 0 || len(beats) > 0 {
+		for len(queue) > 0 || beats.len() > 0 {
 			frame.ops, queue = s.board(queue)
-			n := min(len(beats), beatsPerFrame)
-			frame.beats, beats = beats[:n], beats[n:]
-			if len(frame.ops) == 0 && n == 0 {
+			frame.beats, beats = beats.cut(beatsPerFrame)
+			if len(frame.ops) == 0 && frame.beats.len() == 0 {
 				continue // all were given up
 			}
 			if err := stream.SendMsg(&frame); err != nil {
@@ -250,11 +252,11 @@ func (s *forwardStream) sendLoop(stream grpc.ClientStream) error {
 }
 
 // take returns everything that waits.
-func (s *forwardStream) take() (queue []*operation, beats []*peerpb.Beat, retired bool) {
+func (s *forwardStream) take() (queue []*operation, beats beatBatch, retired bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	queue, beats = s.queue, s.beats
-	s.queue, s.queueBytes, s.beats = nil, 0, nil
+	s.queue, s.queueBytes, s.beats = nil, 0, beatBatch{}
 	return queue, beats, s.retired
 }
 

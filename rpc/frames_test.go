@@ -2,6 +2,8 @@ package rpc
 
 import (
 	"bytes"
+	"fmt"
+	"slices"
 	"testing"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -56,19 +58,19 @@ func TestFramesAreTheProtocol(t *testing.T) {
 
 		cmd := &commandpb.Command{RequestId: "r", Op: &commandpb.Command_SaveCheckpoint{SaveCheckpoint: &commandpb.SaveCheckpoint{Data: data}}}
 		op := &operation{cmd: cmd, size: cmd.SizeVT(), id: uint64(size) + 1}
-		beat := &peerpb.Beat{SidecarId: "a", ServiceId: "b"}
+		beats := beatBatch{sidecars: []string{"a", "b"}, services: []string{"c"}}
 		var req peerpb.ForwardRequest
-		unwire(t, wire(t, &commandsOut{ops: []*operation{op, op}, beats: []*peerpb.Beat{beat}}), &req)
+		unwire(t, wire(t, &commandsOut{ops: []*operation{op, op}, beats: beats}), &req)
 		got := &commandpb.Command{}
 		if len(req.Commands) != 2 || req.Commands[1].Id != op.id || got.UnmarshalVT(req.Commands[1].Command) != nil ||
-			!proto.Equal(got, cmd) || len(req.Beats) != 1 || !proto.Equal(req.Beats[0], beat) {
+			!proto.Equal(got, cmd) || !slices.Equal(req.SidecarBeats, beats.sidecars) || !slices.Equal(req.ServiceBeats, beats.services) {
 			t.Fatalf("size %d: the request came as %.200v", size, &req)
 		}
 		req.Hello = frame.Hello
 		var cin commandsIn
 		unwire(t, wire(t, &req), &cin)
 		if !proto.Equal(cin.hello, req.Hello) || len(cin.commands) != 2 || cin.commands[0].id != op.id ||
-			!bytes.Equal(cin.commands[0].command, req.Commands[0].Command) || !proto.Equal(cin.beats[0], beat) {
+			!bytes.Equal(cin.commands[0].command, req.Commands[0].Command) || fmt.Sprintf("%s %s", cin.sidecars, cin.services) != "[a b] [c]" {
 			t.Fatal("a generated request was not read back")
 		}
 

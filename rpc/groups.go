@@ -47,6 +47,8 @@ func (a *registryAPI) JoinGroup(ctx context.Context, req *registrypb.JoinGroupRe
 	if rej := res.GetRejection(); rej != nil {
 		return &registrypb.JoinGroupResponse{Error: rej.GetReason(), Revision: res.GetRevision()}, nil
 	}
+	// Whoever joins is there; the command has brought it back if it was expired.
+	a.cfg.Beats.Touch("", req.ServiceId)
 	return &registrypb.JoinGroupResponse{
 		Success:            true,
 		Generation:         res.GetGeneration(),

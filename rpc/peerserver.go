@@ -38,9 +38,13 @@ type PeerServerConfig struct {
 	// expected, that nobody knows whose is right. It says whether this node
 	// agrees, and why or why not; nil refuses. It must return when ctx is done.
 	Suspect func(ctx context.Context, from uint64, expected router.Sums, reason string) (agreed bool, message string)
-	// Beat takes the heartbeats that other nodes received; nil drops them. It
-	// must not block.
-	Beat func(sidecarID, serviceID string)
+	// Beats takes the heartbeats that other nodes received, as ids of those that
+	// were heard of; nil drops them. It must not block, and the ids are not its to
+	// keep.
+	Beats func(sidecars, services [][]byte)
+	// Leases takes what the leader tells of the leases, or says why not; nil
+	// refuses all. The digest becomes its own.
+	Leases func(d *peerpb.LeaseDigest) error
 	// Transfers is told of images sent on request; nil = nobody is.
 	Transfers ImageTransfers
 	// ImageLimit paces images sent on request; nil = no limit.

@@ -171,6 +171,15 @@ func (n *fakeNode) beat(sidecar, service string) {
 }
 
 // received returns what was stepped of one type.
+func (n *fakeNode) beatAll(sidecars, services [][]byte) {
+	for _, id := range sidecars {
+		n.beat(string(id), "")
+	}
+	for _, id := range services {
+		n.beat("", string(id))
+	}
+}
+
 func (n *fakeNode) received(typ raftpb.MessageType) []*raftpb.Message {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -323,7 +332,7 @@ func newStation(t testing.TB, id uint64, configure func(*TransportOptions)) *sta
 }
 
 func (s *station) listen(l net.Listener) {
-	c := PeerServerConfig{Node: s.node, Transport: s.transport, Beat: s.node.beat, Logger: slog.New(s.log), Transfers: s.transport.o.Transfers,
+	c := PeerServerConfig{Node: s.node, Transport: s.transport, Beats: s.node.beatAll, Logger: slog.New(s.log), Transfers: s.transport.o.Transfers,
 		Image: func(_ context.Context, min uint64) (*snap.Reader, error) {
 			for _, i := range s.node.images.List() {
 				if i.Index >= min {

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -372,6 +373,61 @@ func TestGroupChangesReachMembers(t *testing.T) {
 	noError(t, stream.Send(&registrypb.HeartbeatRequest{ServiceId: "a"}))
 	if cmds := recv(); len(cmds) != 0 {
 		t.Fatal(cmds)
+	}
+}
+
+// Goal: a service on an open stream is told at once that its lease ran out, that
+// it is back, and that it was removed.
+func TestLeaseEndReachesService(t *testing.T) {
+	a := newAPI(t)
+	a.register(registration("a", "x"))
+	_, err := a.registry.JoinGroup(a.ctx(), &registrypb.JoinGroupRequest{ServiceId: "a", GroupId: "g", PartitionCount: 2})
+	noError(t, err)
+	a.caughtUp()
+	stream, err := a.registry.Heartbeat(a.ctx())
+	noError(t, err)
+	recv := func() *registrypb.HeartbeatResponse {
+		t.Helper()
+		resp, err := stream.Recv()
+		noError(t, err)
+		return resp
+	}
+	turn := func(to commandpb.ServiceState) {
+		a.node.must(t, &commandpb.Command{Op: &commandpb.Command_UpdateServiceHealth{
+			UpdateServiceHealth: &commandpb.UpdateServiceHealth{ServiceId: "a", State: to},
+		}})
+	}
+	noError(t, stream.Send(&registrypb.HeartbeatRequest{ServiceId: "a"}))
+	recv()
+	turn(commandpb.ServiceState_SERVICE_STATE_EXPIRED)
+	if r := recv(); !r.Acknowledged || len(r.Commands) != 2 || len(r.Commands[0].GetRevoke().GetPartitions()) != 2 ||
+		!strings.Contains(r.Commands[1].GetDrain().GetReason(), "lease") {
+		t.Fatal(r)
+	}
+	noError(t, stream.Send(&registrypb.HeartbeatRequest{ServiceId: "a"}))
+	if r := recv(); !r.Acknowledged || len(r.Commands) != 0 {
+		t.Fatal(r)
+	}
+	turn(commandpb.ServiceState_SERVICE_STATE_ALIVE) // as the leader does on that heartbeat
+	if r := recv(); !r.Acknowledged || len(r.Commands) != 1 || r.Commands[0].GetResume() == nil {
+		t.Fatal(r)
+	}
+	// Joining is a sign of life too, whatever the leases say.
+	turn(commandpb.ServiceState_SERVICE_STATE_EXPIRED)
+	recv()
+	_, err = a.registry.JoinGroup(a.ctx(), &registrypb.JoinGroupRequest{ServiceId: "a", GroupId: "g", PartitionCount: 2})
+	noError(t, err)
+	if r := recv(); len(r.Commands) != 2 || len(r.Commands[0].GetAssign().GetPartitions()) != 2 || r.Commands[1].GetResume() == nil {
+		t.Fatal(r)
+	}
+	_, err = a.registry.Deregister(a.ctx(), &registrypb.DeregisterRequest{ServiceId: "a"})
+	noError(t, err)
+	if r := recv(); r.Acknowledged || len(r.Commands) != 2 || r.Commands[0].GetRevoke() == nil || r.Commands[1].GetDrain() == nil {
+		t.Fatal(r)
+	}
+	noError(t, stream.Send(&registrypb.HeartbeatRequest{ServiceId: "a"}))
+	if r := recv(); r.Acknowledged || len(r.Commands) != 0 {
+		t.Fatal(r)
 	}
 }
 

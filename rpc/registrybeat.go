@@ -29,6 +29,9 @@ type serviceBeat struct {
 	registration string
 	unwatch      func()
 	told         map[string]heldGroup
+	// expired: its lease was seen to have run out, and it was not told to resume
+	// since.
+	expired bool
 }
 
 // beatMessage is what the receiving goroutine hands to the answering one.
@@ -39,7 +42,9 @@ type beatMessage struct {
 
 // Heartbeat takes the heartbeats of one or more services. Each is answered, in
 // order; a change of what a service holds of a group is also sent at once,
-// without waiting for its next heartbeat. Health becomes a command only when it
+// without waiting for its next heartbeat, and so is that it was removed (drain,
+// not acknowledged), that its lease ran out, by which it has left its groups
+// (drain), and that it counts again (resume: it may join them again). Health becomes a command only when it
 // changes.
 func (a *registryAPI) Heartbeat(stream registrypb.ServiceRegistry_HeartbeatServer) error {
 	closeWatch, err := a.openWatch()
@@ -140,6 +145,12 @@ func (s *beatStream) beat(ctx context.Context, req *registrypb.HeartbeatRequest)
 	if err != nil {
 		return err
 	}
+	if rec.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
+		// This very heartbeat brings it back; that is told when it has taken effect.
+		sb.expired = true
+	} else {
+		commands = append(commands, sb.resume()...)
+	}
 	return s.stream.Send(&registrypb.HeartbeatResponse{
 		Acknowledged:          true,
 		NextHeartbeatDeadline: durationMs(uint64(a.lease(rec.HeartbeatIntervalMs) / time.Millisecond)),
@@ -161,17 +172,30 @@ func (s *beatStream) push() error {
 		if err != nil {
 			return err
 		}
-		if len(commands) == 0 {
-			continue
-		}
 		v := s.api.cfg.State.Latest()
 		rec, err := v.Service(id)
 		v.Close()
 		if err != nil {
 			return err
 		}
-		if rec == nil || rec.RegistrationId != sb.registration {
-			continue // its next heartbeat is told so
+		switch {
+		case rec == nil:
+			s.drop(id)
+			commands = append(commands, drainService("the service was removed; register it to take part again"))
+			if err := s.stream.Send(&registrypb.HeartbeatResponse{Commands: commands}); err != nil {
+				return err
+			}
+			continue
+		case rec.RegistrationId != sb.registration:
+			continue // its next heartbeat is told so; it may be the same process
+		case rec.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED && !sb.expired:
+			sb.expired = true
+			commands = append(commands, drainService("it was silent for longer than its lease and has left its groups; its next heartbeat brings it back"))
+		case rec.State == commandpb.ServiceState_SERVICE_STATE_ALIVE:
+			commands = append(commands, sb.resume()...)
+		}
+		if len(commands) == 0 {
+			continue
 		}
 		err = s.stream.Send(&registrypb.HeartbeatResponse{
 			Acknowledged:          true,
@@ -183,6 +207,19 @@ func (s *beatStream) push() error {
 		}
 	}
 	return nil
+}
+
+func drainService(reason string) *registrypb.RouterCommand {
+	return &registrypb.RouterCommand{Command: &registrypb.RouterCommand_Drain{Drain: &registrypb.DrainCommand{Reason: reason}}}
+}
+
+// resume returns what to tell a service that is alive, if it was not.
+func (sb *serviceBeat) resume() []*registrypb.RouterCommand {
+	if !sb.expired {
+		return nil
+	}
+	sb.expired = false
+	return []*registrypb.RouterCommand{{Command: &registrypb.RouterCommand_Resume{Resume: &registrypb.ResumeCommand{}}}}
 }
 
 // noteHealth proposes what a service says of its health when that is news. The

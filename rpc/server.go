@@ -233,6 +233,7 @@ type Server struct {
 	health *healthReporter
 	feed   *feed
 	told   *toldSidecars
+	rivals rivals
 	relay  *leaderRelay
 	idle   idle
 	// steering is held by whoever looks at the membership to change it.
@@ -292,6 +293,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	s.feed.onAssignment = s.told.changed
 	s.feed.onSidecar = s.told.forget
+	s.feed.onReplaced = s.rivals.replaced
 	s.feed.onReset = s.told.reset
 	revision, err := s.feed.load()
 	if err != nil {

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"time"
 
@@ -64,10 +65,14 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 	a.cfg.Beats.Touch(id, "")
 	resp := &sidecarpb.RegisterSidecarResponse{
 		Success:             true,
-		RegistrationId:      id + "#" + formatUint(res.GetGeneration()),
+		RegistrationId:      registrationOf(id, res.GetGeneration()),
 		Revision:            res.GetRevision(),
-		HeartbeatIntervalMs: uint64(a.cfg.HeartbeatInterval.Milliseconds()),
+		HeartbeatIntervalMs: a.nextBeatMs(),
 		TtlMs:               uint64(a.cfg.SidecarTTL.Milliseconds()),
+		Warnings:            registrationWarnings(before, rec),
+	}
+	for _, w := range resp.Warnings {
+		a.log.Warn(w, "sidecar", id)
 	}
 	// It is registered: whatever fails from here on must not tell it otherwise,
 	// because it exits when told so. Its first heartbeat brings the rest.
@@ -169,15 +174,33 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	if err := checkID("sidecar_id", id); err != nil {
 		return nil, err
 	}
+	if err := checkText("registration_id", req.GetRegistrationId(), MaxText); err != nil {
+		return nil, err
+	}
 	if n := len(req.GetServiceHealth()); n > MaxLocalServices {
 		return nil, invalid("service_health", "%d services, the limit is %d", n, MaxLocalServices)
 	}
 	resp := &sidecarpb.HeartbeatResponse{
-		HeartbeatIntervalMs: uint64(a.cfg.HeartbeatInterval.Milliseconds()),
+		HeartbeatIntervalMs: a.nextBeatMs(),
 		TtlMs:               uint64(a.cfg.SidecarTTL.Milliseconds()),
 	}
+	if reason := a.rivals.find(ctx, id, a.cfg.Now()); reason != "" {
+		return a.answerRival(ctx, id, reason, resp)
+	}
+	if req.RegistrationId != "" {
+		reason, err := a.otherRegistration(ctx, id, req.RegistrationId)
+		if err != nil {
+			return nil, err
+		}
+		if reason != "" {
+			resp.Reason, resp.Revision = reason, a.cfg.State.Revision()
+			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
+			return resp, nil
+		}
+	}
 	current := false // whether the state is known to be up to date
-	if !a.told.known(id, a.cfg.Now()) {
+	entry, what := a.told.beat(id, a.cfg.Now())
+	if entry == nil {
 		// "Unknown" must not be said by a node that is merely behind.
 		if err := a.reader.Wait(ctx); err != nil {
 			return nil, err
@@ -188,6 +211,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 			return nil, err
 		}
 		if sc == nil {
+			resp.Reason = unknownSidecar(id)
 			resp.Revision = a.cfg.State.Revision()
 			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
 			return resp, nil
@@ -195,7 +219,9 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	}
 	a.cfg.Beats.Touch(id, "")
 	resp.Acknowledged = true
-	entry, what := a.told.beat(id, a.cfg.Now())
+	if entry == nil {
+		entry, what = a.told.first(id, a.cfg.Now()), firstDue
+	}
 	if what != nothingDue {
 		if what == firstDue && !current {
 			if err := a.reader.Wait(ctx); err != nil {
@@ -222,16 +248,58 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	return resp, nil
 }
 
+func unknownSidecar(id string) string {
+	return fmt.Sprintf("no sidecar %q is registered; register it, then send heartbeats", id)
+}
+
+// nextBeatMs returns when a sidecar should beat again. It differs by a tenth
+// either way: a fleet that was started, or cut off, at once would beat in step
+// for ever otherwise.
+func (s *Server) nextBeatMs() uint64 {
+	ms := s.cfg.HeartbeatInterval.Milliseconds()
+	return uint64(ms - ms/10 + rand.Int64N(max(1, ms/5+1)))
+}
+
+// otherRegistration says why a heartbeat for one registration does not count,
+// "" when it does. The leader is asked only when this node's own record is
+// another one: it may merely be behind.
+func (a *sidecarAPI) otherRegistration(ctx context.Context, id, registration string) (string, error) {
+	sc, err := a.localSidecar(id)
+	if err != nil || sc != nil && registration == registrationOf(id, sc.Generation) {
+		return "", err
+	}
+	if err := a.reader.Wait(ctx); err != nil {
+		return "", err
+	}
+	sc, err = a.localSidecar(id)
+	switch {
+	case err != nil:
+		return "", err
+	case sc == nil:
+		return unknownSidecar(id), nil
+	case registration == registrationOf(id, sc.Generation):
+		return "", nil
+	}
+	return fmt.Sprintf("registration %q of sidecar %s is not in force any more: pod %s at %s has registered since, as %q; register again to take over",
+		registration, id, podName(sc), sc.Endpoint, registrationOf(id, sc.Generation)), nil
+}
+
 // noteHealth passes on what a sidecar says of the health of its services, when
 // that differs from what it said last, to those of them that are registered.
 func (a *sidecarAPI) noteHealth(id string, e *told, said []*sidecarpb.LocalServiceHealth) {
-	changed := make(map[string]bool)
+	var changed map[string]bool
 	e.mu.Lock()
 	for _, h := range said {
+		if len(e.unhealthy) == 0 && h.GetHealthy() {
+			continue // what nearly every heartbeat says
+		}
 		name := router.NormalizeName(h.GetServiceName())
 		_, was := e.unhealthy[name]
 		if was == !h.GetHealthy() {
 			continue
+		}
+		if changed == nil {
+			changed = make(map[string]bool)
 		}
 		changed[name] = h.GetHealthy()
 		if h.GetHealthy() {

@@ -21,7 +21,9 @@ type controlLoops struct {
 func newControlLoops(s *Server) (*controlLoops, error) {
 	liveness, err := control.NewLiveness(control.LivenessConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "liveness"), Now: s.o.Now,
-		SuspectAfter: s.c.Liveness.SuspectAfter, ExpireAfter: s.c.Liveness.ExpireAfter,
+		SuspectAfter: s.c.Liveness.SuspectAfter, ExpireAfter: s.c.Liveness.ExpireAfter, Beat: s.c.Liveness.HeartbeatInterval,
+		MassFraction: float64(s.c.Liveness.MassExpiryPercent) / 100, MassHold: s.c.Liveness.MassExpiryHold,
+		Share: s.shareLeases,
 	})
 	if err != nil {
 		return nil, err

@@ -221,12 +221,14 @@ func (s *Server) startPeers() error {
 	if err := s.startRecovery(); err != nil {
 		return err
 	}
-	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.liveness.Touch})
+	s.beats = rpc.NewBeats(rpc.BeatsConfig{Node: s.node, Forwarder: s.forwarder, Sink: s.control.liveness.Touch,
+		// A batch delays what it carries by little of a heartbeat's interval.
+		Interval: min(200*time.Millisecond, s.c.Liveness.HeartbeatInterval/20)})
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Agreed: s.agreed, Suspect: s.suspect,
-		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"), Transfers: imageTransfers{s},
+		Beats: s.control.liveness.TouchAll, Leases: s.takeLeases, Logger: s.log.With("part", "peers"), Transfers: imageTransfers{s},
 		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {

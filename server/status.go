@@ -47,6 +47,7 @@ func (s *Server) metrics() map[string]float64 {
 	if s.gate.Reason() != "" {
 		out["state_quarantined"] = 1
 	}
+	s.leaseMetrics(out)
 	for _, p := range s.transport.Stats() {
 		prefix := fmt.Sprintf("peer_%d_", p.ID)
 		connected := 0.0

@@ -36,6 +36,9 @@ func (s *Server) stop(ctx context.Context) error {
 	if healthy && s.node.Leadership().Leading && len(s.node.Status().Position.ConfState.GetVoters()) > 1 {
 		// raft gives a transfer one election timeout; when the whole cluster is
 		// being stopped there may be nobody left to take over.
+		share, cancel := context.WithTimeout(ctx, s.c.Raft.ElectionTimeout)
+		s.control.liveness.Share(share)
+		cancel()
 		transfer, cancel := context.WithTimeout(ctx, 2*s.c.Raft.ElectionTimeout)
 		err := s.node.TransferLeader(transfer, 0)
 		cancel()

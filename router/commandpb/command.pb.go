@@ -136,6 +136,9 @@ type Command struct {
 	// The restore epoch the caller believes to be in force; another one refuses
 	// the command. Absent = any.
 	ExpectedEpoch *uint64 `protobuf:"varint,3,opt,name=expected_epoch,json=expectedEpoch,proto3,oneof" json:"expected_epoch,omitempty"`
+	// The term of the leader that decided this; in an entry of another term the
+	// command is refused. Absent = any.
+	ExpectedTerm  *uint64 `protobuf:"varint,4,opt,name=expected_term,json=expectedTerm,proto3,oneof" json:"expected_term,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -446,6 +449,13 @@ func (x *Command) GetAbandonRestore() *AbandonRestore {
 func (x *Command) GetExpectedEpoch() uint64 {
 	if x != nil && x.ExpectedEpoch != nil {
 		return *x.ExpectedEpoch
+	}
+	return 0
+}
+
+func (x *Command) GetExpectedTerm() uint64 {
+	if x != nil && x.ExpectedTerm != nil {
+		return *x.ExpectedTerm
 	}
 	return 0
 }
@@ -2801,7 +2811,7 @@ var File_conveyor_command_command_proto protoreflect.FileDescriptor
 
 const file_conveyor_command_command_proto_rawDesc = "" +
 	"\n" +
-	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\x82\x12\n" +
+	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\xbe\x12\n" +
 	"\aCommand\x12\x17\n" +
 	"\atime_ms\x18\x01 \x01(\x04R\x06timeMs\x12\x1d\n" +
 	"\n" +
@@ -2838,9 +2848,11 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x0ereport_restore\x18I \x01(\v2\x1f.conveyor.command.ReportRestoreH\x00R\rreportRestore\x12B\n" +
 	"\fswap_restore\x18J \x01(\v2\x1d.conveyor.command.SwapRestoreH\x00R\vswapRestore\x12K\n" +
 	"\x0fabandon_restore\x18K \x01(\v2 .conveyor.command.AbandonRestoreH\x00R\x0eabandonRestore\x12*\n" +
-	"\x0eexpected_epoch\x18\x03 \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01B\x04\n" +
+	"\x0eexpected_epoch\x18\x03 \x01(\x04H\x01R\rexpectedEpoch\x88\x01\x01\x12(\n" +
+	"\rexpected_term\x18\x04 \x01(\x04H\x02R\fexpectedTerm\x88\x01\x01B\x04\n" +
 	"\x02opB\x11\n" +
-	"\x0f_expected_epoch\"F\n" +
+	"\x0f_expected_epochB\x10\n" +
+	"\x0e_expected_term\"F\n" +
 	"\x0fRegisterService\x123\n" +
 	"\aservice\x18\x01 \x01(\v2\x19.conveyor.command.ServiceR\aservice\"[\n" +
 	"\x11DeregisterService\x12\x1d\n" +

@@ -58,6 +58,11 @@ func (m *Command) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		}
 		i -= size
 	}
+	if m.ExpectedTerm != nil {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(*m.ExpectedTerm))
+		i--
+		dAtA[i] = 0x20
+	}
 	if m.ExpectedEpoch != nil {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(*m.ExpectedEpoch))
 		i--
@@ -2820,6 +2825,9 @@ func (m *Command) SizeVT() (n int) {
 	if m.ExpectedEpoch != nil {
 		n += 1 + protohelpers.SizeOfVarint(uint64(*m.ExpectedEpoch))
 	}
+	if m.ExpectedTerm != nil {
+		n += 1 + protohelpers.SizeOfVarint(uint64(*m.ExpectedTerm))
+	}
 	if vtmsg, ok := m.Op.(interface{ SizeVT() int }); ok {
 		n += vtmsg.SizeVT()
 	}
@@ -4114,6 +4122,26 @@ func (m *Command) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.ExpectedEpoch = &v
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ExpectedTerm", wireType)
+			}
+			var v uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.ExpectedTerm = &v
 		case 10:
 			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field RegisterService", wireType)

@@ -726,6 +726,196 @@ func (x *PreflightResponse) GetUnreachable() []*PeerAddr {
 	return nil
 }
 
+// LeaseDigest names who has been silent for longer than usual; of all others it
+// says that they have not.
+type LeaseDigest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`  // this and the next three in the first frame only
+	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`   // of the leader
+	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // of the state the leases were in line with
+	Revision      uint64                 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	Sidecars      []*LeaseSilence        `protobuf:"bytes,5,rep,name=sidecars,proto3" json:"sidecars,omitempty"`
+	Services      []*LeaseSilence        `protobuf:"bytes,6,rep,name=services,proto3" json:"services,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseDigest) Reset() {
+	*x = LeaseDigest{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseDigest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseDigest) ProtoMessage() {}
+
+func (x *LeaseDigest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseDigest.ProtoReflect.Descriptor instead.
+func (*LeaseDigest) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *LeaseDigest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *LeaseDigest) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *LeaseDigest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *LeaseDigest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *LeaseDigest) GetSidecars() []*LeaseSilence {
+	if x != nil {
+		return x.Sidecars
+	}
+	return nil
+}
+
+func (x *LeaseDigest) GetServices() []*LeaseSilence {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+type LeaseSilence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SilentMs      uint64                 `protobuf:"varint,2,opt,name=silent_ms,json=silentMs,proto3" json:"silent_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseSilence) Reset() {
+	*x = LeaseSilence{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseSilence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseSilence) ProtoMessage() {}
+
+func (x *LeaseSilence) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseSilence.ProtoReflect.Descriptor instead.
+func (*LeaseSilence) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *LeaseSilence) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *LeaseSilence) GetSilentMs() uint64 {
+	if x != nil {
+		return x.SilentMs
+	}
+	return 0
+}
+
+type LeaseDigestTaken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Refused       string                 `protobuf:"bytes,2,opt,name=refused,proto3" json:"refused,omitempty"` // why it was not taken, empty when it was
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseDigestTaken) Reset() {
+	*x = LeaseDigestTaken{}
+	mi := &file_conveyor_peer_peer_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseDigestTaken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseDigestTaken) ProtoMessage() {}
+
+func (x *LeaseDigestTaken) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_peer_peer_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseDigestTaken.ProtoReflect.Descriptor instead.
+func (*LeaseDigestTaken) Descriptor() ([]byte, []int) {
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *LeaseDigestTaken) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *LeaseDigestTaken) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
 type MessageFrame struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`       // first frame only
@@ -736,7 +926,7 @@ type MessageFrame struct {
 
 func (x *MessageFrame) Reset() {
 	*x = MessageFrame{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +938,7 @@ func (x *MessageFrame) String() string {
 func (*MessageFrame) ProtoMessage() {}
 
 func (x *MessageFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[9]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +951,7 @@ func (x *MessageFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MessageFrame.ProtoReflect.Descriptor instead.
 func (*MessageFrame) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{9}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *MessageFrame) GetHello() *Hello {
@@ -794,7 +984,7 @@ type ImageFrame struct {
 
 func (x *ImageFrame) Reset() {
 	*x = ImageFrame{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[10]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -806,7 +996,7 @@ func (x *ImageFrame) String() string {
 func (*ImageFrame) ProtoMessage() {}
 
 func (x *ImageFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[10]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -819,7 +1009,7 @@ func (x *ImageFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageFrame.ProtoReflect.Descriptor instead.
 func (*ImageFrame) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{10}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ImageFrame) GetHello() *Hello {
@@ -889,7 +1079,7 @@ type ImageProgress struct {
 
 func (x *ImageProgress) Reset() {
 	*x = ImageProgress{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[11]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +1091,7 @@ func (x *ImageProgress) String() string {
 func (*ImageProgress) ProtoMessage() {}
 
 func (x *ImageProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[11]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +1104,7 @@ func (x *ImageProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageProgress.ProtoReflect.Descriptor instead.
 func (*ImageProgress) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{11}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ImageProgress) GetOffset() int64 {
@@ -950,7 +1140,7 @@ type FetchImageRequest struct {
 
 func (x *FetchImageRequest) Reset() {
 	*x = FetchImageRequest{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[12]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1152,7 @@ func (x *FetchImageRequest) String() string {
 func (*FetchImageRequest) ProtoMessage() {}
 
 func (x *FetchImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[12]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1165,7 @@ func (x *FetchImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchImageRequest.ProtoReflect.Descriptor instead.
 func (*FetchImageRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{12}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *FetchImageRequest) GetHello() *Hello {
@@ -1007,17 +1197,19 @@ func (x *FetchImageRequest) GetOffset() int64 {
 }
 
 type ForwardRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"` // first frame only
-	Commands      []*ForwardedCommand    `protobuf:"bytes,2,rep,name=commands,proto3" json:"commands,omitempty"`
-	Beats         []*Beat                `protobuf:"bytes,3,rep,name=beats,proto3" json:"beats,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Hello    *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"` // first frame only
+	Commands []*ForwardedCommand    `protobuf:"bytes,2,rep,name=commands,proto3" json:"commands,omitempty"`
+	// The sidecars, and the services, that were heard of since the last batch.
+	SidecarBeats  []string `protobuf:"bytes,4,rep,name=sidecar_beats,json=sidecarBeats,proto3" json:"sidecar_beats,omitempty"`
+	ServiceBeats  []string `protobuf:"bytes,5,rep,name=service_beats,json=serviceBeats,proto3" json:"service_beats,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ForwardRequest) Reset() {
 	*x = ForwardRequest{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[13]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1221,7 @@ func (x *ForwardRequest) String() string {
 func (*ForwardRequest) ProtoMessage() {}
 
 func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[13]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1234,7 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{13}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ForwardRequest) GetHello() *Hello {
@@ -1059,9 +1251,16 @@ func (x *ForwardRequest) GetCommands() []*ForwardedCommand {
 	return nil
 }
 
-func (x *ForwardRequest) GetBeats() []*Beat {
+func (x *ForwardRequest) GetSidecarBeats() []string {
 	if x != nil {
-		return x.Beats
+		return x.SidecarBeats
+	}
+	return nil
+}
+
+func (x *ForwardRequest) GetServiceBeats() []string {
+	if x != nil {
+		return x.ServiceBeats
 	}
 	return nil
 }
@@ -1076,7 +1275,7 @@ type ForwardedCommand struct {
 
 func (x *ForwardedCommand) Reset() {
 	*x = ForwardedCommand{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[14]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1088,7 +1287,7 @@ func (x *ForwardedCommand) String() string {
 func (*ForwardedCommand) ProtoMessage() {}
 
 func (x *ForwardedCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[14]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1101,7 +1300,7 @@ func (x *ForwardedCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardedCommand.ProtoReflect.Descriptor instead.
 func (*ForwardedCommand) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{14}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ForwardedCommand) GetId() uint64 {
@@ -1118,59 +1317,6 @@ func (x *ForwardedCommand) GetCommand() []byte {
 	return nil
 }
 
-// Beat is a heartbeat a follower received.
-type Beat struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
-	ServiceId     string                 `protobuf:"bytes,2,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Beat) Reset() {
-	*x = Beat{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Beat) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Beat) ProtoMessage() {}
-
-func (x *Beat) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[15]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Beat.ProtoReflect.Descriptor instead.
-func (*Beat) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{15}
-}
-
-func (x *Beat) GetSidecarId() string {
-	if x != nil {
-		return x.SidecarId
-	}
-	return ""
-}
-
-func (x *Beat) GetServiceId() string {
-	if x != nil {
-		return x.ServiceId
-	}
-	return ""
-}
-
 type ForwardResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Results       []*ForwardedResult     `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
@@ -1181,7 +1327,7 @@ type ForwardResponse struct {
 
 func (x *ForwardResponse) Reset() {
 	*x = ForwardResponse{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1193,7 +1339,7 @@ func (x *ForwardResponse) String() string {
 func (*ForwardResponse) ProtoMessage() {}
 
 func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[16]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1206,7 +1352,7 @@ func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardResponse.ProtoReflect.Descriptor instead.
 func (*ForwardResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{16}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ForwardResponse) GetResults() []*ForwardedResult {
@@ -1237,7 +1383,7 @@ type ForwardedResult struct {
 
 func (x *ForwardedResult) Reset() {
 	*x = ForwardedResult{}
-	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1395,7 @@ func (x *ForwardedResult) String() string {
 func (*ForwardedResult) ProtoMessage() {}
 
 func (x *ForwardedResult) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_peer_peer_proto_msgTypes[17]
+	mi := &file_conveyor_peer_peer_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1408,7 @@ func (x *ForwardedResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForwardedResult.ProtoReflect.Descriptor instead.
 func (*ForwardedResult) Descriptor() ([]byte, []int) {
-	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_peer_peer_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ForwardedResult) GetId() uint64 {
@@ -1364,7 +1510,20 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"stateBytes\x12 \n" +
 	"\ftime_unix_ms\x18\x06 \x01(\x03R\n" +
 	"timeUnixMs\x129\n" +
-	"\vunreachable\x18\a \x03(\v2\x17.conveyor.peer.PeerAddrR\vunreachable\"V\n" +
+	"\vunreachable\x18\a \x03(\v2\x17.conveyor.peer.PeerAddrR\vunreachable\"\xf1\x01\n" +
+	"\vLeaseDigest\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x12\n" +
+	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\x127\n" +
+	"\bsidecars\x18\x05 \x03(\v2\x1b.conveyor.peer.LeaseSilenceR\bsidecars\x127\n" +
+	"\bservices\x18\x06 \x03(\v2\x1b.conveyor.peer.LeaseSilenceR\bservices\";\n" +
+	"\fLeaseSilence\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tsilent_ms\x18\x02 \x01(\x04R\bsilentMs\"X\n" +
+	"\x10LeaseDigestTaken\x12*\n" +
+	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\tR\arefused\"V\n" +
 	"\fMessageFrame\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1a\n" +
 	"\bmessages\x18\x02 \x03(\fR\bmessages\"\xd3\x01\n" +
@@ -1386,19 +1545,15 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x1b\n" +
 	"\tmin_index\x18\x02 \x01(\x04R\bminIndex\x12\x19\n" +
 	"\bimage_id\x18\x03 \x01(\tR\aimageId\x12\x16\n" +
-	"\x06offset\x18\x04 \x01(\x03R\x06offset\"\xa4\x01\n" +
+	"\x06offset\x18\x04 \x01(\x03R\x06offset\"\xc9\x01\n" +
 	"\x0eForwardRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12;\n" +
-	"\bcommands\x18\x02 \x03(\v2\x1f.conveyor.peer.ForwardedCommandR\bcommands\x12)\n" +
-	"\x05beats\x18\x03 \x03(\v2\x13.conveyor.peer.BeatR\x05beats\"<\n" +
+	"\bcommands\x18\x02 \x03(\v2\x1f.conveyor.peer.ForwardedCommandR\bcommands\x12#\n" +
+	"\rsidecar_beats\x18\x04 \x03(\tR\fsidecarBeats\x12#\n" +
+	"\rservice_beats\x18\x05 \x03(\tR\fserviceBeatsJ\x04\b\x03\x10\x04\"<\n" +
 	"\x10ForwardedCommand\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
-	"\acommand\x18\x02 \x01(\fR\acommand\"D\n" +
-	"\x04Beat\x12\x1d\n" +
-	"\n" +
-	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1d\n" +
-	"\n" +
-	"service_id\x18\x02 \x01(\tR\tserviceId\"w\n" +
+	"\acommand\x18\x02 \x01(\fR\acommand\"w\n" +
 	"\x0fForwardResponse\x128\n" +
 	"\aresults\x18\x01 \x03(\v2\x1e.conveyor.peer.ForwardedResultR\aresults\x12*\n" +
 	"\x05hello\x18\x02 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\"\xb3\x01\n" +
@@ -1418,7 +1573,7 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\x10FAILURE_STOPPING\x10\x05\x12\x15\n" +
 	"\x11FAILURE_AMBIGUOUS\x10\x06\x12\x14\n" +
 	"\x10FAILURE_NO_SPACE\x10\a\x12\x1b\n" +
-	"\x17FAILURE_INVALID_COMMAND\x10\b2\xa7\x04\n" +
+	"\x17FAILURE_INVALID_COMMAND\x10\b2\xf5\x04\n" +
 	"\x04Peer\x12A\n" +
 	"\bMessages\x12\x1b.conveyor.peer.MessageFrame\x1a\x14.conveyor.peer.Hello(\x010\x01\x12H\n" +
 	"\tSendImage\x12\x19.conveyor.peer.ImageFrame\x1a\x1c.conveyor.peer.ImageProgress(\x010\x01\x12K\n" +
@@ -1428,7 +1583,8 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\vStateHashes\x12!.conveyor.peer.StateHashesRequest\x1a\".conveyor.peer.StateHashesResponse\x12Q\n" +
 	"\n" +
 	"Quarantine\x12 .conveyor.peer.QuarantineRequest\x1a!.conveyor.peer.QuarantineResponse\x12N\n" +
-	"\tPreflight\x12\x1f.conveyor.peer.PreflightRequest\x1a .conveyor.peer.PreflightResponseB Z\x1econveyor.etl/router/rpc/peerpbb\x06proto3"
+	"\tPreflight\x12\x1f.conveyor.peer.PreflightRequest\x1a .conveyor.peer.PreflightResponse\x12L\n" +
+	"\vShareLeases\x12\x1a.conveyor.peer.LeaseDigest\x1a\x1f.conveyor.peer.LeaseDigestTaken(\x01B Z\x1econveyor.etl/router/rpc/peerpbb\x06proto3"
 
 var (
 	file_conveyor_peer_peer_proto_rawDescOnce sync.Once
@@ -1443,7 +1599,7 @@ func file_conveyor_peer_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_peer_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_conveyor_peer_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_conveyor_peer_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_conveyor_peer_peer_proto_goTypes = []any{
 	(Failure)(0),                // 0: conveyor.peer.Failure
 	(*Hello)(nil),               // 1: conveyor.peer.Hello
@@ -1455,15 +1611,17 @@ var file_conveyor_peer_peer_proto_goTypes = []any{
 	(*PreflightRequest)(nil),    // 7: conveyor.peer.PreflightRequest
 	(*PeerAddr)(nil),            // 8: conveyor.peer.PeerAddr
 	(*PreflightResponse)(nil),   // 9: conveyor.peer.PreflightResponse
-	(*MessageFrame)(nil),        // 10: conveyor.peer.MessageFrame
-	(*ImageFrame)(nil),          // 11: conveyor.peer.ImageFrame
-	(*ImageProgress)(nil),       // 12: conveyor.peer.ImageProgress
-	(*FetchImageRequest)(nil),   // 13: conveyor.peer.FetchImageRequest
-	(*ForwardRequest)(nil),      // 14: conveyor.peer.ForwardRequest
-	(*ForwardedCommand)(nil),    // 15: conveyor.peer.ForwardedCommand
-	(*Beat)(nil),                // 16: conveyor.peer.Beat
-	(*ForwardResponse)(nil),     // 17: conveyor.peer.ForwardResponse
-	(*ForwardedResult)(nil),     // 18: conveyor.peer.ForwardedResult
+	(*LeaseDigest)(nil),         // 10: conveyor.peer.LeaseDigest
+	(*LeaseSilence)(nil),        // 11: conveyor.peer.LeaseSilence
+	(*LeaseDigestTaken)(nil),    // 12: conveyor.peer.LeaseDigestTaken
+	(*MessageFrame)(nil),        // 13: conveyor.peer.MessageFrame
+	(*ImageFrame)(nil),          // 14: conveyor.peer.ImageFrame
+	(*ImageProgress)(nil),       // 15: conveyor.peer.ImageProgress
+	(*FetchImageRequest)(nil),   // 16: conveyor.peer.FetchImageRequest
+	(*ForwardRequest)(nil),      // 17: conveyor.peer.ForwardRequest
+	(*ForwardedCommand)(nil),    // 18: conveyor.peer.ForwardedCommand
+	(*ForwardResponse)(nil),     // 19: conveyor.peer.ForwardResponse
+	(*ForwardedResult)(nil),     // 20: conveyor.peer.ForwardedResult
 }
 var file_conveyor_peer_peer_proto_depIdxs = []int32{
 	1,  // 0: conveyor.peer.StateHashesRequest.hello:type_name -> conveyor.peer.Hello
@@ -1475,35 +1633,40 @@ var file_conveyor_peer_peer_proto_depIdxs = []int32{
 	8,  // 6: conveyor.peer.PreflightRequest.reach:type_name -> conveyor.peer.PeerAddr
 	1,  // 7: conveyor.peer.PreflightResponse.hello:type_name -> conveyor.peer.Hello
 	8,  // 8: conveyor.peer.PreflightResponse.unreachable:type_name -> conveyor.peer.PeerAddr
-	1,  // 9: conveyor.peer.MessageFrame.hello:type_name -> conveyor.peer.Hello
-	1,  // 10: conveyor.peer.ImageFrame.hello:type_name -> conveyor.peer.Hello
-	1,  // 11: conveyor.peer.ImageProgress.hello:type_name -> conveyor.peer.Hello
-	1,  // 12: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
-	1,  // 13: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
-	15, // 14: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
-	16, // 15: conveyor.peer.ForwardRequest.beats:type_name -> conveyor.peer.Beat
-	18, // 16: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
-	1,  // 17: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
-	0,  // 18: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
-	10, // 19: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
-	11, // 20: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
-	13, // 21: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
-	14, // 22: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
-	2,  // 23: conveyor.peer.Peer.StateHashes:input_type -> conveyor.peer.StateHashesRequest
-	5,  // 24: conveyor.peer.Peer.Quarantine:input_type -> conveyor.peer.QuarantineRequest
-	7,  // 25: conveyor.peer.Peer.Preflight:input_type -> conveyor.peer.PreflightRequest
-	1,  // 26: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
-	12, // 27: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
-	11, // 28: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
-	17, // 29: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
-	3,  // 30: conveyor.peer.Peer.StateHashes:output_type -> conveyor.peer.StateHashesResponse
-	6,  // 31: conveyor.peer.Peer.Quarantine:output_type -> conveyor.peer.QuarantineResponse
-	9,  // 32: conveyor.peer.Peer.Preflight:output_type -> conveyor.peer.PreflightResponse
-	26, // [26:33] is the sub-list for method output_type
-	19, // [19:26] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	1,  // 9: conveyor.peer.LeaseDigest.hello:type_name -> conveyor.peer.Hello
+	11, // 10: conveyor.peer.LeaseDigest.sidecars:type_name -> conveyor.peer.LeaseSilence
+	11, // 11: conveyor.peer.LeaseDigest.services:type_name -> conveyor.peer.LeaseSilence
+	1,  // 12: conveyor.peer.LeaseDigestTaken.hello:type_name -> conveyor.peer.Hello
+	1,  // 13: conveyor.peer.MessageFrame.hello:type_name -> conveyor.peer.Hello
+	1,  // 14: conveyor.peer.ImageFrame.hello:type_name -> conveyor.peer.Hello
+	1,  // 15: conveyor.peer.ImageProgress.hello:type_name -> conveyor.peer.Hello
+	1,  // 16: conveyor.peer.FetchImageRequest.hello:type_name -> conveyor.peer.Hello
+	1,  // 17: conveyor.peer.ForwardRequest.hello:type_name -> conveyor.peer.Hello
+	18, // 18: conveyor.peer.ForwardRequest.commands:type_name -> conveyor.peer.ForwardedCommand
+	20, // 19: conveyor.peer.ForwardResponse.results:type_name -> conveyor.peer.ForwardedResult
+	1,  // 20: conveyor.peer.ForwardResponse.hello:type_name -> conveyor.peer.Hello
+	0,  // 21: conveyor.peer.ForwardedResult.failure:type_name -> conveyor.peer.Failure
+	13, // 22: conveyor.peer.Peer.Messages:input_type -> conveyor.peer.MessageFrame
+	14, // 23: conveyor.peer.Peer.SendImage:input_type -> conveyor.peer.ImageFrame
+	16, // 24: conveyor.peer.Peer.FetchImage:input_type -> conveyor.peer.FetchImageRequest
+	17, // 25: conveyor.peer.Peer.Forward:input_type -> conveyor.peer.ForwardRequest
+	2,  // 26: conveyor.peer.Peer.StateHashes:input_type -> conveyor.peer.StateHashesRequest
+	5,  // 27: conveyor.peer.Peer.Quarantine:input_type -> conveyor.peer.QuarantineRequest
+	7,  // 28: conveyor.peer.Peer.Preflight:input_type -> conveyor.peer.PreflightRequest
+	10, // 29: conveyor.peer.Peer.ShareLeases:input_type -> conveyor.peer.LeaseDigest
+	1,  // 30: conveyor.peer.Peer.Messages:output_type -> conveyor.peer.Hello
+	15, // 31: conveyor.peer.Peer.SendImage:output_type -> conveyor.peer.ImageProgress
+	14, // 32: conveyor.peer.Peer.FetchImage:output_type -> conveyor.peer.ImageFrame
+	19, // 33: conveyor.peer.Peer.Forward:output_type -> conveyor.peer.ForwardResponse
+	3,  // 34: conveyor.peer.Peer.StateHashes:output_type -> conveyor.peer.StateHashesResponse
+	6,  // 35: conveyor.peer.Peer.Quarantine:output_type -> conveyor.peer.QuarantineResponse
+	9,  // 36: conveyor.peer.Peer.Preflight:output_type -> conveyor.peer.PreflightResponse
+	12, // 37: conveyor.peer.Peer.ShareLeases:output_type -> conveyor.peer.LeaseDigestTaken
+	30, // [30:38] is the sub-list for method output_type
+	22, // [22:30] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_peer_peer_proto_init() }
@@ -1517,7 +1680,7 @@ func file_conveyor_peer_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_peer_peer_proto_rawDesc), len(file_conveyor_peer_peer_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   18,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

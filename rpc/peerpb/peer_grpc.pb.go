@@ -29,6 +29,7 @@ const (
 	Peer_StateHashes_FullMethodName = "/conveyor.peer.Peer/StateHashes"
 	Peer_Quarantine_FullMethodName  = "/conveyor.peer.Peer/Quarantine"
 	Peer_Preflight_FullMethodName   = "/conveyor.peer.Peer/Preflight"
+	Peer_ShareLeases_FullMethodName = "/conveyor.peer.Peer/ShareLeases"
 )
 
 // PeerClient is the client API for Peer service.
@@ -56,6 +57,9 @@ type PeerClient interface {
 	Quarantine(ctx context.Context, in *QuarantineRequest, opts ...grpc.CallOption) (*QuarantineResponse, error)
 	// Preflight answers what a replacement has to know of a node.
 	Preflight(ctx context.Context, in *PreflightRequest, opts ...grpc.CallOption) (*PreflightResponse, error)
+	// ShareLeases carries what the leader knows of the leases of sidecars and
+	// services, in one or more frames, to a node that may lead next.
+	ShareLeases(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LeaseDigest, LeaseDigestTaken], error)
 }
 
 type peerClient struct {
@@ -154,6 +158,19 @@ func (c *peerClient) Preflight(ctx context.Context, in *PreflightRequest, opts .
 	return out, nil
 }
 
+func (c *peerClient) ShareLeases(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[LeaseDigest, LeaseDigestTaken], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Peer_ServiceDesc.Streams[4], Peer_ShareLeases_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[LeaseDigest, LeaseDigestTaken]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Peer_ShareLeasesClient = grpc.ClientStreamingClient[LeaseDigest, LeaseDigestTaken]
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -179,6 +196,9 @@ type PeerServer interface {
 	Quarantine(context.Context, *QuarantineRequest) (*QuarantineResponse, error)
 	// Preflight answers what a replacement has to know of a node.
 	Preflight(context.Context, *PreflightRequest) (*PreflightResponse, error)
+	// ShareLeases carries what the leader knows of the leases of sidecars and
+	// services, in one or more frames, to a node that may lead next.
+	ShareLeases(grpc.ClientStreamingServer[LeaseDigest, LeaseDigestTaken]) error
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -209,6 +229,9 @@ func (UnimplementedPeerServer) Quarantine(context.Context, *QuarantineRequest) (
 }
 func (UnimplementedPeerServer) Preflight(context.Context, *PreflightRequest) (*PreflightResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Preflight not implemented")
+}
+func (UnimplementedPeerServer) ShareLeases(grpc.ClientStreamingServer[LeaseDigest, LeaseDigestTaken]) error {
+	return status.Error(codes.Unimplemented, "method ShareLeases not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -317,6 +340,13 @@ func _Peer_Preflight_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_ShareLeases_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(PeerServer).ShareLeases(&grpc.GenericServerStream[LeaseDigest, LeaseDigestTaken]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Peer_ShareLeasesServer = grpc.ClientStreamingServer[LeaseDigest, LeaseDigestTaken]
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -359,6 +389,11 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "Forward",
 			Handler:       _Peer_Forward_Handler,
 			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "ShareLeases",
+			Handler:       _Peer_ShareLeases_Handler,
 			ClientStreams: true,
 		},
 	},

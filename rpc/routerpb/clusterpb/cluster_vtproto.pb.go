@@ -2337,24 +2337,12 @@ func (m *SidecarInfo) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	}
 	if len(m.Assignments) > 0 {
 		for iNdEx := len(m.Assignments) - 1; iNdEx >= 0; iNdEx-- {
-			if vtmsg, ok := interface{}(m.Assignments[iNdEx]).(interface {
-				MarshalToSizedBufferVT([]byte) (int, error)
-			}); ok {
-				size, err := vtmsg.MarshalToSizedBufferVT(dAtA[:i])
-				if err != nil {
-					return 0, err
-				}
-				i -= size
-				i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-			} else {
-				encoded, err := proto.Marshal(m.Assignments[iNdEx])
-				if err != nil {
-					return 0, err
-				}
-				i -= len(encoded)
-				copy(dAtA[i:], encoded)
-				i = protohelpers.EncodeVarint(dAtA, i, uint64(len(encoded)))
+			size, err := m.Assignments[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
 			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
 			i--
 			dAtA[i] = 0x52
 		}
@@ -2391,24 +2379,12 @@ func (m *SidecarInfo) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	}
 	if len(m.LocalServices) > 0 {
 		for iNdEx := len(m.LocalServices) - 1; iNdEx >= 0; iNdEx-- {
-			if vtmsg, ok := interface{}(m.LocalServices[iNdEx]).(interface {
-				MarshalToSizedBufferVT([]byte) (int, error)
-			}); ok {
-				size, err := vtmsg.MarshalToSizedBufferVT(dAtA[:i])
-				if err != nil {
-					return 0, err
-				}
-				i -= size
-				i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-			} else {
-				encoded, err := proto.Marshal(m.LocalServices[iNdEx])
-				if err != nil {
-					return 0, err
-				}
-				i -= len(encoded)
-				copy(dAtA[i:], encoded)
-				i = protohelpers.EncodeVarint(dAtA, i, uint64(len(encoded)))
+			size, err := m.LocalServices[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
 			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
 			i--
 			dAtA[i] = 0x2a
 		}
@@ -4125,13 +4101,7 @@ func (m *SidecarInfo) SizeVT() (n int) {
 	}
 	if len(m.LocalServices) > 0 {
 		for _, e := range m.LocalServices {
-			if size, ok := interface{}(e).(interface {
-				SizeVT() int
-			}); ok {
-				l = size.SizeVT()
-			} else {
-				l = proto.Size(e)
-			}
+			l = e.SizeVT()
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
 	}
@@ -4151,13 +4121,7 @@ func (m *SidecarInfo) SizeVT() (n int) {
 	}
 	if len(m.Assignments) > 0 {
 		for _, e := range m.Assignments {
-			if size, ok := interface{}(e).(interface {
-				SizeVT() int
-			}); ok {
-				l = size.SizeVT()
-			} else {
-				l = proto.Size(e)
-			}
+			l = e.SizeVT()
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
 	}
@@ -10156,16 +10120,8 @@ func (m *SidecarInfo) UnmarshalVT(dAtA []byte) error {
 				return io.ErrUnexpectedEOF
 			}
 			m.LocalServices = append(m.LocalServices, &sidecarpb.LocalService{})
-			if unmarshal, ok := interface{}(m.LocalServices[len(m.LocalServices)-1]).(interface {
-				UnmarshalVT([]byte) error
-			}); ok {
-				if err := unmarshal.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				if err := proto.Unmarshal(dAtA[iNdEx:postIndex], m.LocalServices[len(m.LocalServices)-1]); err != nil {
-					return err
-				}
+			if err := m.LocalServices[len(m.LocalServices)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
 		case 6:
@@ -10308,16 +10264,8 @@ func (m *SidecarInfo) UnmarshalVT(dAtA []byte) error {
 				return io.ErrUnexpectedEOF
 			}
 			m.Assignments = append(m.Assignments, &sidecarpb.PipelineAssignment{})
-			if unmarshal, ok := interface{}(m.Assignments[len(m.Assignments)-1]).(interface {
-				UnmarshalVT([]byte) error
-			}); ok {
-				if err := unmarshal.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				if err := proto.Unmarshal(dAtA[iNdEx:postIndex], m.Assignments[len(m.Assignments)-1]); err != nil {
-					return err
-				}
+			if err := m.Assignments[len(m.Assignments)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
 		case 11:

@@ -329,6 +329,7 @@ type RegisterSidecarResponse struct {
 	Revision            uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                                                    // revision the registration was committed at
 	HeartbeatIntervalMs uint64                 `protobuf:"varint,101,opt,name=heartbeat_interval_ms,json=heartbeatIntervalMs,proto3" json:"heartbeat_interval_ms,omitempty"` // how often the sidecar is asked to send heartbeats
 	TtlMs               uint64                 `protobuf:"varint,102,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`                                             // silence after which its stages are moved elsewhere
+	Warnings            []string               `protobuf:"bytes,103,rep,name=warnings,proto3" json:"warnings,omitempty"`                                                     // what was accepted and is probably not meant
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -410,6 +411,13 @@ func (x *RegisterSidecarResponse) GetTtlMs() uint64 {
 		return x.TtlMs
 	}
 	return 0
+}
+
+func (x *RegisterSidecarResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type LocalServiceHealth struct {
@@ -541,12 +549,13 @@ func (x *SidecarLoad) GetLocalQueueDepth() uint64 {
 }
 
 type SidecarHeartbeatRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
-	ServiceHealth []*LocalServiceHealth  `protobuf:"bytes,2,rep,name=service_health,json=serviceHealth,proto3" json:"service_health,omitempty"`
-	Load          *SidecarLoad           `protobuf:"bytes,3,opt,name=load,proto3" json:"load,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId      string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	ServiceHealth  []*LocalServiceHealth  `protobuf:"bytes,2,rep,name=service_health,json=serviceHealth,proto3" json:"service_health,omitempty"`
+	Load           *SidecarLoad           `protobuf:"bytes,3,opt,name=load,proto3" json:"load,omitempty"`
+	RegistrationId string                 `protobuf:"bytes,100,opt,name=registration_id,json=registrationId,proto3" json:"registration_id,omitempty"` // of the registration it beats for; empty = whichever is current
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SidecarHeartbeatRequest) Reset() {
@@ -600,13 +609,21 @@ func (x *SidecarHeartbeatRequest) GetLoad() *SidecarLoad {
 	return nil
 }
 
+func (x *SidecarHeartbeatRequest) GetRegistrationId() string {
+	if x != nil {
+		return x.RegistrationId
+	}
+	return ""
+}
+
 type HeartbeatResponse struct {
 	state               protoimpl.MessageState `protogen:"open.v1"`
 	Acknowledged        bool                   `protobuf:"varint,1,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
 	Commands            []*SidecarCommand      `protobuf:"bytes,2,rep,name=commands,proto3" json:"commands,omitempty"`
-	Revision            uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"` // revision of the assignments the commands lead to
-	HeartbeatIntervalMs uint64                 `protobuf:"varint,101,opt,name=heartbeat_interval_ms,json=heartbeatIntervalMs,proto3" json:"heartbeat_interval_ms,omitempty"`
+	Revision            uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                                                    // revision of the assignments the commands lead to
+	HeartbeatIntervalMs uint64                 `protobuf:"varint,101,opt,name=heartbeat_interval_ms,json=heartbeatIntervalMs,proto3" json:"heartbeat_interval_ms,omitempty"` // when to send the next one; differs a little each time, so that a fleet does not beat in step
 	TtlMs               uint64                 `protobuf:"varint,102,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
+	Reason              string                 `protobuf:"bytes,103,opt,name=reason,proto3" json:"reason,omitempty"` // why it was not acknowledged, or why everything is revoked
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -674,6 +691,13 @@ func (x *HeartbeatResponse) GetTtlMs() uint64 {
 		return x.TtlMs
 	}
 	return 0
+}
+
+func (x *HeartbeatResponse) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
 }
 
 type SidecarCommand struct {
@@ -1883,7 +1907,7 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\bpod_name\x18\x02 \x01(\tR\apodName\x12\x1c\n" +
 	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12)\n" +
 	"\x10sidecar_endpoint\x18\x04 \x01(\tR\x0fsidecarEndpoint\x12I\n" +
-	"\x0elocal_services\x18\x05 \x03(\v2\".conveyor_etl.sidecar.LocalServiceR\rlocalServices\"\xb4\x02\n" +
+	"\x0elocal_services\x18\x05 \x03(\v2\".conveyor_etl.sidecar.LocalServiceR\rlocalServices\"\xd0\x02\n" +
 	"\x17RegisterSidecarResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12'\n" +
@@ -1891,7 +1915,8 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\x13initial_assignments\x18\x04 \x03(\v2(.conveyor_etl.sidecar.PipelineAssignmentR\x12initialAssignments\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x122\n" +
 	"\x15heartbeat_interval_ms\x18e \x01(\x04R\x13heartbeatIntervalMs\x12\x15\n" +
-	"\x06ttl_ms\x18f \x01(\x04R\x05ttlMs\"z\n" +
+	"\x06ttl_ms\x18f \x01(\x04R\x05ttlMs\x12\x1a\n" +
+	"\bwarnings\x18g \x03(\tR\bwarnings\"z\n" +
 	"\x12LocalServiceHealth\x12!\n" +
 	"\fservice_name\x18\x01 \x01(\tR\vserviceName\x12\x18\n" +
 	"\ahealthy\x18\x02 \x01(\bR\ahealthy\x12'\n" +
@@ -1900,18 +1925,20 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\tcpu_usage\x18\x01 \x01(\x02R\bcpuUsage\x12!\n" +
 	"\fmemory_usage\x18\x02 \x01(\x02R\vmemoryUsage\x122\n" +
 	"\x15total_active_requests\x18\x03 \x01(\x04R\x13totalActiveRequests\x12*\n" +
-	"\x11local_queue_depth\x18\x04 \x01(\x04R\x0flocalQueueDepth\"\xc0\x01\n" +
+	"\x11local_queue_depth\x18\x04 \x01(\x04R\x0flocalQueueDepth\"\xe9\x01\n" +
 	"\x17SidecarHeartbeatRequest\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12O\n" +
 	"\x0eservice_health\x18\x02 \x03(\v2(.conveyor_etl.sidecar.LocalServiceHealthR\rserviceHealth\x125\n" +
-	"\x04load\x18\x03 \x01(\v2!.conveyor_etl.sidecar.SidecarLoadR\x04load\"\xe0\x01\n" +
+	"\x04load\x18\x03 \x01(\v2!.conveyor_etl.sidecar.SidecarLoadR\x04load\x12'\n" +
+	"\x0fregistration_id\x18d \x01(\tR\x0eregistrationId\"\xf8\x01\n" +
 	"\x11HeartbeatResponse\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\bR\facknowledged\x12@\n" +
 	"\bcommands\x18\x02 \x03(\v2$.conveyor_etl.sidecar.SidecarCommandR\bcommands\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x122\n" +
 	"\x15heartbeat_interval_ms\x18e \x01(\x04R\x13heartbeatIntervalMs\x12\x15\n" +
-	"\x06ttl_ms\x18f \x01(\x04R\x05ttlMs\"\xdf\x01\n" +
+	"\x06ttl_ms\x18f \x01(\x04R\x05ttlMs\x12\x16\n" +
+	"\x06reason\x18g \x01(\tR\x06reason\"\xdf\x01\n" +
 	"\x0eSidecarCommand\x12B\n" +
 	"\x06assign\x18\x01 \x01(\v2(.conveyor_etl.sidecar.PipelineAssignmentH\x00R\x06assign\x12B\n" +
 	"\x06revoke\x18\x02 \x01(\v2(.conveyor_etl.sidecar.PipelineRevocationH\x00R\x06revoke\x12:\n" +
