@@ -64,7 +64,7 @@ func (r *rank) near() bool { return r.tie != untied || r.local > 0 }
 // open is true while a sidecar that runs load stages has not had its share.
 func (e *Engine) open(h, load int32) bool {
 	x := &e.hosts[h]
-	return load == 0 || x.profile >= 0 && weigh(load, x.s.capacity()) < e.profiles[x.profile].share
+	return load == 0 || x.profile >= 0 && weigh(load, x.capacity) < e.profiles[x.profile].share
 }
 
 // rank judges node n for stage i.
@@ -90,7 +90,7 @@ func (l *layout) rank(i, n int32) rank {
 		}
 	}
 	r.open = l.e.open(x.host, x.load)
-	r.key = weigh(x.load+x.local.count()+1, h.s.capacity())
+	r.key = weigh(x.load+x.local.count()+1, h.capacity)
 	if h.profile >= 0 {
 		r.cover = l.cover(h.profile, i)
 	}
@@ -320,7 +320,6 @@ const nodeWindow = 256
 
 // beside finds a sidecar on the node of a neighbour that is as good as r.
 func (l *layout) beside(i int32, around []int32, r rank) (rank, bool) {
-	s := &l.x.stages[i]
 	for _, a := range around {
 		n := l.e.hosts[a].node
 		if n == 0 {
@@ -328,16 +327,15 @@ func (l *layout) beside(i int32, around []int32, r rank) (rank, bool) {
 		}
 		hosts := l.e.nodes[n].hosts
 		best, found := r, false
-		for _, h := range hosts[:min(nodeWindow, len(hosts))] {
-			x := &l.e.hosts[h]
-			if x.held || x.profile < 0 || !x.s.takes() || !l.e.open(h, x.load) {
+		for _, at := range hosts[:min(nodeWindow, len(hosts))] {
+			if at.profile < 0 || !l.gives(i, at.profile) {
 				continue
 			}
-			f, ok := l.e.profiles[x.profile].find(s.want)
-			if !ok || f.fit != fresh || l.x.rival(s, f.standIn) || (len(l.shut) > 0 && l.closed(x.profile)) {
+			x := &l.e.hosts[at.host]
+			if x.held || !x.takes || !l.e.open(at.host, x.load) {
 				continue
 			}
-			c := rank{node: -1, host: h, open: true, far: 1, key: weigh(x.load+1, x.s.capacity()), cover: l.cover(x.profile, i)}
+			c := rank{node: -1, host: at.host, open: true, far: 1, key: weigh(x.load+1, x.capacity), cover: l.cover(at.profile, i)}
 			if l.compareRanks(c, best) < 0 {
 				best, found = c, true
 			}
@@ -347,6 +345,18 @@ func (l *layout) beside(i int32, around []int32, r rank) (rank, bool) {
 		}
 	}
 	return rank{}, false
+}
+
+// gives is true when members of a profile may be given stage i.
+func (l *layout) gives(i, profile int32) bool {
+	if i < 64 {
+		// Every profile that meets what the stage asks for has been looked at.
+		m, known := l.e.masks.get(profile)
+		return known && m&(1<<i) != 0
+	}
+	s := &l.x.stages[i]
+	f, ok := l.e.profiles[profile].find(s.want)
+	return ok && f.fit == fresh && !l.x.rival(s, f.standIn) && !l.closed(profile)
 }
 
 // maxAnchors bounds how many neighbours a new instance is looked for around.

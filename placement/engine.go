@@ -45,6 +45,8 @@ type Engine struct {
 	orphans map[string][]int32
 
 	totals figures // of all pipelines
+	// over are the pipelines that brought a sidecar above its share.
+	over map[int32]bool
 
 	fits  []fit // scratch
 	masks masks
@@ -53,21 +55,34 @@ type Engine struct {
 
 // host is a sidecar.
 type host struct {
-	s       *Sidecar
-	names   []int32 // it offers
-	profile int32   // -1 = gone
-	pos     int32   // in the profile
-	zone    int32   // 0 = unknown
-	node    int32   // 0 = unknown
-	load    int32   // stages it runs, of all pipelines
-	inbound int32   // sidecars that hand over to it, over all pipelines
-	held    bool    // the pipeline that is being laid out looks at it by itself
-	// pipes are the pipelines of which it has a table.
-	pipes []int32
+	s        *Sidecar
+	capacity int64
+	profile  int32 // -1 = gone
+	pos      int32 // in the profile
+	zone     int32 // 0 = unknown
+	node     int32 // 0 = unknown
+	load     int32 // stages it runs, of all pipelines
+	inbound  int32 // sidecars that hand over to it, over all pipelines
+	takes    bool  // it may be given stages
+	held     bool  // the pipeline that is being laid out looks at it by itself
+	// order is the place of its id among those of the first view, -1 for a later
+	// one.
+	order int32
+	// turn says of which layout slot is its node.
+	turn  uint32
+	slot  int32
+	pipes []int32 // pipelines of which it has a table
+	names []int32 // it offers
 }
 
-// machine is a machine and what is on it.
-type machine struct{ hosts []int32 }
+// set lets x be s from now on.
+func (x *host) set(s *Sidecar) { x.s, x.takes, x.capacity = s, s.takes(), s.capacity() }
+
+// machine is a node of the cluster that sidecars run on.
+type machine struct{ hosts []resident }
+
+// resident is a sidecar on a machine, with its profile at hand.
+type resident struct{ host, profile int32 }
 
 type machineKey struct{ zone, node string }
 
@@ -94,6 +109,7 @@ func NewEngine(v View, o Options) *Engine {
 		pipeID:    make(map[string]int32, len(v.Pipelines)),
 		nodes:     make([]machine, 1),
 		orphans:   make(map[string][]int32),
+		over:      make(map[int32]bool),
 		hosts:     make([]host, 0, len(v.Sidecars)),
 	}
 	e.l.e = e
@@ -102,8 +118,9 @@ func NewEngine(v View, o Options) *Engine {
 		e.wantOf(&Stage{Type: t}) // always there, or the first to ask would make all profiles anew
 	}
 	sidecars := sorted(v.Sidecars, func(s *Sidecar) string { return s.ID })
-	for _, s := range sidecars {
-		e.addHost(s)
+	for i, s := range sidecars {
+		h, _ := e.addHost(s)
+		e.hosts[h].order = int32(i)
 	}
 	pipelines := sorted(v.Pipelines, func(p *Pipeline) string { return p.ID })
 	e.pipes = make([]pipe, 0, len(pipelines))
@@ -162,7 +179,8 @@ func (e *Engine) addHost(s *Sidecar) (h int32, turned []int32) {
 		e.hosts = append(e.hosts, host{})
 	}
 	x := &e.hosts[h]
-	x.s, x.profile = s, -1
+	x.set(s)
+	x.profile, x.order = -1, -1
 	e.hostID[s.ID] = h
 	e.locate(h)
 	return h, e.offer(h)
@@ -200,14 +218,29 @@ func (e *Engine) locate(h int32) {
 			e.nodeID[k] = id
 		}
 		x.node = id
-		e.nodes[id].hosts = append(e.nodes[id].hosts, h)
+		e.nodes[id].hosts = append(e.nodes[id].hosts, resident{h, -1})
 	}
 }
 
 // unlocate takes h out of its node.
 func (e *Engine) unlocate(h int32) {
 	if n := e.hosts[h].node; n != 0 {
-		e.nodes[n].hosts = remove(e.nodes[n].hosts, h)
+		e.nodes[n].hosts = slices.DeleteFunc(e.nodes[n].hosts, func(r resident) bool { return r.host == h })
+	}
+}
+
+// setProfile notes the profile of h.
+func (e *Engine) setProfile(h, profile int32) {
+	x := &e.hosts[h]
+	x.profile = profile
+	if x.node == 0 {
+		return
+	}
+	for i := range e.nodes[x.node].hosts {
+		if r := &e.nodes[x.node].hosts[i]; r.host == h {
+			r.profile = profile
+			return
+		}
 	}
 }
 

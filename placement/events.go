@@ -23,11 +23,11 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 	if old.Zone != s.Zone || old.Node != s.Node {
 		e.leave(h)
 		e.unlocate(h)
-		x.s = s
+		x.set(s)
 		e.locate(h)
 	} else {
 		e.countOpen(h, -1)
-		x.s = s
+		x.set(s)
 		e.countOpen(h, +1)
 		if old.takes() == s.takes() && old.capacity() == s.capacity() {
 			e.drift -= 2 * s.capacity()
@@ -145,7 +145,7 @@ func (e *Engine) touchHost(h int32) {
 // offerTo marks the pipelines that are short of what h offers.
 func (e *Engine) offerTo(h int32) {
 	x := &e.hosts[h]
-	if x.profile < 0 || !x.s.takes() {
+	if x.profile < 0 || !x.takes {
 		return
 	}
 	for _, f := range e.profiles[x.profile].fits {

@@ -114,7 +114,7 @@ func (l *layout) shutOut(i int32) []string {
 			continue
 		}
 		for _, h := range l.e.profiles[pl.profile].members {
-			if l.e.hosts[h].s.takes() {
+			if l.e.hosts[h].takes {
 				ids = append(ids, l.e.hosts[h].s.ID)
 			}
 		}
@@ -210,7 +210,7 @@ func (l *layout) candidates(i int32, runs []string) (out []Candidate, strangers 
 			strangers++
 			continue
 		}
-		c := Candidate{Sidecar: x.s.ID, Endpoint: o.Endpoint, Load: float64(x.load) / float64(x.s.capacity())}
+		c := Candidate{Sidecar: x.s.ID, Endpoint: o.Endpoint, Load: float64(x.load) / float64(x.capacity)}
 		_, c.Runs = slices.BinarySearch(runs, x.s.ID)
 		if !c.Runs {
 			c.Verdict = l.verdict(i, h, o)
@@ -252,7 +252,7 @@ func (l *layout) verdict(i, h int32, o *Offer) string {
 	case l.circular || l.x.cyclic:
 		return "records would come back to a sidecar they have passed"
 	}
-	if n, ok := l.nodeOf[h]; ok && l.loops(i, n) {
+	if n, ok := l.nodeOf(h); ok && l.loops(i, n) {
 		return "records would come back to a sidecar they have passed"
 	}
 	return ""

@@ -29,9 +29,9 @@ type layout struct {
 	shut  []int32   // wants of kept entry stages: who can meet them gets nothing
 	shutS []*stage
 
-	nodes  []node
-	nodeOf map[int32]int32
-	undo   []step
+	nodes []node
+	turn  uint32 // of which host.slot is
+	undo  []step
 	// apart: nodes are not found by looking for the least loaded sidecar.
 	apart bool
 
@@ -61,6 +61,8 @@ type node struct {
 	hops  []hop // hand-overs
 	ins   []hop // how many nodes hand a stage over to this one
 	load  int32 // stages of other pipelines
+	// told is the recorded assignment that is in force, -1 = none.
+	told int32
 }
 
 // hop is a hand-over: a stage, and the node that runs it.
@@ -99,10 +101,11 @@ func (l *layout) reset(x *pipe) {
 	}
 	l.shut, l.shutS = l.shut[:0], l.shutS[:0]
 	l.nodes, l.undo = l.nodes[:0], l.undo[:0]
-	if l.nodeOf == nil || len(l.nodeOf) > 1024 {
-		l.nodeOf = make(map[int32]int32)
-	} else {
-		clear(l.nodeOf)
+	if l.turn++; l.turn == 0 {
+		l.turn = 1
+		for i := range l.e.hosts {
+			l.e.hosts[i].turn = 0
+		}
 	}
 	l.remember()
 }
@@ -110,7 +113,7 @@ func (l *layout) reset(x *pipe) {
 // remember takes over what the sidecars hold now.
 func (l *layout) remember() {
 	x := l.x
-	for _, a := range x.recorded {
+	for k, a := range x.recorded {
 		h, ok := l.e.hostID[a.Sidecar]
 		if !ok {
 			continue
@@ -121,6 +124,7 @@ func (l *layout) remember() {
 			l.nodes[n].former, l.nodes[n].since = true, a.Changed
 			continue
 		}
+		l.nodes[n].told = int32(k)
 		for i := range a.Stages {
 			st := &a.Stages[i]
 			stg := x.stage(st.Stage, int32(i))
@@ -156,9 +160,15 @@ func (x *pipe) stage(id string, likely int32) int32 {
 	return -1
 }
 
+// nodeOf returns the node of host h, if it has one.
+func (l *layout) nodeOf(h int32) (int32, bool) {
+	x := &l.e.hosts[h]
+	return x.slot, x.turn == l.turn
+}
+
 // node returns the node of host h, made if need be.
 func (l *layout) node(h int32) int32 {
-	if n, ok := l.nodeOf[h]; ok {
+	if n, ok := l.nodeOf(h); ok {
 		return n
 	}
 	i := int32(len(l.nodes))
@@ -172,8 +182,8 @@ func (l *layout) node(h int32) int32 {
 	n.local = blank(n.local, l.words)
 	n.bound = blank(n.bound, l.words)
 	n.links, n.was, n.hops, n.ins = n.links[:0], n.was[:0], n.hops[:0], n.ins[:0]
-	n.load = l.e.hosts[h].load
-	l.nodeOf[h] = i
+	n.load, n.told = l.e.hosts[h].load, -1
+	l.e.hosts[h].turn, l.e.hosts[h].slot = l.turn, i
 	if l.apart {
 		l.setApart(i)
 	}
@@ -435,7 +445,7 @@ func (l *layout) compareTargets(from, stg, a, b int32) int {
 	case LeastConnections:
 		in := func(n *node) uint64 {
 			h := &e.hosts[n.host]
-			return weigh(h.inbound+n.fanIn(stg), h.s.capacity())
+			return weigh(h.inbound+n.fanIn(stg), h.capacity)
 		}
 		if c := cmp.Compare(in(x), in(y)); c != 0 {
 			return c
@@ -453,6 +463,9 @@ func (e *Engine) steady(h int32) int {
 }
 
 func (e *Engine) compareIDs(a, b int32) int {
+	if x, y := e.hosts[a].order, e.hosts[b].order; x >= 0 && y >= 0 {
+		return cmp.Compare(x, y)
+	}
 	return cmp.Compare(e.hosts[a].s.ID, e.hosts[b].s.ID)
 }
 
@@ -478,5 +491,5 @@ func (l *layout) weight(from, stg, to int32) uint64 {
 // wins in proportion to its capacity.
 func (l *layout) draw(from, stg, to int32) float64 {
 	u := (float64(l.weight(from, stg, to)>>11) + 1) / (1 << 53)
-	return -math.Log(u) / float64(l.e.hosts[l.nodes[to].host].s.capacity())
+	return -math.Log(u) / float64(l.e.hosts[l.nodes[to].host].capacity)
 }

@@ -84,7 +84,14 @@ func (s *Sidecar) offer(w *want) *Offer {
 	if w.byType {
 		return s.only(w)
 	}
-	at, _ := slices.BinarySearchFunc(s.Offers, w.name, func(o Offer, name string) int { return cmp.Compare(o.Name, name) })
+	at := 0
+	if len(s.Offers) > 8 {
+		at, _ = slices.BinarySearchFunc(s.Offers, w.name, func(o Offer, name string) int { return cmp.Compare(o.Name, name) })
+	} else {
+		for at < len(s.Offers) && s.Offers[at].Name != w.name {
+			at++
+		}
+	}
 	var best *Offer
 	for i := at; i < len(s.Offers) && s.Offers[i].Name == w.name; i++ {
 		o := &s.Offers[i]

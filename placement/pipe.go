@@ -20,6 +20,7 @@ type pipe struct {
 	// held is what it adds to the load of sidecars.
 	held  []holding
 	dirty bool
+	step  int32 // of the plan that is being made, -1 = none
 
 	// What came of the newest layout.
 	figures figures
@@ -42,6 +43,8 @@ type holding struct {
 	host int32
 	n    int32 // stages
 	in   int32 // hand-overs to it
+	// fresh: it was not given all of this before.
+	fresh bool
 }
 
 // figures tell how good a layout is.

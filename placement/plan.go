@@ -78,13 +78,20 @@ func (e *Engine) Plan() Plan {
 	todo := e.dirty
 	e.dirty = nil
 	slices.SortFunc(todo, func(a, b int32) int { return cmp.Compare(e.pipes[a].id, e.pipes[b].id) })
+	p.Steps = make([]Step, 0, len(todo))
 	for _, i := range todo {
 		x := &e.pipes[i]
 		x.dirty = false
+		x.step = -1
 		if step, ok := e.lay(x); ok {
+			x.step = int32(len(p.Steps))
 			p.Steps = append(p.Steps, step)
 			e.touch(i)
 		}
+	}
+	e.level(todo, p.Steps)
+	for _, i := range todo {
+		x := &e.pipes[i]
 		p.Quality.count(x)
 		if x.spec == nil && len(x.recorded) == 0 {
 			delete(e.pipeID, x.id)
@@ -97,6 +104,41 @@ func (e *Engine) Plan() Plan {
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return cmp.Compare(a.Urgency, b.Urgency) })
 	e.sum(&p.Quality)
 	return p
+}
+
+// level lays pipelines out again that were given stages in this plan on sidecars
+// that got more than their share in the end. The first come take what is near to
+// them, and the last may find the room that is left on too few sidecars.
+func (e *Engine) level(todo []int32, steps []Step) {
+	for range rounds {
+		if len(e.over) == 0 {
+			return
+		}
+		clear(e.over)
+		moved := false
+		for _, i := range todo {
+			x := &e.pipes[i]
+			if x.step < 0 || !x.crowds(e) {
+				continue
+			}
+			if step, ok := e.lay(x); ok {
+				steps[x.step] = step
+				moved = true
+			}
+			if x.crowds(e) {
+				e.over[i] = true
+			}
+		}
+		if !moved {
+			return
+		}
+	}
+}
+
+// crowds is true when x was newly given stages on a sidecar that has had its share
+// of others.
+func (x *pipe) crowds(e *Engine) bool {
+	return slices.ContainsFunc(x.held, func(c holding) bool { return c.fresh && !e.open(c.host, e.hosts[c.host].load-c.n) })
 }
 
 // lay lays out x anew and returns the step that leads there; false when it is
@@ -132,10 +174,13 @@ func (e *Engine) drop(x *pipe) {
 
 // hold counts what the layout adds to the load of sidecars.
 func (e *Engine) hold(x *pipe, l *layout) {
+	if cap(x.held) < len(l.nodes) {
+		x.held = make([]holding, 0, len(l.nodes))
+	}
 	for i := range l.nodes {
 		n := &l.nodes[i]
 		h := &e.hosts[n.host]
-		c := holding{host: n.host, n: n.local.count()}
+		c := holding{host: n.host, n: n.local.count(), fresh: !slices.Equal(n.local, n.bound)}
 		for _, in := range n.ins {
 			c.in += in.to
 		}
@@ -143,6 +188,9 @@ func (e *Engine) hold(x *pipe, l *layout) {
 			h.load += c.n
 			h.inbound += c.in
 			x.held = append(x.held, c)
+			if c.fresh && c.n > 0 && !e.open(c.host, h.load-c.n) {
+				e.over[x.index] = true
+			}
 		}
 		if c.n > 0 || n.apart {
 			h.held = false
@@ -180,16 +228,14 @@ func (l *layout) step() (Step, bool) {
 		st.Version = x.spec.Version
 	}
 	for _, a := range x.recorded {
-		h, known := e.hostID[a.Sidecar]
-		n := int32(-1)
-		if known {
-			n = l.nodeOf[h] // every recorded sidecar that is known has a node
-		}
-		if n >= 0 && l.nodes[n].local.count() > 0 {
-			continue // below
-		}
 		if a.Revoked {
 			continue
+		}
+		h, known := e.hostID[a.Sidecar]
+		if known {
+			if n, _ := l.nodeOf(h); l.nodes[n].local.count() > 0 {
+				continue // below
+			}
 		}
 		c := Change{Sidecar: a.Sidecar, Revoke: true}
 		if known {
@@ -208,7 +254,7 @@ func (l *layout) step() (Step, bool) {
 		}
 		s := e.hosts[l.nodes[n].host].s
 		var now *Assignment
-		if at, ok := x.find(s.ID); ok && !x.recorded[at].Revoked {
+		if at := l.nodes[n].told; at >= 0 {
 			now = x.recorded[at]
 		}
 		if now != nil && l.same(int32(n), now) {

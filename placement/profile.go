@@ -55,11 +55,20 @@ func profileKey(fits []fit) string {
 
 // find returns how the profile meets want w.
 func (p *profile) find(w int32) (fit, bool) {
-	i, ok := slices.BinarySearchFunc(p.fits, w, func(f fit, w int32) int { return cmp.Compare(f.want, w) })
-	if !ok {
-		return fit{}, false
+	fits := p.fits
+	for len(fits) > 8 {
+		if half := len(fits) / 2; fits[half].want <= w {
+			fits = fits[half:]
+		} else {
+			fits = fits[:half]
+		}
 	}
-	return p.fits[i], true
+	for i := range fits {
+		if fits[i].want == w {
+			return fits[i], true
+		}
+	}
+	return fit{}, false
 }
 
 // rebuild makes the tournament anew after the members changed. The members'
@@ -171,10 +180,10 @@ func (e *Engine) zoneOf(p *profile, zone int32) (lo, hi int) {
 // hostKey is the key of h in its profile.
 func (e *Engine) hostKey(h int32) uint64 {
 	x := &e.hosts[h]
-	if x.held || !x.s.takes() {
+	if x.held || !x.takes {
 		return closed
 	}
-	return weigh(x.load+1, x.s.capacity())
+	return weigh(x.load+1, x.capacity)
 }
 
 // fitsOf computes what s offers to the wants there are.
@@ -242,8 +251,7 @@ func (e *Engine) profileOf(fits []fit) int32 {
 func (e *Engine) enter(h int32) {
 	id := e.profileOf(e.fitsOf(h))
 	p := &e.profiles[id]
-	x := &e.hosts[h]
-	x.profile = id
+	e.setProfile(h, id)
 	e.countOpen(h, +1)
 	if e.building {
 		p.members = append(p.members, h)
@@ -282,7 +290,7 @@ func (e *Engine) match(hosts []int32) {
 			touched[x.profile] = true
 			e.countOpen(h, -1)
 			e.profiles[x.profile].members[x.pos] = -1
-			x.profile = -1
+			e.setProfile(h, -1)
 		}
 	}
 	e.building = true
@@ -315,7 +323,7 @@ func (e *Engine) leave(h int32) {
 	} else {
 		e.dropProfile(x.profile)
 	}
-	x.profile = -1
+	e.setProfile(h, -1)
 }
 
 func (e *Engine) renumber(p *profile, from int) {
@@ -341,13 +349,13 @@ func (e *Engine) dropProfile(id int32) {
 // countOpen counts h among those of its profile that take stages.
 func (e *Engine) countOpen(h int32, by int) {
 	x := &e.hosts[h]
-	if !x.s.takes() {
+	if !x.takes {
 		return
 	}
 	p := &e.profiles[x.profile]
 	p.open += by
-	p.capacity += int64(by) * x.s.capacity()
-	e.drift += x.s.capacity()
+	p.capacity += int64(by) * x.capacity
+	e.drift += x.capacity
 }
 
 // refresh brings the key of h up to date.

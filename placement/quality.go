@@ -78,9 +78,9 @@ func (e *Engine) Measure() Quality {
 		if x.profile < 0 || (!wanted[x.profile] && x.load == 0) {
 			continue
 		}
-		c := x.s.capacity()
+		c := x.capacity
 		q.Highest = max(q.Highest, float64(x.load)/float64(c))
-		if x.s.takes() {
+		if x.takes {
 			load += int64(x.load)
 			capacity += c
 		}

@@ -61,7 +61,7 @@ func (e *Engine) shares() {
 		}
 	}
 	for i := range e.profiles {
-		e.profiles[i].share = uint64(level[i]*unit + unit/1000)
+		e.profiles[i].share = uint64(max(0, level[i]*unit-unit/1000))
 		if p := &e.profiles[i]; p.open > 0 {
 			total += p.capacity
 		}

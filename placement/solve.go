@@ -165,7 +165,7 @@ func (l *layout) fit(i, h int32) fitness {
 // mayTake is true when node n may be given stage i.
 func (l *layout) mayTake(i, n int32) bool {
 	h := l.nodes[n].host
-	return !l.kept[i] && l.e.hosts[h].s.takes() && l.fit(i, h) == fresh
+	return !l.kept[i] && l.e.hosts[h].takes && l.fit(i, h) == fresh
 }
 
 // mayKeep is true when node n may keep stage i, which it runs until now.
