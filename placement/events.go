@@ -20,6 +20,7 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 	}
 	x := &e.hosts[h]
 	old := x.s
+	e.recall(h)
 	if old.Zone != s.Zone || old.Node != s.Node {
 		e.leave(h)
 		e.unlocate(h)
@@ -33,18 +34,18 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 			e.drift -= 2 * s.capacity()
 		}
 	}
-	if !slices.EqualFunc(old.Offers, s.Offers, sameOffer) {
+	other := !slices.EqualFunc(old.Offers, s.Offers, sameOffer)
+	if other {
 		x.s = old
 		turned := e.unoffer(h)
 		x.s = s
 		turned = append(turned, e.offer(h)...)
 		e.turn(turned)
 	}
-	was := x.profile
 	e.match([]int32{h})
 	e.refresh(h)
 	e.touchHost(h)
-	if s.takes() && (!old.takes() || was != e.hosts[h].profile) {
+	if s.takes() && (!old.takes() || other) {
 		e.offerTo(h)
 	}
 }
@@ -71,6 +72,7 @@ func (e *Engine) RemoveSidecar(id string) {
 		return
 	}
 	e.touchHost(h)
+	e.recall(h)
 	e.leave(h)
 	e.unlocate(h)
 	turned := e.unoffer(h)
@@ -154,6 +156,23 @@ func (e *Engine) offerTo(h int32) {
 		}
 		for i := range e.wants[f.want].short { // marked in any order, planned in one
 			e.touch(i)
+		}
+	}
+}
+
+// recall marks the pipelines that are not handed out because every layout would
+// go round, and to which h offered something: without it a stage may run nowhere,
+// and then the rest can be handed out as far as nothing is lost.
+func (e *Engine) recall(h int32) {
+	x := &e.hosts[h]
+	if x.profile < 0 || !x.takes {
+		return
+	}
+	for _, f := range e.profiles[x.profile].fits {
+		for i := range e.wants[f.want].short { // marked in any order, planned in one
+			if e.pipes[i].circular {
+				e.touch(i)
+			}
 		}
 	}
 }

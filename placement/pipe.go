@@ -20,7 +20,9 @@ type pipe struct {
 	// held is what it adds to the load of sidecars.
 	held  []holding
 	dirty bool
-	step  int32 // of the plan that is being made, -1 = none
+	// circular: nothing of it is handed out, since every layout goes round.
+	circular bool
+	step     int32 // of the plan that is being made, -1 = none
 
 	// What came of the newest layout.
 	figures figures

@@ -150,6 +150,7 @@ func (e *Engine) lay(x *pipe) (Step, bool) {
 	if x.spec != nil && x.spec.Enabled {
 		l.solve()
 	}
+	x.circular = l.circular
 	step, changed := l.step()
 	e.totals.add(x.figures, -1)
 	x.figures = l.evaluate()
