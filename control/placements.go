@@ -27,7 +27,7 @@ type Explainer struct {
 
 // NewExplainer indexes in once for many pipelines.
 func NewExplainer(in Input) *Explainer {
-	return &Explainer{e: placement.NewEngine(viewOf(in), placement.Options{})}
+	return &Explainer{e: placement.NewEngine(viewOf(in))}
 }
 
 // Placements reads v and tells where the stages of p run, in the order p

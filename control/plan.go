@@ -17,7 +17,7 @@ type assignmentKey struct{ sidecar, pipeline string }
 // pipeline first. Plan is a pure function: equal inputs, in any order, give equal
 // plans.
 func Plan(in Input) []*commandpb.AssignmentChange {
-	plan := placement.Compute(viewOf(in), placement.Options{})
+	plan := placement.Compute(viewOf(in))
 	return changesOf(plan.Steps)
 }
 

@@ -64,7 +64,7 @@ func BenchmarkFullPlan(b *testing.B) {
 			runtime.GC()
 			before := spent(b)
 			for b.Loop() {
-				e = NewEngine(v, Options{})
+				e = NewEngine(v)
 				if p := e.Plan(); len(p.Steps) != size.pipelines {
 					b.Fatalf("%d steps", len(p.Steps))
 				}
@@ -73,12 +73,12 @@ func BenchmarkFullPlan(b *testing.B) {
 			reportQuality(b, e)
 			b.ReportMetric(peakMiB(b), "peak-MiB")
 		})
-		carryOut(&v, Compute(v, Options{}))
+		carryOut(&v, Compute(v))
 		b.Run(fmt.Sprintf("parallelism=%d/again", parallelism), func(b *testing.B) {
 			runtime.GC()
 			before := spent(b)
 			for b.Loop() {
-				if p := Compute(v, Options{}); len(p.Steps) != 0 {
+				if p := Compute(v); len(p.Steps) != 0 {
 					b.Fatalf("%d steps", len(p.Steps))
 				}
 			}
@@ -93,8 +93,8 @@ func BenchmarkFullPlan(b *testing.B) {
 // plan carried out.
 func BenchmarkOneEvent(b *testing.B) {
 	v := bigView(full)
-	carryOut(&v, Compute(v, Options{}))
-	e := NewEngine(v, Options{})
+	carryOut(&v, Compute(v))
+	e := NewEngine(v)
 	e.Plan()
 	took := make([]time.Duration, 0, 1<<16)
 	moves, least, n := 0, 0, 0

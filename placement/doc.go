@@ -6,7 +6,7 @@
 // what an event concerns. Both solve one pipeline at a time with the same code,
 // so whatever holds for one holds for the other:
 //
-//	e := placement.NewEngine(view, placement.Options{})
+//	e := placement.NewEngine(view)
 //	e.PutSidecar(s)          // an event
 //	plan := e.Plan()         // what to change, the most urgent first
 //	e.PutAssignment(a)       // what became of it
@@ -29,8 +29,9 @@
 //     forwarded to it, so a cycle would pass one batch round for ever.
 //  3. A stage stays where it is while its sidecar is alive, suspect or in grace and
 //     still offers the service, unless another stage could then be placed nowhere
-//     at all, its sidecar drains and somebody else can take it, or Options.Balance
-//     asks for it.
+//     at all, or its sidecar drains and somebody else can take it. Nothing that runs
+//     well is moved for balance alone: balance is looked after where something has
+//     to be placed anyway.
 //  4. A source stage is handed out only when every stage downstream of it has a
 //     sidecar: a sidecar acknowledges a batch when the stages of its own table are
 //     done, so a gap further down would lose records in silence. Without an

@@ -8,8 +8,6 @@ import (
 // Engine keeps what plans are made from, indexed, so that an event costs what
 // it concerns. It belongs to one goroutine at a time.
 type Engine struct {
-	o Options
-
 	hosts     []host
 	freeHosts []int32
 	hostID    map[string]int32
@@ -96,9 +94,8 @@ type name struct {
 }
 
 // NewEngine indexes v and marks everything as to be planned.
-func NewEngine(v View, o Options) *Engine {
+func NewEngine(v View) *Engine {
 	e := &Engine{
-		o:         o,
 		hostID:    make(map[string]int32, len(v.Sidecars)),
 		nodeID:    make(map[machineKey]int32),
 		zoneID:    make(map[string]int32),

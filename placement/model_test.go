@@ -20,13 +20,12 @@ type model struct {
 	assignments map[[2]string]*Assignment // pipeline, sidecar
 	changes     uint64
 	engine      *Engine
-	options     Options
 }
 
-func newModel(o Options) *model {
+func newModel() *model {
 	return &model{
 		pipelines: make(map[string]*Pipeline), sidecars: make(map[string]*Sidecar),
-		assignments: make(map[[2]string]*Assignment), engine: NewEngine(View{}, o), options: o,
+		assignments: make(map[[2]string]*Assignment), engine: NewEngine(View{}),
 	}
 }
 
@@ -314,7 +313,7 @@ func parsePipeline(t testing.TB, id, text string) *Pipeline {
 // small enough that all layouts can be enumerated, crowded enough that circles
 // are common.
 func drawModel(t *rapid.T, parallel bool) *model {
-	m := newModel(Options{})
+	m := newModel()
 	for i := range rapid.IntRange(1, 6).Draw(t, "sidecars") {
 		s := &Sidecar{ID: fmt.Sprintf("pod%d", i), Endpoint: fmt.Sprintf("pod%d:1", i), Generation: 1, Offers: drawOffers(t)}
 		drawPlace(t, s)

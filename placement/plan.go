@@ -39,13 +39,13 @@ const (
 	Grow
 	// Evacuate takes stages from sidecars that drain.
 	Evacuate
-	// Even moves what runs well, for balance.
-	Even
+	// Rearrange moves what could not stay because of others.
+	Rearrange
 )
 
 // String returns the name of u.
 func (u Urgency) String() string {
-	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "even"}[u]
+	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange"}[u]
 }
 
 // Change is what one sidecar is to be told of one pipeline.
@@ -65,7 +65,7 @@ type Change struct {
 
 // Compute plans v as a whole. It is a pure function: equal views, in any order,
 // give equal plans.
-func Compute(v View, o Options) Plan { return NewEngine(v, o).Plan() }
+func Compute(v View) Plan { return NewEngine(v).Plan() }
 
 // Plan plans the pipelines that events concern, all of them the first time. A
 // pipeline that is to be changed is planned again every time until its
@@ -322,7 +322,7 @@ func (l *layout) urgency(moves int) Urgency {
 	if moves == 0 {
 		return Clean
 	}
-	u := Even
+	u := Rearrange
 	for i := range l.x.stages {
 		kept, were, lost := 0, 0, 0
 		for n := range l.nodes {

@@ -19,8 +19,8 @@ func TestPlanHolds(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := drawModel(t, true)
 		for range rapid.IntRange(1, 8).Draw(t, "events") {
-			whole := Compute(m.view(), Options{})
-			if again := Compute(m.shuffled(rapid.Uint64().Draw(t, "shuffle")), Options{}); !reflect.DeepEqual(whole, again) {
+			whole := Compute(m.view())
+			if again := Compute(m.shuffled(rapid.Uint64().Draw(t, "shuffle"))); !reflect.DeepEqual(whole, again) {
 				t.Fatalf("the order of the view changes the plan:\n%+v\n%+v", whole, again)
 			}
 			if rapid.Bool().Draw(t, "incremental") {
@@ -29,13 +29,13 @@ func TestPlanHolds(t *testing.T) {
 				m.carryOut(whole)
 			}
 			m.check(t)
-			if more := Compute(m.view(), Options{}); len(more.Steps) > 0 {
+			if more := Compute(m.view()); len(more.Steps) > 0 {
 				t.Fatalf("planning again changes more: %+v", more.Steps)
 			}
 			if more := m.engine.Plan(); len(more.Steps) > 0 {
 				t.Fatalf("the engine has more to change: %+v", more.Steps)
 			}
-			afresh := NewEngine(m.view(), Options{})
+			afresh := NewEngine(m.view())
 			afresh.Plan()
 			now, want := m.engine.Measure(), afresh.Measure()
 			if now.Placed != want.Placed || now.Pending != want.Pending || now.Highest != want.Highest || now.Edges != want.Edges {
@@ -48,7 +48,7 @@ func TestPlanHolds(t *testing.T) {
 
 // solved lays out one pipeline of m.
 func solved(m *model, id string) *layout {
-	e := NewEngine(m.view(), Options{})
+	e := NewEngine(m.view())
 	x := &e.pipes[e.pipeID[id]]
 	e.drop(x)
 	e.l.reset(x)

@@ -149,13 +149,6 @@ type Assigned struct {
 	RemoteEndpoint string
 }
 
-// Options are the same for every plan of an Engine.
-type Options struct {
-	// Balance is by how much a sidecar may exceed its share before what runs
-	// well is moved away for balance alone: 1.05 is five per cent. 0: never.
-	Balance float64
-}
-
 // fits says whether a service of type s can run a stage of type t. Lookups
 // have no stage type of their own: they run as transforms.
 func (t StageType) fits(s ServiceType) bool {
