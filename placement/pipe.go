@@ -24,8 +24,9 @@ type pipe struct {
 	circular bool
 	step     int32 // of the plan that is being made, -1 = none
 
-	// What came of the newest layout.
+	// What came of the newest layout: its figures, and which stages have a place.
 	figures figures
+	placed  []bool
 }
 
 // stage is one of a pipe.

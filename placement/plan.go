@@ -155,6 +155,10 @@ func (e *Engine) lay(x *pipe) (Step, bool) {
 	e.totals.add(x.figures, -1)
 	x.figures = l.evaluate()
 	e.totals.add(x.figures, +1)
+	x.placed = slices.Grow(x.placed[:0], len(x.stages))[:len(x.stages)]
+	for i := range x.stages {
+		x.placed[i] = len(l.at[i]) > 0
+	}
 	e.hold(x, l)
 	e.shorten(x, l)
 	return step, changed
