@@ -97,6 +97,7 @@ func BenchmarkOneEvent(b *testing.B) {
 	e := NewEngine(v)
 	e.Plan()
 	took := make([]time.Duration, 0, 1<<16)
+	worked := make([]time.Duration, 0, 1<<16)
 	moves, least, n := 0, 0, 0
 	runtime.GC()
 	for b.Loop() {
@@ -116,7 +117,7 @@ func BenchmarkOneEvent(b *testing.B) {
 				s.Endpoint += "0"
 			}
 			c := s
-			start := time.Now()
+			start, before := time.Now(), spent(b)
 			if kind == 3 {
 				e.RemoveSidecar(c.ID)
 			} else {
@@ -124,6 +125,7 @@ func BenchmarkOneEvent(b *testing.B) {
 			}
 			p := e.Plan()
 			took = append(took, time.Since(start))
+			worked = append(worked, spent(b)-before)
 			moves += p.Quality.Moves
 			least += p.Quality.Least
 			for _, a := range decided(p) {

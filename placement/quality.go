@@ -85,6 +85,7 @@ func (e *Engine) Measure() Quality {
 			capacity += c
 		}
 	}
+	q.Bound = min(q.Bound, q.Highest) // rounding goes by the mean capacity
 	if capacity > 0 {
 		q.Mean = float64(load) / float64(capacity)
 	}
