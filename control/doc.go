@@ -11,25 +11,11 @@
 //
 // # Placement
 //
-// Plan is a pure function of an Input: no clock, no randomness, no map order,
-// so equal inputs give equal plans on every node, and a plan can be explained
-// after the fact by computing it again (Placements). Invariants of a plan:
-//
-//  1. A sidecar is given its own stages and the direct downstream stages that
-//     run elsewhere, nothing else.
-//  2. Within a pipeline the graph "sidecar A has a remote entry at sidecar B"
-//     has no cycle. A sidecar of the field runs its whole table again on a
-//     batch that was forwarded to it, so a cycle would pass one batch round
-//     for ever.
-//  3. A stage stays where it is as long as its sidecar is alive or suspect and
-//     still offers the service, unless another stage could then be placed
-//     nowhere at all.
-//  4. A source stage is handed out only when every stage downstream of it has
-//     a sidecar: a sidecar acknowledges a batch when the stages of its own
-//     table are done, so a gap further down would lose records in silence.
-//     Without an assignment it holds its source back instead.
-//
-// Placer runs Plan while this node leads and proposes the difference.
+// Package placement decides, and says what a plan holds to. Placer keeps a mirror of
+// the state in front of it while this node leads: the state is read once, then its
+// changes are followed, each plan costs what they concern, and the difference is
+// proposed. Plan does the same for one Input, as a pure function, and Placements
+// explain one after the fact by computing it again.
 //
 // # Liveness
 //

@@ -21,6 +21,7 @@ type model struct {
 	sidecars    map[string]*commandpb.Sidecar
 	services    map[string]*commandpb.Service
 	assignments map[assignmentKey]*commandpb.Assignment
+	revision    uint64
 }
 
 func newModel() *model {
@@ -60,12 +61,14 @@ func (m *model) input() Input {
 
 // apply returns the number of changes skipped as stale.
 func (m *model) apply(changes []*commandpb.AssignmentChange) (stale int) {
+	m.revision++
 	for _, c := range changes {
 		k := assignmentKey{c.SidecarId, c.PipelineId}
 		if c.Revoke {
 			if a := m.assignments[k]; a != nil {
 				m.assignments[k] = &commandpb.Assignment{
 					SidecarId: c.SidecarId, PipelineId: c.PipelineId, Revoked: true, PipelineVersion: a.PipelineVersion,
+					ModRevision: m.revision,
 				}
 			}
 			continue
@@ -86,6 +89,7 @@ func (m *model) apply(changes []*commandpb.AssignmentChange) (stale int) {
 // clone copies the model, so that a change can be tried.
 func (m *model) clone() *model {
 	c := newModel()
+	c.revision = m.revision
 	for k, v := range m.pipelines {
 		c.pipelines[k] = proto.Clone(v).(*commandpb.Pipeline)
 	}

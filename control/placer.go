@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"conveyor.etl/router/placement"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
@@ -43,6 +44,9 @@ type PlanInfo struct {
 	Took     time.Duration // reading and planning
 	Changes  int
 	Stale    int // skipped, because the state had moved on; planned again
+	// Quality tells how good the placement is that the plan leads to; its load
+	// figures are not filled in.
+	Quality placement.Quality
 }
 
 // EnsureDefaults fills what is zero.
@@ -101,23 +105,30 @@ func (p *Placer) reign(ctx context.Context) {
 	}
 }
 
-// follow plans, and again after every change, until it loses track of them.
+// follow plans, and again after every change, until it loses track of them. The
+// state is read once; from then on its changes are followed, so that a plan costs
+// what the changes concern and not a look at the whole fleet.
 func (p *Placer) follow(ctx context.Context) error {
-	from, own, err := p.plan(ctx)
+	v := p.c.State.View()
+	m, err := newMirror(v)
+	if closeErr := v.Close(); err == nil {
+		err = closeErr
+	}
 	if err != nil {
 		return err
 	}
-	sub, err := p.c.State.Hub().Subscribe(from,
+	sub, err := p.c.State.Hub().Subscribe(m.revision,
 		router.TablePipelines, router.TableSidecars, router.TableServices, router.TableAssignments)
 	if err != nil {
 		return err
 	}
 	defer sub.Close()
 	for {
-		if err := p.settled(ctx, sub, own); err != nil {
+		own, err := p.plan(ctx, m, sub)
+		if err != nil {
 			return err
 		}
-		if _, own, err = p.plan(ctx); err != nil {
+		if err := p.settled(ctx, m, sub, own); err != nil {
 			return err
 		}
 	}
@@ -125,12 +136,13 @@ func (p *Placer) follow(ctx context.Context) error {
 
 // settled returns when something changed that the placer did not do itself,
 // and things have calmed down. own holds the revisions of its own commands.
-func (p *Placer) settled(ctx context.Context, sub *router.Subscription, own map[uint64]bool) error {
+func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscription, own map[uint64]bool) error {
 	for {
-		changes, _, err := sub.Next(ctx)
+		changes, at, err := sub.Next(ctx)
 		if err != nil {
 			return err
 		}
+		m.follow(changes, at)
 		if foreign(changes, own) {
 			break
 		}
@@ -139,7 +151,7 @@ func (p *Placer) settled(ctx context.Context, sub *router.Subscription, own map[
 	defer last.Stop()
 	for {
 		calm, cancel := context.WithTimeout(ctx, p.c.Quiet)
-		_, _, err := sub.Next(calm)
+		changes, at, err := sub.Next(calm)
 		cancel()
 		switch {
 		case ctx.Err() != nil:
@@ -149,11 +161,28 @@ func (p *Placer) settled(ctx context.Context, sub *router.Subscription, own map[
 		case err != nil:
 			return err
 		}
+		m.follow(changes, at)
 		select {
 		case <-last.C:
 			return nil
 		default:
 		}
+	}
+}
+
+// drain takes over the changes that are there, without waiting for any.
+func drain(m *mirror, sub *router.Subscription) error {
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	for {
+		changes, at, err := sub.Next(now)
+		switch {
+		case errors.Is(err, context.Canceled):
+			return nil
+		case err != nil:
+			return err
+		}
+		m.follow(changes, at)
 	}
 }
 
@@ -168,56 +197,51 @@ func foreign(changes []router.Change, own map[uint64]bool) bool {
 }
 
 // plan makes the assignments what they should be, and again if the state moved
-// on meanwhile. It returns the revision the last plan was made from and the
-// revisions of its commands.
-func (p *Placer) plan(ctx context.Context) (from uint64, own map[uint64]bool, err error) {
+// on meanwhile. It returns the revisions of its commands.
+func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) (own map[uint64]bool, err error) {
 	own = make(map[uint64]bool)
 	for {
 		start := time.Now()
-		v := p.c.State.View()
-		in, err := ReadInput(v)
-		from = v.Revision()
-		epoch := v.Epoch()
-		if closeErr := v.Close(); err == nil {
-			err = closeErr
+		// What this placer's commands did is there once they are answered: a
+		// plan that did not know of it could send records round.
+		if err := drain(m, sub); err != nil {
+			return nil, err
 		}
-		if err != nil {
-			return 0, nil, err
-		}
-		changes := Plan(in)
-		info := PlanInfo{Revision: from, Took: time.Since(start), Changes: len(changes)}
+		plan := m.engine.Plan()
+		changes := changesOf(plan.Steps)
+		info := PlanInfo{Revision: m.revision, Took: time.Since(start), Changes: len(changes), Quality: plan.Quality}
 		for _, chunk := range p.chunks(changes) {
 			res, err := p.c.Submit.Submit(ctx, &commandpb.Command{
 				TimeMs: uint64(p.c.Now().UnixMilli()),
 				// A state restored meanwhile may have the very generations and
 				// versions the plan was made from.
-				ExpectedEpoch: &epoch,
+				ExpectedEpoch: &m.epoch,
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
-					Changes: chunk, PlannedRevision: from,
+					Changes: chunk, PlannedRevision: m.revision,
 				}},
 			})
 			if err != nil {
-				return 0, nil, err
+				return nil, err
 			}
 			if res.GetRejection().GetCode() == commandpb.Code_CODE_EPOCH {
-				return 0, nil, router.ErrResync
+				return nil, router.ErrResync
 			}
 			if r := res.GetRejection(); r != nil {
-				return 0, nil, errors.New("the state refused a plan: " + r.Reason)
+				return nil, errors.New("the state refused a plan: " + r.Reason)
 			}
 			own[res.GetRevision()] = true
 			info.Stale += int(res.GetStale())
 		}
 		p.c.Planned(info)
 		if len(changes) > 0 {
-			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale,
-				"revision", from, "took", info.Took)
+			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
+				"least", plan.Quality.Least, "revision", info.Revision, "took", info.Took)
 		}
 		if info.Stale == 0 {
-			return from, own, nil
+			return own, nil
 		}
 		if !sleep(ctx, p.c.Quiet) {
-			return 0, nil, ctx.Err()
+			return nil, ctx.Err()
 		}
 	}
 }

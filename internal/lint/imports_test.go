@@ -117,8 +117,17 @@ var importRules = []importRule{{
 }, {
 	from:      "./control",
 	forbidden: []string{"./...", pebblePkg, grpcPkg},
-	except:    []string{"./raftnode", "./router", "./router/commandpb"},
+	except:    []string{"./raftnode", "./router", "./router/commandpb", "./placement"},
 	reason:    "the leader's loops propose commands like any other caller; they reach neither disk nor network",
+}, {
+	from:      "./placement",
+	forbidden: []string{"./...", pebblePkg, grpcPkg, "go.etcd.io/..."},
+	tests:     true,
+	reason:    "a plan is a pure function of what it is given: it can be checked and timed at full size only while it knows neither state nor commands",
+}, {
+	from:      "./placement",
+	forbidden: []string{"time", "math/rand/...", "crypto/rand", "os/...", "net/...", "sync/...", "context"},
+	reason:    "equal views must give equal plans: no clock, no randomness, no environment, no scheduling",
 }, {
 	from:      "./recovery",
 	forbidden: []string{"./...", pebblePkg, grpcPkg},

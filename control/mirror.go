@@ -1,0 +1,115 @@
+package control
+
+import (
+	"conveyor.etl/router/placement"
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+)
+
+// mirror is what the planner knows of the state, as of one revision, kept up to
+// date by the changes of the state. It belongs to one goroutine.
+type mirror struct {
+	engine   *placement.Engine
+	revision uint64
+	epoch    uint64
+	sidecars map[string]*commandpb.Sidecar
+	// services are the registrations on each sidecar, by id. They may come
+	// before their sidecar does.
+	services map[string]map[string]*commandpb.Service
+}
+
+// newMirror reads v. It does not close it.
+func newMirror(v *router.View) (*mirror, error) {
+	in, err := ReadInput(v)
+	if err != nil {
+		return nil, err
+	}
+	m := &mirror{
+		engine: placement.NewEngine(viewOf(in)), revision: v.Revision(), epoch: v.Epoch(),
+		sidecars: make(map[string]*commandpb.Sidecar, len(in.Sidecars)),
+		services: make(map[string]map[string]*commandpb.Service),
+	}
+	for _, s := range in.Sidecars {
+		m.sidecars[s.SidecarId] = s
+	}
+	for _, s := range in.Services {
+		m.putService(s)
+	}
+	return m, nil
+}
+
+// follow takes over changes up to a revision.
+func (m *mirror) follow(changes []router.Change, revision uint64) {
+	for i := range changes {
+		m.change(&changes[i])
+	}
+	m.revision = max(m.revision, revision)
+}
+
+func (m *mirror) change(c *router.Change) {
+	switch c.Table {
+	case router.TablePipelines:
+		if p, ok := c.Next.(*commandpb.Pipeline); ok {
+			m.engine.PutPipeline(pipelineOf(p))
+		} else {
+			m.engine.RemovePipeline(c.Key)
+		}
+	case router.TableSidecars:
+		if s, ok := c.Next.(*commandpb.Sidecar); ok {
+			m.sidecars[s.SidecarId] = s
+			m.putSidecar(s.SidecarId)
+		} else {
+			delete(m.sidecars, c.Key)
+			m.engine.RemoveSidecar(c.Key)
+		}
+	case router.TableServices:
+		prev, _ := c.Prev.(*commandpb.Service)
+		next, _ := c.Next.(*commandpb.Service)
+		if prev != nil {
+			m.dropService(prev)
+		}
+		if next != nil {
+			m.putService(next)
+		}
+		if prev != nil && prev.SidecarId != next.GetSidecarId() {
+			m.putSidecar(prev.SidecarId)
+		}
+		m.putSidecar(next.GetSidecarId())
+	case router.TableAssignments:
+		if a, ok := c.Next.(*commandpb.Assignment); ok {
+			m.engine.PutAssignment(assignmentOf(a))
+		} else if a, ok := c.Prev.(*commandpb.Assignment); ok {
+			m.engine.RemoveAssignment(a.SidecarId, a.PipelineId)
+		}
+	}
+}
+
+func (m *mirror) putService(s *commandpb.Service) {
+	if s.SidecarId == "" {
+		return
+	}
+	if m.services[s.SidecarId] == nil {
+		m.services[s.SidecarId] = make(map[string]*commandpb.Service)
+	}
+	m.services[s.SidecarId][s.ServiceId] = s
+}
+
+func (m *mirror) dropService(s *commandpb.Service) {
+	delete(m.services[s.SidecarId], s.ServiceId)
+	if len(m.services[s.SidecarId]) == 0 {
+		delete(m.services, s.SidecarId)
+	}
+}
+
+// putSidecar tells the engine what is known of a sidecar now.
+func (m *mirror) putSidecar(id string) {
+	s := m.sidecars[id]
+	if s == nil {
+		return
+	}
+	registered := make([]*commandpb.Service, 0, len(m.services[id]))
+	for _, r := range m.services[id] { // sidecarOf puts them in order
+		registered = append(registered, r)
+	}
+	m.engine.PutSidecar(sidecarOf(s, registered))
+}

@@ -1,0 +1,144 @@
+package placement
+
+import "math"
+
+// Quality says how good the layouts are that a plan leads to. Counts of moves
+// and what they are compared with are those of the plan; all else is of all
+// pipelines there are.
+type Quality struct {
+	// Moves are the stages that sidecars are newly given, Least the fewest that
+	// any plan could do with: instances that nobody runs and somebody can.
+	Moves, Least int
+	// Asked and Placed count instances of stages of enabled pipelines; Pending
+	// the stages of them that run nowhere.
+	Asked, Placed, Pending int
+	// Edges counts where records are handed on, one for each downstream stage of
+	// each instance; those within a pod, within a node and within a zone are
+	// parts of the ones after.
+	Edges, InPod, InNode, InZone int
+	// Highest is the load by capacity of the most loaded sidecar, Mean that of all
+	// that take stages and offer what any pipeline asks for; Bound is the least
+	// that Highest could be, whatever the edges: that of the sidecars that must
+	// carry most, rounded up to whole stages.
+	Highest, Mean, Bound float64
+}
+
+// MaxOverMean is Highest by Mean, or by Bound where Mean cannot be reached. 1 is
+// perfect.
+func (q *Quality) MaxOverMean() float64 {
+	if q.Highest == 0 {
+		return 1
+	}
+	return q.Highest / max(q.Mean, q.Bound)
+}
+
+// LocalShare is the share of edges that stay within a pod.
+func (q *Quality) LocalShare() float64 { return share(q.InPod, q.Edges) }
+
+func share(n, of int) float64 {
+	if of == 0 {
+		return 1
+	}
+	return float64(n) / float64(of)
+}
+
+// count adds the figures of one plan's pipeline.
+func (q *Quality) count(x *pipe) {
+	q.Moves += x.figures.moves
+	q.Least += x.figures.least
+}
+
+// sum fills in what is known of all pipelines together.
+func (e *Engine) sum(q *Quality) {
+	t := &e.totals
+	q.Asked, q.Placed, q.Pending = t.asked, t.placed, t.pending
+	q.Edges, q.InPod, q.InNode, q.InZone = t.edges, t.pod, t.node, t.zone
+}
+
+// Measure returns the quality of the newest layouts with the load, which takes a
+// look at every sidecar.
+func (e *Engine) Measure() Quality {
+	var q Quality
+	e.sum(&q)
+	wanted := make([]bool, len(e.profiles))
+	for i := range e.profiles {
+		p := &e.profiles[i]
+		for _, f := range p.fits {
+			wanted[i] = wanted[i] || (f.fit == fresh && e.wants[f.want].stages > 0)
+		}
+		if !wanted[i] || p.open == 0 {
+			continue
+		}
+		c := float64(p.capacity) / float64(p.open)
+		q.Bound = max(q.Bound, math.Ceil(float64(p.share)/unit*c-1e-3)/c)
+	}
+	var load, capacity int64
+	for i := range e.hosts {
+		x := &e.hosts[i]
+		if x.profile < 0 || (!wanted[x.profile] && x.load == 0) {
+			continue
+		}
+		c := x.capacity
+		q.Highest = max(q.Highest, float64(x.load)/float64(c))
+		if x.takes {
+			load += int64(x.load)
+			capacity += c
+		}
+	}
+	q.Bound = min(q.Bound, q.Highest) // rounding goes by the mean capacity
+	if capacity > 0 {
+		q.Mean = float64(load) / float64(capacity)
+	}
+	return q
+}
+
+// evaluate computes the figures of the layout.
+func (l *layout) evaluate() figures {
+	var f figures
+	x := l.x
+	if x.spec == nil || !x.spec.Enabled {
+		return f
+	}
+	for i := range x.stages {
+		s := &x.stages[i]
+		stay := 0
+		for n := range l.nodes {
+			if had := l.nodes[n].bound.has(int32(i)); had && l.mayKeep(int32(i), int32(n)) {
+				stay++
+			}
+		}
+		f.asked += int(s.count)
+		f.placed += len(l.at[i])
+		if len(l.at[i]) == 0 {
+			f.pending++
+		}
+		f.least += max(0, len(l.at[i])-stay)
+		for _, n := range l.at[i] {
+			from := &l.nodes[n]
+			if !from.bound.has(int32(i)) {
+				f.moves++
+			}
+			for _, d := range s.down {
+				f.edges++
+				if from.local.has(d) {
+					f.pod++
+					f.node++
+					f.zone++
+					continue
+				}
+				to, ok := from.next(d)
+				if !ok {
+					continue
+				}
+				switch l.e.distance(from.host, l.nodes[to].host) {
+				case 1:
+					f.node++
+					f.zone++
+				case 2:
+					f.zone++
+				}
+			}
+		}
+	}
+	return f
+}
