@@ -269,6 +269,8 @@ func (p *Promoter) show(ctx context.Context, st raftnode.Status, m raftnode.Memb
 	op := operation(m, newest, next)
 	op.Phase, op.Unit, op.Done, op.Total = phaseLog, "entries", min(peer.Match, st.Commit), st.Commit
 	switch {
+	case peer.State == "snapshot" && running(newest) && newest.Phase == phaseImage && newest.Total == 0:
+		return // said already; once more could take the place of the sender's word
 	case peer.State == "snapshot":
 		// Whoever sends it says how much of it.
 		op.Phase, op.Unit, op.Done, op.Total = phaseImage, "bytes", 0, 0
