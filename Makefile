@@ -27,7 +27,8 @@ $(BIN)/.tools: tools/go.mod tools/go.sum
 gen: tools ## regenerate the protobuf code
 	cd proto && $(BIN)/buf generate
 	cd proto && $(BIN)/buf generate --template buf.gen.hot.yaml \
-		--path conveyor --path conveyor_etl/checkpoint.proto --path conveyor_etl/cluster.proto
+		--path conveyor --path conveyor_etl/checkpoint.proto --path conveyor_etl/cluster.proto \
+		--path conveyor_etl/sidecar.proto
 
 .PHONY: test
 test: ## run all tests that fit into a few minutes

@@ -94,7 +94,7 @@ func (w *assignmentWatch) push(v *router.View) error {
 	for i, ev := range events {
 		out := &sidecarpb.PipelineAssignmentEvent{EventType: ev.kind, Epoch: w.epoch}
 		if ev.a != nil {
-			out.Assignment = assignmentToAPI(ev.a)
+			out.Assignment, out.ChangedAtMs = assignmentToAPI(ev.a), ev.a.ChangedAtMs
 		} else {
 			out.Assignment = &sidecarpb.PipelineAssignment{PipelineId: ev.pipeline}
 		}

@@ -3396,6 +3396,7 @@ type ChangeEvent struct {
 	Deleted       bool   `protobuf:"varint,4,opt,name=deleted,proto3" json:"deleted,omitempty"`
 	Summary       string `protobuf:"bytes,5,opt,name=summary,proto3" json:"summary,omitempty"` // one line for people
 	Epoch         uint64 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`    // restore epoch of the revision
+	State         string `protobuf:"bytes,7,opt,name=state,proto3" json:"state,omitempty"`     // of a sidecar, when that is what changed: alive, suspect, expired
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3470,6 +3471,13 @@ func (x *ChangeEvent) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *ChangeEvent) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
 }
 
 var File_conveyor_etl_cluster_proto protoreflect.FileDescriptor
@@ -3732,14 +3740,15 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\rfrom_revision\x18\x01 \x01(\x04R\ffromRevision\x12\x16\n" +
 	"\x06tables\x18\x02 \x03(\tR\x06tables\x12\x1d\n" +
 	"\n" +
-	"from_epoch\x18\x03 \x01(\x04R\tfromEpoch\"\x9b\x01\n" +
+	"from_epoch\x18\x03 \x01(\x04R\tfromEpoch\"\xb1\x01\n" +
 	"\vChangeEvent\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05table\x18\x02 \x01(\tR\x05table\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x18\n" +
 	"\adeleted\x18\x04 \x01(\bR\adeleted\x12\x18\n" +
 	"\asummary\x18\x05 \x01(\tR\asummary\x12\x14\n" +
-	"\x05epoch\x18\x06 \x01(\x04R\x05epoch*\xa3\x01\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x12\x14\n" +
+	"\x05state\x18\a \x01(\tR\x05state*\xa3\x01\n" +
 	"\x0eOperationState\x12\x1f\n" +
 	"\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17OPERATION_STATE_RUNNING\x10\x01\x12\x18\n" +

@@ -1160,9 +1160,10 @@ type PipelineAssignmentEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EventType     EventType              `protobuf:"varint,1,opt,name=event_type,json=eventType,proto3,enum=conveyor_etl.sidecar.EventType" json:"event_type,omitempty"`
 	Assignment    *PipelineAssignment    `protobuf:"bytes,2,opt,name=assignment,proto3" json:"assignment,omitempty"`
-	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"` // resume from here
-	Reason        string                 `protobuf:"bytes,101,opt,name=reason,proto3" json:"reason,omitempty"`      // why, for EVENT_TYPE_RESYNC
-	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`       // restore epoch of the revision
+	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                            // resume from here
+	Reason        string                 `protobuf:"bytes,101,opt,name=reason,proto3" json:"reason,omitempty"`                                 // why, for EVENT_TYPE_RESYNC
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`                                  // restore epoch of the revision
+	ChangedAtMs   uint64                 `protobuf:"varint,103,opt,name=changed_at_ms,json=changedAtMs,proto3" json:"changed_at_ms,omitempty"` // when the change was decided, in Unix time of the node that decided it; 0 = unknown
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1228,6 +1229,13 @@ func (x *PipelineAssignmentEvent) GetReason() string {
 func (x *PipelineAssignmentEvent) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
+	}
+	return 0
+}
+
+func (x *PipelineAssignmentEvent) GetChangedAtMs() uint64 {
+	if x != nil {
+		return x.ChangedAtMs
 	}
 	return 0
 }
@@ -1949,7 +1957,7 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12#\n" +
 	"\rfrom_revision\x18d \x01(\x04R\ffromRevision\x12\x1d\n" +
 	"\n" +
-	"from_epoch\x18e \x01(\x04R\tfromEpoch\"\xed\x01\n" +
+	"from_epoch\x18e \x01(\x04R\tfromEpoch\"\x91\x02\n" +
 	"\x17PipelineAssignmentEvent\x12>\n" +
 	"\n" +
 	"event_type\x18\x01 \x01(\x0e2\x1f.conveyor_etl.sidecar.EventTypeR\teventType\x12H\n" +
@@ -1958,7 +1966,8 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"assignment\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x16\n" +
 	"\x06reason\x18e \x01(\tR\x06reason\x12\x14\n" +
-	"\x05epoch\x18f \x01(\x04R\x05epoch\"\xd0\x01\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\x12\"\n" +
+	"\rchanged_at_ms\x18g \x01(\x04R\vchangedAtMs\"\xd0\x01\n" +
 	"\x12PushRecordsRequest\x124\n" +
 	"\x04init\x18\x01 \x01(\v2\x1e.conveyor_etl.sidecar.PushInitH\x00R\x04init\x128\n" +
 	"\x05batch\x18\x02 \x01(\v2 .conveyor_etl.common.RecordBatchH\x00R\x05batch\x12C\n" +
