@@ -79,10 +79,7 @@ func (r *Recovery) verified(ctx context.Context, s *shelf.Reader) (*router.Image
 }
 
 func (r *Recovery) examine(ctx context.Context, image *router.Image, rec shelf.Record) (*commandpb.RestoreSource, error) {
-	if err := image.Check(ctx); err != nil {
-		return nil, err
-	}
-	src, err := image.Source(ctx)
+	src, err := image.CheckedSource(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -1,7 +1,6 @@
 package router
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +9,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/router/commandpb"
 )
@@ -65,26 +65,13 @@ func (im *Image) View() *View {
 // Position returns where the image stands in the log it was made from.
 func (im *Image) Position() Position { return im.pos.clone() }
 
-// Source describes the content for BeginRestore. It reads everything for the
-// hash of the content. Whose cluster it was is not known here.
-func (im *Image) Source(ctx context.Context) (*commandpb.RestoreSource, error) {
-	v := im.View()
-	defer v.Close()
-	h, err := v.ContentHash(ctx)
-	if err != nil {
-		return nil, err
-	}
-	clock := &commandpb.Clock{}
-	err = v.read(func(r pebble.Reader) error {
-		clock, err = readClock(r)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
+// sourceOf describes the content, which has this hash, for BeginRestore. Whose
+// cluster it was is not known here.
+func (im *Image) sourceOf(contentHash []byte) *commandpb.RestoreSource {
 	return &commandpb.RestoreSource{
-		Epoch: clock.Epoch, Index: im.pos.Index, Term: im.pos.Term, Clock: clock, ContentHash: h,
-	}, nil
+		Epoch: im.clock.Epoch, Index: im.pos.Index, Term: im.pos.Term,
+		Clock: proto.Clone(im.clock).(*commandpb.Clock), ContentHash: contentHash,
+	}
 }
 
 // Close releases the image. Views of it stay readable until they are closed.

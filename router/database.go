@@ -166,6 +166,9 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       20,
 		MaxOpenFiles:                512,
+		// An image links, and who opens it opens, each table: with Pebble's 2 MiB
+		// at the top a snapshot of a gigabyte is some hundred of both.
+		TargetFileSizes: [7]int64{8 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20, 64 << 20, 64 << 20},
 		// What reads the damaged block gets the error.
 		EventListener: &pebble.EventListener{DataCorruption: func(i pebble.DataCorruptionInfo) {
 			o.Logger.Error("state: a file is damaged", "file", i.Path, "error", i.Details)

@@ -72,7 +72,7 @@ func TestImagesAreOnlyRead(t *testing.T) {
 	if _, err := w.Counts(); err != nil {
 		t.Fatal(err)
 	}
-	src, err := b.Source(t.Context())
+	src, err := b.checkedSource(t.Context(), false)
 	noError(t, err)
 	if string(src.ContentHash) != contentHash(t, s) || src.Index != pos.Index || src.Clock.Revision != s.Revision() {
 		t.Fatalf("source %s", text(src))

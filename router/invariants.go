@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
 
 	"conveyor.etl/router/router/commandpb"
@@ -28,24 +29,45 @@ func (im *Image) Check(ctx context.Context) error {
 	return v.check(ctx, true)
 }
 
+// CheckedSource is Check, and describes the content for BeginRestore, in one
+// reading of everything: most of what each costs is to get at the records. Whose
+// cluster it was is not known here.
+func (im *Image) CheckedSource(ctx context.Context) (*commandpb.RestoreSource, error) {
+	return im.checkedSource(ctx, true)
+}
+
+func (im *Image) checkedSource(ctx context.Context, graphs bool) (*commandpb.RestoreSource, error) {
+	v := im.View()
+	defer v.Close()
+	digest := newRecordDigest()
+	if err := v.checkInto(ctx, graphs, digest); err != nil {
+		return nil, err
+	}
+	return im.sourceOf(digest.sum()), nil
+}
+
 // check is Check of any view. Graphs are the proposer's concern: apply does not
 // look at them.
 func (v *View) check(ctx context.Context, graphs bool) error {
-	if err := v.read(func(r pebble.Reader) error {
-		c := &checker{ctx: ctx, r: r, graphs: graphs}
+	return v.checkInto(ctx, graphs, nil)
+}
+
+// checkInto adds the content to digest on the way, unless it is nil.
+func (v *View) checkInto(ctx context.Context, graphs bool, digest *recordDigest) error {
+	return v.read(func(r pebble.Reader) error {
+		c := &checker{ctx: ctx, r: r, graphs: graphs, digest: digest}
 		return c.run()
-	}); err != nil {
-		return err
-	}
-	return v.CheckSums(ctx)
+	})
 }
 
 type checker struct {
 	ctx    context.Context
 	r      pebble.Reader
 	graphs bool
+	digest *recordDigest
 	clock  *commandpb.Clock
 	faults []string
+	sums   [sumKinds]uint64
 	rows   [256]uint64
 	// entries is how many index entries the records ask for, by table.
 	entries [256]uint64
@@ -112,6 +134,12 @@ func (c *checker) tables() error {
 			return true, nil
 		}
 		c.rows[k[0]]++
+		if kind, ok := sumOf(k[0]); ok {
+			c.sums[kind] += recordHash(xxhash.Sum64(k), v)
+		}
+		if c.digest != nil && isData(k) {
+			c.digest.add(k, v)
+		}
 		if err := check(k, v); err != nil {
 			c.fault("record %q: %v", k, err)
 		}
@@ -144,6 +172,9 @@ func (c *checker) totals() {
 		if x.is != x.want {
 			c.fault("there are %d %s, there should be %d", x.is, x.what, x.want)
 		}
+	}
+	if bad := unlikeSums(c.clock, &c.sums); len(bad) > 0 {
+		c.fault("the sums kept of %v are not those of the records", bad)
 	}
 }
 

@@ -24,7 +24,7 @@ func stageCommands(t testing.TB, fs vfs.FS, dir, operation string) []*commandpb.
 	im, err := OpenImage(fs, dir, testOptions())
 	noError(t, err)
 	defer func() { noError(t, im.Close()) }()
-	src, err := im.Source(t.Context())
+	src, err := im.checkedSource(t.Context(), false)
 	noError(t, err)
 	out := []*commandpb.Command{{Op: &commandpb.Command_BeginRestore{BeginRestore: &commandpb.BeginRestore{
 		OperationId: operation, SnapshotId: "nightly", Owner: 1, Source: src,
@@ -197,7 +197,7 @@ func TestRestore(t *testing.T) {
 	im, err := OpenImage(fs, u.Dir, testOptions())
 	noError(t, err)
 	noError(t, im.View().check(t.Context(), false))
-	want, err := im.Source(t.Context())
+	want, err := im.checkedSource(t.Context(), false)
 	noError(t, err)
 	noError(t, im.Close())
 	high := s.Revision()

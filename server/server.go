@@ -258,6 +258,8 @@ func (s *Server) runNode() {
 	s.loops.Go(func() { s.guard.Run(loops) })
 	s.loops.Go(func() { s.beats.Run(loops) })
 	s.loops.Go(func() { s.recovery.Run(loops) })
+	warmer := &warmer{images: s.disk.images, root: s.disk.fsm.Dir(), log: s.log}
+	s.loops.Go(func() { warmer.run(loops) })
 	s.loops.Go(func() { s.followDoubts(loops) })
 	s.loops.Go(func() { s.reportAddress(loops, actual(s.c.AdvertiseRaftAddr, s.peerLis)) })
 	s.control.start(loops, &s.loops)

@@ -131,7 +131,9 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return err
 	}
-	s.fsm, err = router.Open(s.points.FS(vfs.Default), filepath.Join(s.dir, datadir.StateName), router.Options{
+	// One for all who image the state: what one has read no other reads again.
+	sums := snap.NewSumCache()
+	s.fsm, err = router.Open(sums.Summing(s.points.FS(vfs.Default)), filepath.Join(s.dir, datadir.StateName), router.Options{
 		Bootstrap:     boot,
 		Logger:        log.With("part", "state"),
 		MemTableBytes: c.Store.MemTableBytes,
@@ -149,7 +151,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	}
 	s.machine = s.points.Machine(machine)
 	s.images, err = snap.OpenStore(s.points.FS(vfs.Default), filepath.Join(s.dir, datadir.ImagesName), snap.Options{
-		Logger: log.With("part", "images"), Now: now,
+		Logger: log.With("part", "images"), Now: now, Sums: sums,
 	})
 	if err != nil {
 		return fmt.Errorf("open the images: %w", err)
@@ -157,6 +159,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	err = s.openShelf(shelf.Options{
 		Logger: log.With("part", "snapshots"), Now: now,
 		MaxSnapshots: int(c.Backup.KeepSnapshots), MaxBytes: c.Backup.MaxBytes,
+		Images: snap.Options{Sums: sums},
 	})
 	if err != nil {
 		return err

@@ -107,6 +107,15 @@ func (s *Store) sealFile(ctx context.Context, path, name string, buf []byte) (fi
 	if !st.Mode().IsRegular() {
 		return File{}, fmt.Errorf("snap: create: %s is not a plain file: images are flat", path)
 	}
+	id, known := identify(st)
+	known = known && immutable(name)
+	if known {
+		// The common table of an image was written through Summing, or is in an
+		// image already: to sync it again would only wait in line behind the log.
+		if crc, durable, ok := s.opts.Sums.get(id); ok && durable {
+			return File{Size: id.size, CRC: crc}, nil
+		}
+	}
 	// fsync needs no write permission on the descriptor, and the files may be
 	// hard links into a live database that must not be opened for writing.
 	if err := f.Sync(); err != nil {
@@ -115,6 +124,9 @@ func (s *Store) sealFile(ctx context.Context, path, name string, buf []byte) (fi
 	file, _, err = s.opts.Sums.sum(ctx, f, name, math.MaxInt64, buf)
 	if err != nil {
 		return File{}, fmt.Errorf("snap: create: read %s: %w", path, err)
+	}
+	if known && file.Size == id.size {
+		s.opts.Sums.settled(id)
 	}
 	return file, nil
 }

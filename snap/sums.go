@@ -10,9 +10,10 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
-// SumCache remembers the checksums of tables, so that an image of a state that
-// was imaged before costs as much as what has changed since. Stores that image
-// the same state may share one. Its methods are safe for concurrent use.
+// SumCache remembers the checksums of tables, so that an image of a state whose
+// tables were written through Summing, warmed or imaged before reads none of
+// them. Stores that image the same state may share one. Its methods are safe for
+// concurrent use.
 //
 // A table is known by its inode: every image links to the same one as the live
 // database. Names do not matter, and files without an inode (in memory) are
@@ -43,6 +44,8 @@ type fileIdentity struct {
 type cachedSum struct {
 	crc  uint32
 	used uint64 // pass
+	// durable: the content was synced after it was written.
+	durable bool
 }
 
 // NewSumCache returns an empty cache.
@@ -67,6 +70,14 @@ func identify(st vfs.FileInfo) (id fileIdentity, ok bool) {
 	}, true
 }
 
+// links returns how many names the file has, of which st tells.
+func links(st vfs.FileInfo) uint64 {
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		return uint64(sys.Nlink)
+	}
+	return 0
+}
+
 // begin starts a pass and forgets what the last ones did not need.
 func (c *SumCache) begin() {
 	c.mu.Lock()
@@ -79,21 +90,39 @@ func (c *SumCache) begin() {
 	}
 }
 
-func (c *SumCache) get(id fileIdentity) (crc uint32, ok bool) {
+// get returns what is known of a table: its checksum, and whether its content is
+// known to be durable.
+func (c *SumCache) get(id fileIdentity) (crc uint32, durable, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.sums[id]
 	if s == nil {
-		return 0, false
+		return 0, false, false
 	}
 	s.used = c.pass
-	return s.crc, true
+	return s.crc, s.durable, true
 }
 
-func (c *SumCache) put(id fileIdentity, crc uint32) {
+func (c *SumCache) put(id fileIdentity, crc uint32, durable bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.sums[id] = &cachedSum{crc: crc, used: c.pass}
+	c.sums[id] = &cachedSum{crc: crc, used: c.pass, durable: durable}
+}
+
+// forget drops what is known of a table.
+func (c *SumCache) forget(id fileIdentity) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.sums, id)
+}
+
+// settled notes that a table was synced.
+func (c *SumCache) settled(id fileIdentity) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.sums[id]; s != nil {
+		s.durable = true
+	}
 }
 
 // sum returns size and checksum of f, from the cache when name is that of a
@@ -106,7 +135,7 @@ func (c *SumCache) sum(ctx context.Context, f vfs.File, name string, limit int64
 	id, known := identify(st)
 	known = known && immutable(name)
 	if known {
-		if crc, ok := c.get(id); ok {
+		if crc, _, ok := c.get(id); ok {
 			return File{Size: id.size, CRC: crc}, 0, nil
 		}
 	}
@@ -122,17 +151,17 @@ func (c *SumCache) sum(ctx context.Context, f vfs.File, name string, limit int64
 		return File{}, file.Size, err
 	}
 	if again, ok := identify(st); ok && again == id {
-		c.put(id, file.CRC)
+		c.put(id, file.CRC, false)
 	}
 	return file, file.Size, nil
 }
 
 // Warm reads the tables in dir, the directory of a live database, whose
-// checksums are not known yet, so that the next Create has little to read. It
-// returns how many bytes it has read. It may run beside everything else, blocks
-// while it reads, and ends early when ctx is done. Tables that vanish meanwhile
-// are left out.
-func (s *Store) Warm(ctx context.Context, dir string) (int64, error) {
+// checksums are not known yet, at the pace of limit (nil: none), so that the next
+// Create has little to read. It returns how many bytes it has read. It may run
+// beside everything else, blocks while it reads, and ends early when ctx is done.
+// Tables that vanish meanwhile are left out.
+func (s *Store) Warm(ctx context.Context, dir string, limit *RateLimit) (int64, error) {
 	names, err := s.fs.List(dir)
 	if err != nil {
 		return 0, fmt.Errorf("snap: warm: list %s: %w", dir, err)
@@ -144,7 +173,7 @@ func (s *Store) Warm(ctx context.Context, dir string) (int64, error) {
 		if !immutable(name) {
 			continue
 		}
-		read, err := s.warmFile(ctx, s.fs.PathJoin(dir, name), name, buf)
+		read, err := s.warmFile(ctx, s.fs.PathJoin(dir, name), name, limit, buf)
 		total += read
 		if err != nil && !isNotExist(err) {
 			return total, fmt.Errorf("snap: warm: read %s: %w", s.fs.PathJoin(dir, name), err)
@@ -153,7 +182,7 @@ func (s *Store) Warm(ctx context.Context, dir string) (int64, error) {
 	return total, nil
 }
 
-func (s *Store) warmFile(ctx context.Context, path, name string, buf []byte) (int64, error) {
+func (s *Store) warmFile(ctx context.Context, path, name string, limit *RateLimit, buf []byte) (int64, error) {
 	// A stat is cheaper than to open a file in vain.
 	st, err := s.fs.Stat(path)
 	if err != nil {
@@ -163,7 +192,7 @@ func (s *Store) warmFile(ctx context.Context, path, name string, buf []byte) (in
 	if !ok {
 		return 0, nil
 	}
-	if _, ok := s.opts.Sums.get(id); ok {
+	if _, _, ok := s.opts.Sums.get(id); ok {
 		return 0, nil
 	}
 	f, err := s.fs.Open(path)
@@ -171,6 +200,22 @@ func (s *Store) warmFile(ctx context.Context, path, name string, buf []byte) (in
 		return 0, err
 	}
 	defer f.Close()
-	_, read, err := s.opts.Sums.sum(ctx, f, name, id.size, buf)
+	_, read, err := s.opts.Sums.sum(ctx, pacedFile{f, ctx, limit}, name, id.size, buf)
 	return read, err
+}
+
+// pacedFile is read at the pace of a limit.
+type pacedFile struct {
+	vfs.File
+	ctx   context.Context
+	limit *RateLimit
+}
+
+func (f pacedFile) Read(p []byte) (int, error) {
+	if f.limit != nil {
+		if err := f.limit.Wait(f.ctx, len(p)); err != nil {
+			return 0, err
+		}
+	}
+	return f.File.Read(p)
 }

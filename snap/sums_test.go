@@ -126,10 +126,10 @@ func TestSumsAreRemembered(t *testing.T) {
 
 	// Warmed tables are not read again, and warming twice reads nothing.
 	put("000004.sst", strings.Repeat("d", 4000))
-	if n, err := s.Warm(context.Background(), live); err != nil || n != 4000 {
+	if n, err := s.Warm(context.Background(), live, nil); err != nil || n != 4000 {
 		t.Errorf("warmed %d bytes, %v", n, err)
 	}
-	if n, err := s.Warm(context.Background(), live); err != nil || n != 0 {
+	if n, err := s.Warm(context.Background(), live, nil); err != nil || n != 0 {
 		t.Errorf("warmed %d bytes again, %v", n, err)
 	}
 	create(s, 0)
@@ -137,10 +137,10 @@ func TestSumsAreRemembered(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	put("000005.sst", strings.Repeat("e", 100))
-	if _, err := s.Warm(ctx, live); !errors.Is(err, context.Canceled) {
+	if _, err := s.Warm(ctx, live, nil); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	if _, err := s.Warm(context.Background(), filepath.Join(dir, "none")); err == nil {
+	if _, err := s.Warm(context.Background(), filepath.Join(dir, "none"), nil); err == nil {
 		t.Error("warmed a directory that is not there")
 	}
 }
@@ -201,7 +201,7 @@ func TestSumsInMemory(t *testing.T) {
 		if _, err := buildFiles(mem, testMeta(1), content{"000001.sst": text})("db"); err != nil {
 			t.Fatal(err)
 		}
-		if n, err := s.Warm(context.Background(), "db"); n != 0 || err != nil {
+		if n, err := s.Warm(context.Background(), "db", nil); n != 0 || err != nil {
 			t.Fatal(n, err)
 		}
 		info, err := s.Create(context.Background(), linked(mem, "db", uint64(i+1)))
@@ -219,13 +219,13 @@ func TestSumsAreForgotten(t *testing.T) {
 	c := NewSumCache()
 	for i := range 1000 {
 		c.begin()
-		c.put(fileIdentity{ino: uint64(i + 1)}, 0)
-		c.put(fileIdentity{ino: 1_000_000}, 7)
+		c.put(fileIdentity{ino: uint64(i + 1)}, 0, false)
+		c.put(fileIdentity{ino: 1_000_000}, 7, true)
 	}
 	if len(c.sums) > keepPasses+2 {
 		t.Errorf("%d checksums are kept", len(c.sums))
 	}
-	if crc, ok := c.get(fileIdentity{ino: 1_000_000}); !ok || crc != 7 {
+	if crc, durable, ok := c.get(fileIdentity{ino: 1_000_000}); !ok || crc != 7 || !durable {
 		t.Error("one in use was forgotten")
 	}
 }
@@ -285,7 +285,7 @@ func BenchmarkCreate(b *testing.B) {
 		})
 	}
 	warm := func(s *Store) {
-		if _, err := s.Warm(context.Background(), filepath.Join(dir, "db")); err != nil {
+		if _, err := s.Warm(context.Background(), filepath.Join(dir, "db"), nil); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -17,9 +17,28 @@ import (
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
-// quiet is how long a cluster is left alone before something is measured on it,
-// so that compactions after a load are over.
-const quiet = 3 * time.Second
+// A cluster is left alone before something is measured on it, for at least quiet
+// and until its members together use less than calmCPU of a processor, so that
+// what a load left to do (compactions, mostly) is not measured with it. It is not
+// waited for longer than patient.
+const (
+	quiet   = 3 * time.Second
+	calmCPU = 0.25
+	patient = time.Minute
+)
+
+// calm waits for that; false when ctx is done.
+func calm(ctx context.Context, c *cluster) bool {
+	for end := time.Now().Add(patient); ; {
+		used := cpu(c)
+		if !settle(ctx, quiet) {
+			return false
+		}
+		if used() < calmCPU*quiet.Seconds() || time.Now().After(end) {
+			return true
+		}
+	}
+}
 
 // measureRecovery runs the recovery rows among rows: all of one system on one
 // cluster, since filling it takes longest.
@@ -53,7 +72,7 @@ func recoveryOf(ctx context.Context, o *options, s system, rows []row, res *resu
 	}
 	fmt.Printf("recovery  %-8s %d objects of 256 bytes (%s) in %.1f s\n", s.name(), o.objects, o.content, time.Since(began).Seconds())
 	for _, r := range rows {
-		if !settle(ctx, quiet) {
+		if !calm(ctx, c) {
 			return ctx.Err()
 		}
 		if err := r.recovery(ctx, c, res); err != nil {
