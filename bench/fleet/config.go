@@ -17,10 +17,11 @@ const (
 	Rolling = "rolling" // all sidecars restart, some at a time
 	Zone    = "zone"    // all sidecars of one zone fall silent, and come back
 	Storm   = "storm"   // all watchers reconnect at once
+	Leader  = "leader"  // the leading node dies
 )
 
 // Scenarios lists what Config.Scenarios may name.
-var Scenarios = []string{Steady, One, Wide, Mass, Rolling, Zone, Storm}
+var Scenarios = []string{Steady, One, Wide, Mass, Rolling, Zone, Storm, Leader}
 
 // Limits of one process.
 const (
@@ -50,7 +51,8 @@ type Config struct {
 	// Heartbeat is the pause between heartbeats of one sidecar; 0 = as the
 	// cluster asks for.
 	Heartbeat time.Duration `json:"heartbeat_ns"`
-	// Duration is how long the steady scenario is measured.
+	// Duration is how long the steady scenario is measured, and how long leases
+	// are watched after the leader's death.
 	Duration time.Duration `json:"duration_ns"`
 	// Rounds is how often the scenarios of changes repeat theirs.
 	Rounds int `json:"rounds"`
@@ -140,6 +142,8 @@ func (c *Config) Validate() error {
 			bad("unknown scenario %q, known are %s", s, strings.Join(Scenarios, ", "))
 		case c.Watchers == 0 && (s == One || s == Wide || s == Storm):
 			bad("the scenario %q needs watchers", s)
+		case c.Kill == nil && s == Leader:
+			bad("the scenario %q ends a node's process; that needs a cluster of one's own (--nodes)", s)
 		}
 	}
 	return errors.Join(errs...)

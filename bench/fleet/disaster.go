@@ -260,3 +260,45 @@ func (f *Fleet) stormDeltas(over <-chan struct{}, spared func(i int) bool, recei
 	}
 	return rounds, nil
 }
+
+// leaderKill ends the leading node as kill -9 does and watches for the time of
+// Config.Duration that nobody loses a lease by it.
+func (f *Fleet) leaderKill(w *window) error {
+	st, err := f.status(f.ctx)
+	if err != nil {
+		return err
+	}
+	before := st.GetLeaderId()
+	died := time.Now()
+	if err := f.c.Kill(before); err != nil {
+		return fmt.Errorf("fleet: kill the leader: %w", err)
+	}
+	if err := f.within("election of another leader", func(ctx context.Context) error {
+		st, err := f.status(ctx)
+		if err == nil && st.GetLeaderId() == before {
+			err = fmt.Errorf("node %d still counts as the leader", before)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	w.s.figure("another leader after", time.Since(died).Seconds(), "s")
+	if err := f.turnForm(f.ctx, 0); err != nil {
+		return err
+	}
+	w.s.figure("a change committed after", time.Since(died).Seconds(), "s")
+	if f.c.Watchers > 0 {
+		if err := f.allSynced(); err != nil {
+			return err
+		}
+		w.s.figure("all watches synced after", time.Since(died).Seconds(), "s")
+	}
+	if !pause(f.ctx, f.c.Duration) {
+		return f.ctx.Err()
+	}
+	if err := w.agree(time.Now()); err != nil {
+		return err
+	}
+	w.leasesKept(w.end()) // calls to the dead node fail, leases must not
+	return nil
+}

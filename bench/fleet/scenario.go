@@ -108,6 +108,8 @@ func (f *Fleet) scenario(name string, r *Report) error {
 		return f.zoneLoss(w)
 	case Storm:
 		return f.storm(w)
+	case Leader:
+		return f.leaderKill(w)
 	}
 	return fmt.Errorf("fleet: unknown scenario %q", name)
 }

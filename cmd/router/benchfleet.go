@@ -32,6 +32,7 @@ the same calls as real ones, run scenarios with them, and print what was measure
   rolling  all sidecars restart, some at a time
   zone     all sidecars of one zone fall silent, and come back
   storm    all watchers reconnect at once; with --nodes after the leader's death
+  leader   the leading node is killed; needs --nodes
 
 Each watcher checks what it is sent: in order, no gap, no duplicate, resumable. After
 each scenario every sidecar must have been told exactly what the cluster holds for
