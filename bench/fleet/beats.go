@@ -67,6 +67,10 @@ func (f *Fleet) beat(i int) {
 	s := &f.sidecars[i]
 	s.mu.Lock()
 	up, life := s.up, s.life
+	req := &sidecarpb.SidecarHeartbeatRequest{SidecarId: sidecarID(i)}
+	if s.view != nil && s.view.synced {
+		req.AppliedRevision, req.AppliedEpoch = s.view.revision, s.view.epoch
+	}
 	s.mu.Unlock()
 	if !up || f.ctx.Err() != nil {
 		return
@@ -74,7 +78,7 @@ func (f *Fleet) beat(i int) {
 	f.wheel.add(i, f.every()) // whatever comes of it, the next is due then
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(f.ctx, beatTimeout)
-	reply, err := f.pool.sidecars(i).Heartbeat(ctx, &sidecarpb.SidecarHeartbeatRequest{SidecarId: sidecarID(i)}, grpc.WaitForReady(true))
+	reply, err := f.pool.sidecars(i).Heartbeat(ctx, req, grpc.WaitForReady(true))
 	cancel()
 	if f.ctx.Err() != nil {
 		return

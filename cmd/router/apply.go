@@ -54,6 +54,7 @@ func newPipelineApplyCommand(a *app) *cobra.Command {
 	var from manifestFlags
 	var dryRun bool
 	var version uint64
+	var wait waitFlags
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE|FOLDER...",
 		Short: "Create pipelines or change them to what the files say",
@@ -61,7 +62,12 @@ func newPipelineApplyCommand(a *app) *cobra.Command {
 Transform, Sink and Pipeline resources, or whole PipelineConfigs. A pipeline that
 is already as declared is left alone. All files are checked before anything is
 sent; then each pipeline is applied by itself, and the exit code is that of the
-first that failed.`,
+first that failed.
+
+With --wait=converged the command returns when every stage is placed and every
+sidecar that a pipeline concerns has applied its part, also those that lose theirs.
+When --wait-timeout passes first, it lists who has not and ends with exit code 7; the
+pipelines are applied all the same.`,
 		Example: "  router pipeline apply -f examples/\n  router pipeline get default/orders -o yaml | router pipeline apply -f -",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -74,6 +80,9 @@ first that failed.`,
 			}
 			expected, err := expectedVersion(cmd, version, len(set.Pipelines))
 			if err != nil {
+				return err
+			}
+			if err := wait.check(cmd, dryRun); err != nil {
 				return err
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
@@ -90,6 +99,9 @@ first that failed.`,
 						fmt.Fprintln(a.stdout, r)
 					}
 				}
+				if wait.converged() {
+					errs = append(errs, a.awaitConverged(cmd, ctx, c, done, wait.timeout))
+				}
 				if a.format != output.Table {
 					errs = append(errs, output.Document(a.stdout, a.format, done))
 				}
@@ -98,6 +110,7 @@ first that failed.`,
 		},
 	}
 	from.add(cmd)
+	wait.add(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "let the cluster check the pipelines and change nothing")
 	cmd.Flags().Uint64Var(&version, "if-version", 0, "only if this is the pipeline's current version; 0: only if it does not exist")
 	return cmd
@@ -109,6 +122,8 @@ type applied struct {
 	// Result is valid, created, unchanged or changed.
 	Result  string `json:"result"`
 	Version uint64 `json:"version,omitempty"`
+	// Convergence is what was waited for, with --wait.
+	Convergence *convergence `json:"convergence,omitempty"`
 }
 
 // String returns r as a line for people.

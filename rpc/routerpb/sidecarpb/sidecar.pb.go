@@ -545,8 +545,13 @@ type SidecarHeartbeatRequest struct {
 	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
 	ServiceHealth []*LocalServiceHealth  `protobuf:"bytes,2,rep,name=service_health,json=serviceHealth,proto3" json:"service_health,omitempty"`
 	Load          *SidecarLoad           `protobuf:"bytes,3,opt,name=load,proto3" json:"load,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Everything the sidecar was told up to this revision is in force there: the
+	// revision of a watch's event or of an answer to a heartbeat, with the epoch it
+	// is of. 0 from a sidecar that does not say.
+	AppliedRevision uint64 `protobuf:"varint,100,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
+	AppliedEpoch    uint64 `protobuf:"varint,101,opt,name=applied_epoch,json=appliedEpoch,proto3" json:"applied_epoch,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *SidecarHeartbeatRequest) Reset() {
@@ -598,6 +603,20 @@ func (x *SidecarHeartbeatRequest) GetLoad() *SidecarLoad {
 		return x.Load
 	}
 	return nil
+}
+
+func (x *SidecarHeartbeatRequest) GetAppliedRevision() uint64 {
+	if x != nil {
+		return x.AppliedRevision
+	}
+	return 0
+}
+
+func (x *SidecarHeartbeatRequest) GetAppliedEpoch() uint64 {
+	if x != nil {
+		return x.AppliedEpoch
+	}
+	return 0
 }
 
 type HeartbeatResponse struct {
@@ -1908,12 +1927,14 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\tcpu_usage\x18\x01 \x01(\x02R\bcpuUsage\x12!\n" +
 	"\fmemory_usage\x18\x02 \x01(\x02R\vmemoryUsage\x122\n" +
 	"\x15total_active_requests\x18\x03 \x01(\x04R\x13totalActiveRequests\x12*\n" +
-	"\x11local_queue_depth\x18\x04 \x01(\x04R\x0flocalQueueDepth\"\xc0\x01\n" +
+	"\x11local_queue_depth\x18\x04 \x01(\x04R\x0flocalQueueDepth\"\x90\x02\n" +
 	"\x17SidecarHeartbeatRequest\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12O\n" +
 	"\x0eservice_health\x18\x02 \x03(\v2(.conveyor_etl.sidecar.LocalServiceHealthR\rserviceHealth\x125\n" +
-	"\x04load\x18\x03 \x01(\v2!.conveyor_etl.sidecar.SidecarLoadR\x04load\"\xe0\x01\n" +
+	"\x04load\x18\x03 \x01(\v2!.conveyor_etl.sidecar.SidecarLoadR\x04load\x12)\n" +
+	"\x10applied_revision\x18d \x01(\x04R\x0fappliedRevision\x12#\n" +
+	"\rapplied_epoch\x18e \x01(\x04R\fappliedEpoch\"\xe0\x01\n" +
 	"\x11HeartbeatResponse\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\bR\facknowledged\x12@\n" +
 	"\bcommands\x18\x02 \x03(\v2$.conveyor_etl.sidecar.SidecarCommandR\bcommands\x12\x1a\n" +

@@ -377,6 +377,20 @@ func (m *SidecarHeartbeatRequest) MarshalToSizedBufferVT(dAtA []byte) (int, erro
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.AppliedEpoch != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AppliedEpoch))
+		i--
+		dAtA[i] = 0x6
+		i--
+		dAtA[i] = 0xa8
+	}
+	if m.AppliedRevision != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AppliedRevision))
+		i--
+		dAtA[i] = 0x6
+		i--
+		dAtA[i] = 0xa0
+	}
 	if m.Load != nil {
 		size, err := m.Load.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
@@ -1859,6 +1873,12 @@ func (m *SidecarHeartbeatRequest) SizeVT() (n int) {
 		l = m.Load.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	if m.AppliedRevision != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.AppliedRevision))
+	}
+	if m.AppliedEpoch != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.AppliedEpoch))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -3339,6 +3359,44 @@ func (m *SidecarHeartbeatRequest) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 100:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AppliedRevision", wireType)
+			}
+			m.AppliedRevision = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AppliedRevision |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 101:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AppliedEpoch", wireType)
+			}
+			m.AppliedEpoch = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AppliedEpoch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
