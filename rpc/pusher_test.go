@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -229,5 +230,29 @@ func TestMarksAreShared(t *testing.T) {
 	noError(t, ev.UnmarshalVT(three))
 	if ev.GetRevision() != 8 || ev.GetEpoch() != 1 || ev.GetEventType() != sidecarpb.EventType_EVENT_TYPE_SYNCED {
 		t.Errorf("%v", &ev)
+	}
+}
+
+// Goal: a watch that comes with a revision of another epoch than the state is of, as
+// after a restore, is told so and starts over, whatever the revision.
+func TestWatchOfAnotherEpoch(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/pod", "transform")
+	a.create(chain("p", "x", "y"))
+	a.assign("ns/pod", "p")
+	for _, from := range []uint64{1, a.node.fsm.Revision(), a.node.fsm.Revision() + 1000} {
+		stream, err := a.sidecar.WatchPipelineAssignments(a.ctx(), &sidecarpb.WatchAssignmentsRequest{
+			SidecarId: "ns/pod", FromRevision: from, FromEpoch: a.node.fsm.Epoch() + 1,
+		})
+		noError(t, err)
+		for i, want := range []sidecarpb.EventType{
+			sidecarpb.EventType_EVENT_TYPE_RESYNC, sidecarpb.EventType_EVENT_TYPE_ASSIGNED, sidecarpb.EventType_EVENT_TYPE_SYNCED,
+		} {
+			ev, err := stream.Recv()
+			noError(t, err)
+			if ev.EventType != want || (i == 0) != strings.Contains(ev.Reason, "restored from a backup") {
+				t.Fatalf("from %d, event %d: %v", from, i, ev)
+			}
+		}
 	}
 }
