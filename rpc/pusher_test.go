@@ -36,7 +36,7 @@ func TestSettle(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				last := time.Now()
-				time.Sleep(c.since)
+				<-time.After(c.since)
 				began := time.Now()
 				b := newBell()
 				for _, d := range c.rings {
@@ -48,8 +48,7 @@ func TestSettle(t *testing.T) {
 				if took := time.Since(began); took != c.want {
 					t.Errorf("pushed after %v, want %v", took, c.want)
 				}
-				synctest.Wait()
-				time.Sleep(pushCeiling) // until the last ring is through
+				<-time.After(pushCeiling) // until the last ring is through
 			})
 		})
 	}
