@@ -225,7 +225,7 @@ const (
 
 // clientReadBuffer is what each connection keeps for reading; what is larger is
 // read past it. gRPC's own 32 KiB are 3 GB for 100,000 sidecars with a connection
-// each. The buffer for writing is shared: a connection has one only while it
+// each. The buffer for writing needs no care: a connection has one only while it
 // writes.
 const clientReadBuffer = 4 << 10
 
@@ -287,7 +287,6 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		grpc.StaticStreamWindowSize(clientStreamWindow),
 		grpc.StaticConnWindowSize(clientConnWindow),
 		grpc.ReadBufferSize(clientReadBuffer),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		// Finds watchers whose machine vanished without closing the connection.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
