@@ -25,7 +25,9 @@ type HashedState interface {
 // MemberClient asks other members about their states. Its calls end when ctx is
 // done.
 type MemberClient interface {
-	Sums(ctx context.Context, node uint64) ([]router.Sums, error)
+	// Sums also tells node up to which index, of which epoch, its state was seen to
+	// be that of a majority; an index of zero tells nothing.
+	Sums(ctx context.Context, node, agreedIndex, agreedEpoch uint64) ([]router.Sums, error)
 	// HashAt fails with router.ErrIndexPassed when node is past index, and with
 	// router.ErrHashBusy when it hashes for somebody else.
 	HashAt(ctx context.Context, node, index uint64) (router.StateHash, error)
@@ -60,6 +62,9 @@ type CheckerConfig struct {
 	// of a majority. When it returns, no command is taken and nothing is read
 	// here any more.
 	Diverged func(ctx context.Context, f Finding)
+	// Agreed is told up to which index, of which epoch, the state of this node was
+	// seen to be that of a majority. Default: nobody is told.
+	Agreed func(index, epoch uint64)
 	// Hold stops this node from answering for d, or until Release: members
 	// differ and nobody knows which of them is right.
 	Hold    func(reason string, d time.Duration)
@@ -80,6 +85,9 @@ type CheckerConfig struct {
 func (c *CheckerConfig) EnsureDefaults() {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Agreed == nil {
+		c.Agreed = func(uint64, uint64) {}
 	}
 	if c.Interval == 0 {
 		c.Interval = 5 * time.Second
@@ -105,13 +113,15 @@ type Checker struct {
 	rounds uint64
 	// compared is the newest index at which a majority was seen to agree.
 	compared uint64
-	held     bool
+	// agreed holds where each member was last seen to agree.
+	agreed map[uint64]router.Sums
+	held   bool
 }
 
 // NewChecker returns a Checker; Run makes it work.
 func NewChecker(c CheckerConfig) *Checker {
 	c.EnsureDefaults()
-	return &Checker{c: c, wake: make(chan struct{}, 1), alarms: map[uint64]string{}}
+	return &Checker{c: c, wake: make(chan struct{}, 1), alarms: map[uint64]string{}, agreed: map[uint64]router.Sums{}}
 }
 
 // Run compares until ctx is done.
@@ -144,6 +154,7 @@ func (k *Checker) forget() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	clear(k.alarms)
+	clear(k.agreed)
 	k.releaseLocked()
 }
 
@@ -169,10 +180,14 @@ func (k *Checker) round(ctx context.Context) {
 	k.mu.Lock()
 	k.rounds++
 	k.compared = max(k.compared, v.Index)
+	k.agreed = v.AgreeAt // those who are told now; the others have not answered
 	for _, id := range v.Agree {
 		delete(k.alarms, id)
 	}
 	k.mu.Unlock()
+	if at, ok := v.AgreeAt[k.c.Self]; ok {
+		k.c.Agreed(at.Index, at.Epoch)
+	}
 	if expected, differs := v.Differ[k.c.Self]; differs {
 		f := k.finding(expected, own, v)
 		k.c.Logger.Error("the state of this leader is not that of the majority", "event", "leader_diverged",
@@ -217,7 +232,10 @@ func (k *Checker) collect(ctx context.Context, e Electorate) (map[uint64][]route
 			if id == k.c.Self {
 				sums = k.c.State.RecentSums()
 			} else {
-				sums, err = k.c.Members.Sums(ctx, id)
+				k.mu.Lock()
+				at := k.agreed[id]
+				k.mu.Unlock()
+				sums, err = k.c.Members.Sums(ctx, id, at.Index, at.Epoch)
 			}
 			mu.Lock()
 			defer mu.Unlock()

@@ -27,6 +27,7 @@ type group struct {
 	down    map[uint64]bool
 	told    map[uint64][]router.Sums // quarantines
 	deaf    bool                     // those who are told do not agree
+	agreed  map[uint64]router.Sums   // where each node was told that it is right
 	nudges  int
 	lead    raftnode.Leadership
 	changed chan struct{}
@@ -39,7 +40,7 @@ type group struct {
 func newGroup() *group {
 	return &group{
 		applied: 1000, wrong: map[uint64]bool{}, lags: map[uint64]uint64{}, down: map[uint64]bool{},
-		told: map[uint64][]router.Sums{}, changed: make(chan struct{}), lead: raftnode.Leadership{Leader: 1, Term: 1, Leading: true},
+		told: map[uint64][]router.Sums{}, agreed: map[uint64]router.Sums{}, changed: make(chan struct{}), lead: raftnode.Leadership{Leader: 1, Term: 1, Leading: true},
 	}
 }
 
@@ -57,6 +58,7 @@ func (g *group) checker(voters ...uint64) *Checker {
 			return nil
 		},
 		Diverged: func(_ context.Context, f Finding) { g.diverged = append(g.diverged, f) },
+		Agreed:   func(index, epoch uint64) { g.agreed[1] = router.Sums{Index: index, Epoch: epoch} },
 		Hold:     func(reason string, _ time.Duration) { g.held = append(g.held, reason) },
 		Release:  func() { g.released++ },
 	})
@@ -97,12 +99,13 @@ func (g *group) Applied() router.Position {
 	return router.Position{Index: g.applied}
 }
 
-func (g *group) Sums(_ context.Context, node uint64) ([]router.Sums, error) {
+func (g *group) Sums(_ context.Context, node, agreedIndex, agreedEpoch uint64) ([]router.Sums, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.down[node] {
 		return nil, errors.New("it is down")
 	}
+	g.agreed[node] = router.Sums{Index: agreedIndex, Epoch: agreedEpoch}
 	return g.sums(node), nil
 }
 
@@ -263,6 +266,30 @@ func TestCheckerRound(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Goal: every member is told up to where its state was seen to be right, and a
+// wrong one nothing that it was not told before.
+func TestCheckerTellsWhoIsRight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup()
+		k := g.checker(1, 2, 3)
+		k.round(t.Context())
+		if at := g.agreed; at[1].Index != 1000 || at[2].Index != 0 || at[3].Index != 0 {
+			t.Errorf("in the first round: %v", at)
+		}
+		g.wrong[3] = true
+		g.applied = 1100
+		k.round(t.Context())
+		if at := g.agreed; at[1].Index != 1100 || at[2].Index != 1000 || at[3].Index != 1000 {
+			t.Errorf("in the second round: %v", at)
+		}
+		g.applied = 1200
+		k.round(t.Context())
+		if at := g.agreed; at[1].Index != 1200 || at[2].Index != 1100 || at[3].Index != 0 {
+			t.Errorf("in the third round: %v", at)
+		}
+	})
 }
 
 // A difference without a majority is acted upon only when it is still there a

@@ -43,10 +43,11 @@ func (e Electorate) majority(nodes []uint64) bool {
 // Verdict is what the sums of the members say about their states.
 type Verdict struct {
 	// Agree are the nodes whose sums are those of a majority at the newest index
-	// at which that can be said, ascending; Differ those whose are not, with the
-	// sums that were expected of them.
-	Agree  []uint64
-	Differ map[uint64]router.Sums
+	// at which that can be said, ascending, and AgreeAt says which sums these are;
+	// Differ are those whose are not, with the sums that were expected of them.
+	Agree   []uint64
+	AgreeAt map[uint64]router.Sums
+	Differ  map[uint64]router.Sums
 	// Index is the newest index at which a majority agrees, 0 when there is none.
 	Index uint64
 	// Split: voters differ and there is no majority to say who is right, at
@@ -81,7 +82,7 @@ func Judge(e Electorate, reports map[uint64][]router.Sums) Verdict {
 	for _, sums := range at {
 		align(sums)
 	}
-	v := Verdict{Differ: map[uint64]router.Sums{}}
+	v := Verdict{AgreeAt: map[uint64]router.Sums{}, Differ: map[uint64]router.Sums{}}
 	judged := map[uint64]bool{}
 	for _, p := range points {
 		members := slices.Sorted(maps.Keys(at[p]))
@@ -100,6 +101,7 @@ func Judge(e Electorate, reports map[uint64][]router.Sums) Verdict {
 			judged[id] = true
 			if slices.Equal(at[p][id].Sums, reference.Sums) {
 				v.Agree = append(v.Agree, id)
+				v.AgreeAt[id] = reference
 			} else {
 				v.Differ[id] = reference
 			}

@@ -64,7 +64,18 @@ func TestJudge(t *testing.T) {
 		if c.want.Differ == nil {
 			c.want.Differ = map[uint64]router.Sums{}
 		}
-		if got := Judge(c.e, c.reports); !reflect.DeepEqual(got, c.want) {
+		got := Judge(c.e, c.reports)
+		// Where those who agree do so: at the index at which they were judged.
+		if at := slices.Sorted(maps.Keys(got.AgreeAt)); !slices.Equal(at, got.Agree) {
+			t.Errorf("%s: %v agree, and it is said where of %v", c.name, got.Agree, at)
+		}
+		for id, at := range got.AgreeAt {
+			if !slices.ContainsFunc(c.reports[id], func(s router.Sums) bool { return reflect.DeepEqual(s, at) }) {
+				t.Errorf("%s: node %d agrees at %+v, which it did not say", c.name, id, at)
+			}
+		}
+		got.AgreeAt = nil
+		if !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%s:\n got %+v\nwant %+v", c.name, got, c.want)
 		}
 	}

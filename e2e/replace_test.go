@@ -195,8 +195,8 @@ func TestMemberMoves(t *testing.T) {
 
 // TestLaggardListensToALeaderThatRejoined: node A is down while C loses its data
 // directory, joins again and becomes the leader. Goal: A, which remembers the old
-// directory of C, learns from the others that the cluster has taken C in again,
-// and follows it.
+// directory of C, takes C's word that the cluster has taken it in again, and
+// follows it.
 func TestLaggardListensToALeaderThatRejoined(t *testing.T) {
 	c := NewCluster(t, Options{Nodes: 5})
 	rest := c.Followers(c.Leader())
@@ -214,6 +214,57 @@ func TestLaggardListensToALeaderThatRejoined(t *testing.T) {
 	if lead := c.Leader(); lead != wiped {
 		t.Logf("node %d leads by now", lead.ID)
 	}
+	c.WaitSameState()
+}
+
+// TestLaggardAmongRejoinedMembers: of five nodes one is down while two others lose
+// their data directories, one after the other, and join again; then the two that
+// knew all of them die. Goal: the three that are left are a majority and go on,
+// though the one that was down knows the other two by other directories, and nobody
+// else is there to ask.
+func TestLaggardAmongRejoinedMembers(t *testing.T) {
+	c := NewCluster(t, Options{Nodes: 5})
+	leader := c.Leader()
+	rest := c.Followers(leader)
+	laggard, wiped := rest[0], rest[1:3:3]
+	laggard.Kill()
+	for _, n := range wiped {
+		n.Kill()
+		if err := os.RemoveAll(n.DataDir); err != nil {
+			t.Fatal(err)
+		}
+		n.Start()
+		eventually(t, 30*time.Second, "it joins again", func(context.Context) error {
+			if !strings.Contains(n.Log(), "event=joined") {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		c.WaitServing(n)
+		c.role(rest[3], n.ID, "voter")
+	}
+	if _, known := writeOffset(t, leader, "before", 7); known != Done {
+		t.Fatal("not written")
+	}
+	c.makeLeader(wiped[0])
+	leader.Kill()
+	rest[3].Kill()
+	laggard.Start()
+	c.WaitServing(laggard)
+	for i, n := range append(wiped, laggard) {
+		eventually(t, 30*time.Second, "the three go on", func(ctx context.Context) error {
+			if out, known := readOffset(ctx, n, "before", 0); known != Done || out.(OffsetOut).Current != 7 {
+				return fmt.Errorf("node %d reads %+v", n.ID, out)
+			}
+			if _, known := writeOffset(t, n, "after", uint64(i+1)); known != Done {
+				return errors.New("not written")
+			}
+			return nil
+		})
+	}
+	leader.Start()
+	rest[3].Start()
+	c.WaitServing(c.Nodes...)
 	c.WaitSameState()
 }
 

@@ -26,10 +26,14 @@ type changeContext struct {
 // changeContextVersion 2 added disks, read replicas and rejoining.
 const changeContextVersion = 2
 
-// maxMembers bounds the members a group has ever had, the removed ones included:
-// they are part of the position, which is written with every batch. Forgetting
+// maxMembers bounds the members a group has ever had, the removed ones included,
+// and maxAddrBytes the address of each: together the membership, which is kept in
+// memory, read with each position and sent with each image, below 1 MiB. Forgetting
 // the oldest instead would let their ids return.
-const maxMembers = 1024
+const (
+	maxMembers   = 1024
+	maxAddrBytes = 512
+)
 
 func (c changeContext) encode() ([]byte, error) {
 	c.Version = changeContextVersion
@@ -53,6 +57,11 @@ func decodeChangeContext(b []byte) (changeContext, error) {
 // admit refuses a change that would bring an id or a disk back, or demote a voter
 // by adding it again. It depends on the log alone, so every node decides alike.
 func admit(members []Member, cc *raftpb.ConfChangeV2, ctx changeContext) error {
+	for _, m := range ctx.Members {
+		if len(m.Addr) > maxAddrBytes {
+			return fmt.Errorf("the address of node %d is %d bytes long, at most %d are allowed", m.ID, len(m.Addr), maxAddrBytes)
+		}
+	}
 	for _, change := range cc.GetChanges() {
 		switch change.GetType() {
 		case raftpb.ConfChangeAddLearnerNode, raftpb.ConfChangeAddNode:

@@ -47,6 +47,9 @@ func TestAdmit(t *testing.T) {
 		{"a voter under a used id", members, Change{Kind: Promote, ID: 2}, "not reused"},
 		{"the last place", full[:maxMembers-1], Change{Kind: AddLearner, ID: 2, Addr: "x"}, ""},
 		{"one too many", full, Change{Kind: AddLearner, ID: 2, Addr: "x"}, "has had 1024 members"},
+		{"a long address", members, Change{Kind: AddLearner, ID: 3, Addr: strings.Repeat("x", maxAddrBytes)}, ""},
+		{"too long an address", members, Change{Kind: AddLearner, ID: 3, Addr: strings.Repeat("x", maxAddrBytes+1)}, "at most 512"},
+		{"too long a new address", members, Change{Kind: UpdateAddr, ID: 1, Addr: strings.Repeat("x", maxAddrBytes+1)}, "at most 512"},
 		{"a full record lets members go", full, Change{Kind: Remove, ID: 1}, ""},
 		{"a full record lets members return", full, Change{Kind: AddLearner, ID: 100, Addr: "x", Disk: 6, Rejoin: true}, ""},
 	} {

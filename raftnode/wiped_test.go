@@ -54,13 +54,13 @@ func (w *wipedWorld) accepts(node, other uint64) bool {
 	if node == w.wiped && !w.added {
 		return true // it remembers nothing
 	}
-	for _, h := range w.nodes {
-		// What anybody has applied, the cluster has agreed on: see rpc's Confirm.
-		if m, ok := h.sm.Applied().Member(other); ok && m.Disk == w.disk[other] && !m.Removed {
-			return true
-		}
+	// What a member has applied of itself, the cluster has agreed on; whoever has
+	// applied less takes its word: see rpc/disks.go.
+	here, there := w.nodes[node].sm.Applied(), w.nodes[other].sm.Applied()
+	if m, ok := there.Member(other); ok && !m.Removed && m.Disk == w.disk[other] && there.Index > here.Index {
+		return true
 	}
-	m, ok := w.nodes[node].sm.Applied().Member(other)
+	m, ok := here.Member(other)
 	switch {
 	case ok && m.Removed:
 		return false
@@ -242,5 +242,44 @@ func TestAnEmptyVoterWouldElectALaggard(t *testing.T) {
 		if elected != unguarded {
 			t.Errorf("unguarded %t: a leader was elected %t", unguarded, elected)
 		}
+	}
+}
+
+// Goal: a node that was away while others lost their disks and came back listens to
+// them, though nobody is left who knew them by the disks it remembers. Method: of
+// five, node 5 is away while 4 and then 3 are wiped and rejoin; then 1 and 2 die, so
+// that nothing can be committed without node 5.
+func TestALaggardAmongRejoinedMembers(t *testing.T) {
+	w := newWipedWorld(t, 1, 5)
+	w.elect(1)
+	w.settle()
+	w.away[5] = true
+	for _, id := range []uint64{4, 3} {
+		w.wipe(id)
+		for range 400 {
+			w.tick()
+			w.images()
+			if w.rejoin(); w.wiped == 0 {
+				break
+			}
+		}
+		if w.wiped != 0 {
+			t.Fatalf("node %d has not come back", id)
+		}
+	}
+	w.away[1], w.away[2], w.away[5] = true, true, false
+	var a *asked
+	for range 400 {
+		w.tick()
+		w.images()
+		if h := w.leading(); h != nil && a == nil {
+			a = h.propose("together")
+		}
+	}
+	if a == nil || a.done != 1 || a.err != nil {
+		t.Fatalf("the three do not go on: %+v", a)
+	}
+	if got := w.nodes[5].sm.commands(); len(got) == 0 || got[len(got)-1] != "together" {
+		t.Fatalf("node 5 has %v", got)
 	}
 }

@@ -3,7 +3,6 @@ package recovery
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -95,8 +94,6 @@ type Recovery struct {
 	c   Config
 	log *slog.Logger
 
-	transfers chan struct{}
-
 	// undoMu is held while the undo point is put among the snapshots, so that who
 	// asks for it finds it there.
 	undoMu sync.Mutex
@@ -106,6 +103,8 @@ type Recovery struct {
 	ctx     context.Context
 	wg      sync.WaitGroup
 	running map[string]bool // operations this process carries out
+	// transfers holds the uploads and downloads in progress.
+	transfers map[*transfer]struct{}
 	// prepared holds the restores this process has prepared, or when it failed to.
 	prepared map[string]preparation
 }
@@ -114,6 +113,7 @@ type Recovery struct {
 type preparation struct {
 	done   bool
 	failed time.Time
+	sealed bool // the restore was, when it ended
 }
 
 // New returns a Recovery; Run starts what works by itself.
@@ -126,20 +126,8 @@ func New(c Config) (*Recovery, error) {
 		return nil, err
 	}
 	return &Recovery{
-		c: c, log: c.Logger, transfers: make(chan struct{}, c.MaxTransfers), running: map[string]bool{}, prepared: map[string]preparation{},
+		c: c, log: c.Logger, transfers: map[*transfer]struct{}{}, running: map[string]bool{}, prepared: map[string]preparation{},
 	}, nil
-}
-
-// transfer admits one upload or download; the caller calls what it returns at
-// its end.
-func (r *Recovery) transfer() (func(), error) {
-	select {
-	case r.transfers <- struct{}{}:
-		return func() { <-r.transfers }, nil
-	default:
-		return nil, fmt.Errorf("%w: %d are running on node %d; nothing was done, try again later or on another node",
-			ErrBusy, cap(r.transfers), r.c.NodeID)
-	}
 }
 
 // Run follows the restores of the cluster until ctx is done: it prepares what is

@@ -71,8 +71,8 @@ func (r *Recovery) look(ctx context.Context) {
 		}
 	}
 	// Once in each process, whatever it had reported: what was prepared does not
-	// outlive it.
-	if stage.GetPhase() == commandpb.StagePhase_STAGE_PHASE_SEALED && r.mayPrepare(stage.OperationId) {
+	// outlive it. Begun with the first chunk, not the last one.
+	if stage != nil && r.mayPrepare(stage) {
 		if id := "prepare " + stage.OperationId; r.claim(id) {
 			r.spawn(id, func(ctx context.Context) { r.prepare(ctx, stage.OperationId, contains(stage.Ready, r.c.NodeID)) })
 		}
@@ -83,11 +83,13 @@ func (r *Recovery) look(ctx context.Context) {
 // written gigabytes.
 const prepareRetry = 30 * time.Second
 
-func (r *Recovery) mayPrepare(id string) bool {
+func (r *Recovery) mayPrepare(stage *commandpb.RestoreStage) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	p := r.prepared[id]
-	return !p.done && time.Since(p.failed) >= prepareRetry
+	p := r.prepared[stage.OperationId]
+	// Before the stage was sealed nobody could be told of the failure.
+	untold := stage.Phase == commandpb.StagePhase_STAGE_PHASE_SEALED && !p.sealed
+	return !p.done && (untold || time.Since(p.failed) >= prepareRetry)
 }
 
 func contains(list []uint64, v uint64) bool {
@@ -103,12 +105,18 @@ func contains(list []uint64, v uint64) bool {
 func (r *Recovery) prepare(ctx context.Context, id string, reported bool) {
 	start := time.Now()
 	err := r.c.State.Prepare(ctx, id)
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || errors.Is(err, router.ErrNotStaged) {
 		return
 	}
+	v := r.c.State.View()
+	stage, rerr := v.Stage()
+	if rerr = errors.Join(rerr, v.Close()); rerr != nil || stage.GetOperationId() != id {
+		return
+	}
+	sealed := stage.Phase == commandpb.StagePhase_STAGE_PHASE_SEALED
 	r.mu.Lock()
 	clear(r.prepared) // there is one restore at a time
-	r.prepared[id] = preparation{done: err == nil, failed: time.Now()}
+	r.prepared[id] = preparation{done: err == nil, failed: time.Now(), sealed: sealed}
 	r.mu.Unlock()
 	if err == nil && reported {
 		return
@@ -160,7 +168,7 @@ func (r *Recovery) resume(ctx context.Context, op *commandpb.Operation) {
 				}
 				return
 			}
-			message := fmt.Sprintf("node %d was restarted and does not have snapshot %s any more; the live state was not touched", r.c.NodeID, snapshot)
+			message := fmt.Sprintf("node %d was restarted and cannot go on with snapshot %s (%v); the live state was not touched", r.c.NodeID, snapshot, err)
 			_, _ = r.submit(ctx, abandon(id, message))
 			if err := r.fail(ctx, op, message); err != nil {
 				r.log.Warn("the end of a restore could not be recorded", "operation", id, "err", err)

@@ -111,7 +111,7 @@ func (d *Download) Close() error {
 // same snapshot and compression give the same stream every time. The caller
 // closes it.
 func (r *Recovery) Stream(ctx context.Context, id string, c archive.Compression, offset int64) (*Download, error) {
-	done, err := r.transfer()
+	done, err := r.transfer("download of " + id)
 	if err != nil {
 		return nil, err
 	}
@@ -161,7 +161,7 @@ const uploadReserve = 512 << 20
 // Everything in it is checked; on an error nothing is kept. Archives of other
 // clusters are welcome.
 func (r *Recovery) Import(ctx context.Context, in io.Reader) (shelf.Record, error) {
-	done, err := r.transfer()
+	done, err := r.transfer("an upload")
 	if err != nil {
 		return shelf.Record{}, err
 	}

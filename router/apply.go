@@ -77,7 +77,7 @@ func (s *FSM) ApplyMembership(pos Position) error {
 	if pos.Index <= t.pos.Index {
 		return s.breakdown(fmt.Errorf("router: membership of entry %d handed in after %d was applied", pos.Index, t.pos.Index))
 	}
-	t.pos = pos.clone()
+	t.pos, t.membership = pos.clone(), true
 	if err := s.commit(t); err != nil {
 		return s.breakdown(err)
 	}
@@ -106,7 +106,10 @@ func (s *FSM) breakdown(err error) error {
 }
 
 func (s *FSM) newTx(d *database) *tx {
-	return &tx{s: s, db: d.db, clock: s.clock, pos: s.Applied(), buf: make(key, 0, keyBytesToStartWith)}
+	s.mu.RLock()
+	pos := s.pos // what it points to is replaced, never changed
+	s.mu.RUnlock()
+	return &tx{s: s, home: d, db: d.db, clock: s.clock, pos: pos, buf: make(key, 0, keyBytesToStartWith)}
 }
 
 // commit writes the run to Pebble, then tells subscribers and readers.
@@ -141,7 +144,13 @@ func (s *FSM) commit(t *tx) error {
 		err = b.Set(t.buf.meta(metaClock), clock, nil)
 	}
 	if err == nil {
-		err = b.Set(t.buf.meta(metaPosition), t.pos.append(nil), nil)
+		err = b.Set(t.buf.meta(metaPosition), t.pos.applied(), nil)
+	}
+	// Also the first batch onto what a release that kept them together has left,
+	// which must not be read by it any more: it would find no members.
+	if err == nil && (t.membership || !t.home.apart) {
+		err = errors.Join(b.Set(t.buf.meta(metaMembership), t.pos.membership(), nil),
+			b.Set(t.buf.meta(metaFormat), formatNumber(), nil))
 	}
 	if err != nil {
 		return errors.Join(err, b.Close())
@@ -151,6 +160,7 @@ func (s *FSM) commit(t *tx) error {
 	if err := b.Commit(pebble.NoSync); err != nil {
 		return fmt.Errorf("router: write entries up to %d: %w", t.pos.Index, err)
 	}
+	t.home.apart = true
 	s.records.unblock()
 	if err := b.Close(); err != nil {
 		return err
@@ -163,6 +173,9 @@ func (s *FSM) commit(t *tx) error {
 	s.mu.Unlock()
 	s.publishClock(t.clock)
 	s.hub.publish(t.sets, t.clock.Revision)
+	if t.staged {
+		s.stage.moved.ring()
+	}
 	if t.wipeStage {
 		s.stage.abandoned(s)
 	}

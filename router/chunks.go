@@ -5,16 +5,17 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"sync"
 
 	"github.com/cockroachdb/pebble/v2"
-	"github.com/klauspost/compress/zstd"
+	"github.com/klauspost/compress/s2"
 )
 
 // A chunk is a run of records in the order of their keys, each as the length of
-// the key, the key, the length of the value and the value, compressed with zstd
-// as a whole. Apply keeps chunks as they are and does not look into them, so the
-// compression may differ between releases.
+// the key, the key, the length of the value and the value, compressed with S2 as a
+// whole: the backup is packed once and unpacked on every node, in the time of
+// clients that wait, and is gone from the disk afterwards. zstd makes chunks of
+// two thirds of the size in four times the time. Apply keeps chunks as they are
+// and does not look into them.
 
 const (
 	// chunkBytes is where a chunk is ended, before compression. One record that
@@ -31,15 +32,6 @@ type Chunk struct {
 	Data     []byte
 	Records  uint64
 }
-
-// coders makes the compressor and the decompressor, which are safe for
-// concurrent use when used for whole blocks.
-var coders = sync.OnceValues(func() (*zstd.Encoder, *zstd.Decoder) {
-	// With these constant options neither fails.
-	enc, _ := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest))
-	dec, _ := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxPlainBytes))
-	return enc, dec
-})
 
 // ChunkWriter gathers records into chunks. It is for one goroutine.
 type ChunkWriter struct {
@@ -85,8 +77,9 @@ func (w *ChunkWriter) end() error {
 	if c.Sequence < w.skip {
 		return nil
 	}
-	enc, _ := coders()
-	c.Data = enc.EncodeAll(plain, nil)
+	if len(plain) <= maxPlainBytes {
+		c.Data = s2.Encode(nil, plain)
+	}
 	if len(plain) > maxPlainBytes || len(c.Data) > maxChunkBytes {
 		return fmt.Errorf("router: a record of %d bytes (%d compressed) is too large to be restored, at most %d (%d) are possible; nothing was changed",
 			len(plain), len(c.Data), maxPlainBytes, maxChunkBytes)
@@ -106,10 +99,23 @@ func (w *ChunkWriter) Finish() (chunks, records uint64, err error) {
 // ReadChunk calls fn for each record of a chunk; k and v are valid during the
 // call. It fails with ErrBadChunk, or with what fn returns.
 func ReadChunk(data []byte, fn func(k, v []byte) error) error {
-	_, dec := coders()
-	plain, err := dec.DecodeAll(data, nil)
+	_, err := readChunk(data, nil, fn)
+	return err
+}
+
+// readChunk is ReadChunk with a buffer to unpack into, which it returns, or a
+// larger one.
+func readChunk(data, buf []byte, fn func(k, v []byte) error) ([]byte, error) {
+	n, err := s2.DecodedLen(data)
+	if err == nil && n > maxPlainBytes {
+		err = fmt.Errorf("it would grow to %d bytes, at most %d are allowed", n, maxPlainBytes)
+	}
+	if err == nil {
+		buf, err = s2.Decode(buf[:cap(buf)], data)
+	}
+	plain := buf
 	if err != nil {
-		return fmt.Errorf("%w: a chunk of %d bytes: %w", ErrBadChunk, len(data), err)
+		return nil, fmt.Errorf("%w: a chunk of %d bytes: %w", ErrBadChunk, len(data), err)
 	}
 	blob := func() ([]byte, bool) {
 		n, w := binary.Uvarint(plain)
@@ -127,13 +133,13 @@ func ReadChunk(data []byte, fn func(k, v []byte) error) error {
 			v, ok2 = blob()
 		}
 		if !ok2 {
-			return fmt.Errorf("%w: a record ends behind its chunk", ErrBadChunk)
+			return nil, fmt.Errorf("%w: a record ends behind its chunk", ErrBadChunk)
 		}
 		if err := fn(k, v); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return buf, nil
 }
 
 // Chunks cuts the content of the view into chunks, in order, without the first

@@ -8,15 +8,19 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
+	"github.com/cockroachdb/pebble/v2/sstable"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
 // stateFormat is the version of the key layout. A release refuses a state with
-// a higher one.
-const stateFormat = 1
+// a higher one. 2 keeps the membership apart from the position, which is written
+// with every batch: a group that has had many members would pay for all of them
+// each time.
+const stateFormat = 2
 
 // Position says which prefix of the log a state reflects and the group's
 // configuration there. ConfState and Members are kept for the caller as they
@@ -70,11 +74,13 @@ func decodePosition(b []byte) (p Position, err error) {
 // database is one open Pebble directory. Views keep it open after an image has
 // replaced it; the last one closes and removes it.
 type database struct {
-	db   *pebble.DB
-	fs   vfs.FS
-	dir  string
-	name string // of dir below the root
-	log  *slog.Logger
+	db *pebble.DB
+	// apart: the membership is kept apart from the position. Of Apply.
+	apart bool
+	fs    vfs.FS
+	dir   string
+	name  string // of dir below the root
+	log   *slog.Logger
 
 	refs     atomic.Int64
 	obsolete atomic.Bool
@@ -151,8 +157,16 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 	if err := checkFormat(db); err != nil {
 		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
 	}
+	v, err := getCopy(db, key(nil).meta(metaMembership))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
+	}
+	d.apart = v != nil
 	return d, nil
 }
+
+// separateBytes is how large a value must be to get a place of its own.
+const separateBytes = 64 << 10
 
 func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 	po := &pebble.Options{
@@ -163,9 +177,12 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 		FormatMajorVersion:          pebble.FormatNewest,
 		MemTableSize:                uint64(o.MemTableBytes),
 		MemTableStopWritesThreshold: 4,
-		L0CompactionThreshold:       4,
-		L0StopWritesThreshold:       20,
-		MaxOpenFiles:                512,
+		// A compaction out of L0 rewrites most of the state, whose keys are spread
+		// over all of it. Point reads look into filters first, so that some more
+		// tables cost them little.
+		L0CompactionThreshold: 8,
+		L0StopWritesThreshold: 24,
+		MaxOpenFiles:          512,
 		// An image links, and who opens it opens, each table: with Pebble's 2 MiB
 		// at the top a snapshot of a gigabyte is some hundred of both.
 		TargetFileSizes: [7]int64{8 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20, 64 << 20, 64 << 20},
@@ -174,6 +191,20 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 			o.Logger.Error("state: a file is damaged", "file", i.Path, "error", i.Details)
 		}},
 	}
+	// The chunks of a restore, which are a megabyte each, stay out of compactions:
+	// those would write each of them three or four times before it is used once.
+	po.Experimental.ValueSeparationPolicy = func() pebble.ValueSeparationPolicy {
+		return pebble.ValueSeparationPolicy{
+			Enabled: true, MinimumSize: separateBytes, MaxBlobReferenceDepth: 10,
+			RewriteMinimumAge: time.Minute, TargetGarbageRatio: 0.5,
+		}
+	}
+	// MinLZ where the processor has an assembly of it: Pebble's default is Snappy,
+	// which takes longer for larger tables.
+	// Not the large values, which are chunks for the most part and compressed.
+	profile := *sstable.FastestCompression
+	profile.ValueBlocks = sstable.NoCompression.ValueBlocks
+	po.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.UniformDBCompressionSettings(&profile) })
 	// Most reads ask whether a key exists, and for a new one the answer is no.
 	for i := range po.Levels {
 		po.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
@@ -223,7 +254,9 @@ func getCopy(r pebble.Reader, k []byte) ([]byte, error) {
 	return out, closer.Close()
 }
 
-func readPosition(r pebble.Reader) (Position, error) {
+// readApplied reads the position without the membership there, unless a release
+// that kept the two together has written it.
+func readApplied(r pebble.Reader) (Position, error) {
 	v, err := getCopy(r, key(nil).meta(metaPosition))
 	if err != nil {
 		return Position{}, err
@@ -232,6 +265,30 @@ func readPosition(r pebble.Reader) (Position, error) {
 		return Position{}, fmt.Errorf("%w: it holds no applied position", ErrCorrupt)
 	}
 	return decodePosition(v)
+}
+
+// readPosition reads the position and the membership there.
+func readPosition(r pebble.Reader) (Position, error) {
+	p, err := readApplied(r)
+	if err != nil || len(p.ConfState)+len(p.Members) > 0 {
+		return p, err
+	}
+	v, err := getCopy(r, key(nil).meta(metaMembership))
+	if err != nil || v == nil {
+		return p, err
+	}
+	m, err := decodePosition(v)
+	p.ConfState, p.Members = m.ConfState, m.Members
+	return p, err
+}
+
+// applied is what of p every batch writes.
+func (p Position) applied() []byte { return Position{Index: p.Index, Term: p.Term}.append(nil) }
+
+// membership is what of p a change of the membership writes. It does not say at
+// which index that was: the position does.
+func (p Position) membership() []byte {
+	return Position{ConfState: p.ConfState, Members: p.Members}.append(nil)
 }
 
 func (d *database) report(err error) {

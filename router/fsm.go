@@ -52,6 +52,9 @@ type FSM struct {
 
 	revision, epoch, base atomic.Uint64
 
+	// retiring counts replaced databases that are being closed.
+	retiring sync.WaitGroup
+
 	sums  sumHistory
 	stage staging
 	undo  atomic.Pointer[UndoPoint]
@@ -210,6 +213,7 @@ func (s *FSM) adopt(d *database) error {
 	s.cur, s.pos = d, pos
 	s.sums.now(pos.Index, clock, encoded)
 	s.mu.Unlock()
+	s.stage.moved.ring() // what is staged in another database concerns nobody now
 	s.serveAwaited()
 	return nil
 }
@@ -320,5 +324,7 @@ func (s *FSM) Close() error {
 	d := s.cur
 	s.mu.Unlock()
 	s.hub.close()
-	return errors.Join(d.flush(), d.release())
+	err := errors.Join(d.flush(), d.release())
+	s.retiring.Wait()
+	return err
 }

@@ -81,9 +81,13 @@ func (s *FSM) Install(dir string) (Position, error) {
 func (s *FSM) replaced(old *database) {
 	s.hub.reset(s.revision.Load())
 	old.obsolete.Store(true)
-	if err := old.release(); err != nil {
-		s.o.Logger.Warn("state: replaced database did not close cleanly", "dir", old.dir, "error", err)
-	}
+	// Nobody waits for it: Pebble ends the compactions it is at first, which may
+	// take a second, and large files take time to remove.
+	s.retiring.Go(func() {
+		if err := old.release(); err != nil {
+			s.o.Logger.Warn("state: replaced database did not close cleanly", "dir", old.dir, "error", err)
+		}
+	})
 	s.findUndo()
 }
 

@@ -161,6 +161,7 @@ func TestInstallSurvivesACrashAnywhere(t *testing.T) {
 			if hash(t, after) != newHash {
 				t.Fatalf("write %d: the second Install gave another state", inj.at)
 			}
+			after.retiring.Wait()
 			left, err := databases(c, "state")
 			noError(t, err)
 			if len(left) != 1 {
@@ -199,6 +200,7 @@ func TestInstallResyncsReaders(t *testing.T) {
 		t.Fatalf("the old database was removed under an open view: %v", left)
 	}
 	noError(t, view.Close())
+	s.retiring.Wait()
 	if left, _ := databases(fs, "state"); len(left) != 1 {
 		t.Fatalf("the old database is left: %v", left)
 	}

@@ -91,7 +91,7 @@ func (c *checker) run() error {
 	if c.clock, err = readClock(c.r); err != nil {
 		return err
 	}
-	pos, err := readPosition(c.r)
+	pos, err := readApplied(c.r)
 	if err != nil {
 		return err
 	}

@@ -33,6 +33,7 @@ const (
 	prefixOperationEnd  = 'Q' // sequence -> id of an ended operation
 	prefixStage         = 'x' // sequence -> chunk of a staged restore
 	metaPosition        = "position"
+	metaMembership      = "membership" // the ConfState and Members of the position
 	metaClock           = "clock"
 	metaFormat          = "format"
 	metaStage           = "stage"    // RestoreStage, while a restore is staged

@@ -25,6 +25,8 @@ type staging struct {
 	// mu is held while a new state is built or swapped in.
 	mu    sync.Mutex
 	ready *prepared
+	// moved wakes a Prepare that waits for the next chunk.
+	moved bell
 	// numbers guards last, the number of the newest database directory.
 	numbers sync.Mutex
 	last    uint64
@@ -60,12 +62,14 @@ func (s *FSM) nextName() (string, error) {
 	return dbName(s.stage.last), nil
 }
 
-// Prepare builds the new state of a sealed restore beside the live one, so that
-// the swap only has to switch over. It reads and writes as much as the backup
-// holds, may run while entries are applied, and may be repeated: what is ready
-// stays. It fails with ErrNotStaged, with ErrBadChunk, which it does on every
-// replica alike, or with a fault of this replica, such as ErrNoSpace. The caller
-// cancels ctx before Close.
+// Prepare builds the new state of a restore beside the live one, so that the swap
+// only has to switch over. It begins with the first chunk and waits for the next
+// one until the restore is sealed: what is built while chunks come need not be
+// waited for afterwards. It reads and writes as much as the backup holds, may run
+// while entries are applied, and may be repeated: what is ready stays. It fails
+// with ErrNotStaged, also when the restore is abandoned or the state replaced
+// meanwhile, with ErrBadChunk, which it does on every replica alike, or with a
+// fault of this replica, such as ErrNoSpace. The caller cancels ctx before Close.
 func (s *FSM) Prepare(ctx context.Context, operationID string) error {
 	s.stage.mu.Lock()
 	defer s.stage.mu.Unlock()
@@ -78,7 +82,7 @@ func (s *FSM) Prepare(ctx context.Context, operationID string) error {
 	if err != nil {
 		return err
 	}
-	if rec == nil || rec.OperationId != operationID || rec.Phase != commandpb.StagePhase_STAGE_PHASE_SEALED {
+	if rec == nil || rec.OperationId != operationID {
 		return fmt.Errorf("%w (%s)", ErrNotStaged, operationID)
 	}
 	if _, err := s.build(ctx, d, rec); err != nil {
@@ -91,6 +95,61 @@ func (s *FSM) Prepare(ctx context.Context, operationID string) error {
 		err = fmt.Errorf("%w (%s)", ErrNotStaged, operationID)
 	}
 	return err
+}
+
+// follow returns the stage that rec was read from d, once it has more chunks
+// than rec, or is sealed.
+func (s *FSM) follow(ctx context.Context, d *database, rec *commandpb.RestoreStage) (*commandpb.RestoreStage, error) {
+	for {
+		moved := s.stage.moved.wait()
+		s.mu.RLock()
+		same := s.cur == d
+		s.mu.RUnlock()
+		next, err := readStage(d.db, metaStage)
+		switch {
+		case err != nil:
+			return nil, err
+		case !same || !sameStage(next, rec):
+			return nil, fmt.Errorf("%w (%s)", ErrNotStaged, rec.OperationId)
+		case next.Chunks > rec.Chunks || next.Phase == commandpb.StagePhase_STAGE_PHASE_SEALED:
+			return next, nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// sameStage reports whether now, which may be nil, is what became of rec.
+func sameStage(now, rec *commandpb.RestoreStage) bool {
+	return now != nil && now.OperationId == rec.OperationId && now.BegunAtMs == rec.BegunAtMs && now.Chunks >= rec.Chunks
+}
+
+// bell wakes everybody who waits for it.
+type bell struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+// wait returns a channel that is closed by the next ring.
+func (b *bell) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch == nil {
+		b.ch = make(chan struct{})
+	}
+	return b.ch
+}
+
+func (b *bell) ring() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch != nil {
+		close(b.ch)
+		b.ch = nil
+	}
 }
 
 func readStage(r pebble.Reader, name string) (*commandpb.RestoreStage, error) {
@@ -123,11 +182,11 @@ func (g *staging) abandoned(s *FSM) {
 	}
 }
 
-// build makes the database of a stage, unless it is there. s.stage.mu is held.
+// build makes the database of a stage, unless it is there, and waits for chunks
+// until the stage is sealed. s.stage.mu is held.
 func (s *FSM) build(ctx context.Context, d *database, rec *commandpb.RestoreStage) (*prepared, error) {
 	g := &s.stage
-	identity := identityOf(rec)
-	if g.ready != nil && g.ready.identity == identity {
+	if g.ready != nil && g.ready.identity == identityOf(rec) {
 		return g.ready, nil
 	}
 	g.discard(s)
@@ -136,7 +195,7 @@ func (s *FSM) build(ctx context.Context, d *database, rec *commandpb.RestoreStag
 		return nil, fmt.Errorf("router: prepare a restore: %w", err)
 	}
 	path := s.fs.PathJoin(s.root, name)
-	p := &prepared{identity: identity, name: name}
+	p := &prepared{name: name}
 	if err := s.buildAt(ctx, d, rec, path, p); err != nil {
 		_ = s.fs.RemoveAll(path)
 		if vfs.IsNoSpaceError(err) {
@@ -158,7 +217,7 @@ func (s *FSM) buildAt(ctx context.Context, d *database, rec *commandpb.RestoreSt
 	defer cache.Unref()
 	w.options = pebbleOptions(s.fs, s.o, cache)
 	w.options.EnsureDefaults()
-	err = readStaged(ctx, d.db, rec, p, w.add)
+	err = s.readStaged(ctx, d, rec, p, w.add)
 	err = errors.Join(err, w.close())
 	if err == nil && len(w.paths) > 0 {
 		err = n.db.Ingest(ctx, w.paths)
@@ -175,41 +234,57 @@ func (s *FSM) buildAt(ctx context.Context, d *database, rec *commandpb.RestoreSt
 	return errors.Join(syncDir(s.fs, path), syncDir(s.fs, s.root))
 }
 
-// readStaged hands the staged records to fn and checks that they are what was
-// announced.
-func readStaged(ctx context.Context, r pebble.Reader, rec *commandpb.RestoreStage, p *prepared, fn func(k, v []byte) error) error {
+// readStaged hands the staged records to fn, checks that they are what was
+// announced, and completes p.
+func (s *FSM) readStaged(ctx context.Context, d *database, rec *commandpb.RestoreStage, p *prepared, fn func(k, v []byte) error) error {
 	p.sums = make([]uint64, sumKinds)
 	var rows [256]uint64
 	var order chunkOrder
 	digest := newRecordDigest()
 	var records uint64
-	for i := range rec.Chunks {
+	var plain []byte
+	add := func(k, v []byte) error {
+		if err := order.check(k); err != nil {
+			return err
+		}
+		digest.add(k, v)
+		rows[k[0]]++
+		records++
+		if kind, ok := sumOf(k[0]); ok {
+			p.sums[kind] += recordHash(xxhash.Sum64(k), v)
+		}
+		return fn(k, v)
+	}
+	for i := uint64(0); ; i++ {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		data, err := getCopy(r, key(nil).sequence(prefixStage, i))
-		if err != nil {
-			return err
-		}
-		if data == nil {
-			return fmt.Errorf("%w: chunk %d of %d is missing", ErrCorrupt, i, rec.Chunks)
-		}
-		err = ReadChunk(data, func(k, v []byte) error {
-			if err := order.check(k); err != nil {
+		if i == rec.Chunks && rec.Phase != commandpb.StagePhase_STAGE_PHASE_SEALED {
+			var err error
+			if rec, err = s.follow(ctx, d, rec); err != nil {
 				return err
 			}
-			digest.add(k, v)
-			rows[k[0]]++
-			records++
-			if kind, ok := sumOf(k[0]); ok {
-				p.sums[kind] += recordHash(xxhash.Sum64(k), v)
-			}
-			return fn(k, v)
-		})
+		}
+		if i == rec.Chunks {
+			break
+		}
+		data, closer, err := d.db.Get(key(nil).sequence(prefixStage, i))
+		if err != nil && !errors.Is(err, pebble.ErrNotFound) {
+			return err
+		}
 		if err != nil {
+			// Gone together with its stage, or lost.
+			if now, err := readStage(d.db, metaStage); err == nil && !sameStage(now, rec) {
+				return fmt.Errorf("%w (%s)", ErrNotStaged, rec.OperationId)
+			}
+			return fmt.Errorf("%w: chunk %d of %d is missing", ErrCorrupt, i, rec.Chunks)
+		}
+		plain, err = readChunk(data, plain, add)
+		if err = errors.Join(err, closer.Close()); err != nil {
 			return err
 		}
 	}
+	p.identity = identityOf(rec)
 	src := rec.Source
 	if records != rec.Records {
 		return fmt.Errorf("%w: there are %d records, %d were announced", ErrBadChunk, records, rec.Records)
@@ -284,6 +359,9 @@ func (t *tableWriter) add(k, v []byte) error {
 		if err != nil {
 			return err
 		}
+		// Written back as it goes: a sync of all of it in the end would hold up
+		// those of the log.
+		f = vfs.NewSyncingFile(f, vfs.SyncingFileOptions{BytesPerSync: t.options.BytesPerSync})
 		t.w, t.bytes = sstable.NewWriter(objstorageprovider.NewFileWritable(f), t.options.MakeWriterOptions(0, t.format)), 0
 		t.paths = append(t.paths, path)
 	}

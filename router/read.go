@@ -265,15 +265,19 @@ func (v *View) Time() (uint64, error) {
 }
 
 // Hash returns a SHA-256 over everything replicated: equal on all replicas at
-// an equal Applied index. Only the position itself is left out; its parts are
-// encoded by whoever hands them in. It reads the whole state.
+// an equal Applied index. Only the position itself and the membership there are
+// left out, whose parts are encoded by whoever hands them in, and the format, which
+// each replica raises when it is upgraded. It reads the whole state.
 func (v *View) Hash() ([]byte, error) {
 	h := sha256.New()
-	position := string(key(nil).meta(metaPosition))
+	left := map[string]bool{}
+	for _, name := range []string{metaPosition, metaMembership, metaFormat} {
+		left[string(key(nil).meta(name))] = true
+	}
 	var n []byte
 	err := v.read(func(r pebble.Reader) error {
 		return scanKeys(r, nil, nil, func(k, val []byte) (bool, error) {
-			if string(k) == position {
+			if k[0] == prefixMeta && left[string(k)] {
 				return true, nil
 			}
 			n = binary.AppendUvarint(n[:0], uint64(len(k)))

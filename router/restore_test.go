@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -346,6 +347,76 @@ func TestPrepareEndsWithItsStage(t *testing.T) {
 	noError(t, s.Prepare(t.Context(), "again"))
 }
 
+// TestPrepareFollowsStaging: it begins before the first chunk is there and is
+// ready when the last one is; what ends the stage ends it.
+func TestPrepareFollowsStaging(t *testing.T) {
+	fs := vfs.NewMem()
+	withBackup(t, fs, &commands{r: randomness(t), time: 1_000_000}, 100)
+	cmds := stageCommands(t, fs, "image", "op")
+	other := open(t, fs, "other")
+	_, err := other.Flush()
+	noError(t, err)
+	_, err = other.Image("plain")
+	noError(t, err)
+	noError(t, other.Close())
+	for _, x := range []struct {
+		name  string
+		after int // commands of the stage that come first
+		do    func(t *testing.T, s *FSM)
+		want  error
+	}{
+		{"sealed", 1, func(t *testing.T, s *FSM) { accepted(t, s, cmds[1:]...) }, nil},
+		{"sealed at once with the rest", 2, func(t *testing.T, s *FSM) {
+			for _, r := range apply(t, s, cmds[2:]...) {
+				if r.Rejection != nil {
+					t.Error(text(r))
+				}
+			}
+		}, nil},
+		{"abandoned", 3, func(t *testing.T, s *FSM) {
+			accepted(t, s, command(t, `abandon_restore { operation_id: "op" }`))
+		}, ErrNotStaged},
+		{"abandoned and begun again", 3, func(t *testing.T, s *FSM) {
+			apply(t, s, append([]*commandpb.Command{command(t, `abandon_restore { operation_id: "op" }`)}, cmds[:2]...)...)
+		}, ErrNotStaged},
+		{"the state replaced", 3, func(t *testing.T, s *FSM) {
+			_, err := s.Install("plain")
+			noError(t, err)
+		}, ErrNotStaged},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			s := open(t, fs, "state "+x.name)
+			defer func() { noError(t, s.Close()) }()
+			accepted(t, s, cmds[:x.after]...)
+			ready := make(chan error, 1)
+			go func() { ready <- s.Prepare(t.Context(), "op") }()
+			for len(must(databases(fs, "state "+x.name))) < 2 {
+				runtime.Gosched() // until it has begun
+			}
+			x.do(t, s)
+			if err := <-ready; !errors.Is(err, x.want) {
+				t.Fatalf("got %v, want %v", err, x.want)
+			}
+			if x.want != nil {
+				s.retiring.Wait()
+				if left := must(databases(fs, "state "+x.name)); len(left) != 1 {
+					t.Fatalf("databases %v are left", left)
+				}
+				return
+			}
+			accepted(t, s, report("op", 1), swap("op"))
+			sound(t, s)
+		})
+	}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
 // TestSwapSurvivesACrashAnywhere: what is found is the old or the new state,
 // whole; the swap always completes in the end, and the undo point holds the old
 // state.
@@ -415,6 +486,7 @@ func checkSwapped(t *testing.T, inj *nthWrite, fs *vfs.MemFS, at uint64, old, ba
 		t.Fatalf("write %d: the undo point is another state: %v", inj.at, err)
 	}
 	noError(t, errors.Join(v.check(t.Context(), false), v.Close(), im.Close()))
+	s.retiring.Wait()
 	names, err := fs.List("state")
 	noError(t, err)
 	if len(names) != 3 { // CURRENT, db, undo
@@ -539,6 +611,7 @@ func TestReadersAcrossASwap(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	sound(t, s)
+	s.retiring.Wait()
 	if left, err := databases(fs, "state"); err != nil || len(left) != 1 {
 		t.Fatalf("databases %v are left, %v", left, err)
 	}

@@ -40,7 +40,7 @@ func (t *tx) stageRecord() *commandpb.RestoreStage {
 func (t *tx) saveStage(s *commandpb.RestoreStage) {
 	s.UpdatedAtMs = t.now
 	t.store(t.buf.meta(metaStage), s)
-	t.changed = true
+	t.changed, t.staged = true, true
 }
 
 // stageOf returns the stage of an operation or says why there is none.
@@ -286,7 +286,7 @@ func (t *tx) abandonRestore(c *commandpb.AbandonRestore) *commandpb.Rejection {
 		}
 	}
 	// From here on nothing refuses the command: the mark is not rolled back.
-	t.wipeStage = true
+	t.wipeStage, t.staged = true, true
 	t.res.Existed, t.changed = true, true
 	return nil
 }

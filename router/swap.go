@@ -167,7 +167,8 @@ func putHead(b *pebble.Batch, pos Position, clock *commandpb.Clock) error {
 	c, err := clock.MarshalVT()
 	return errors.Join(err,
 		b.Set(key(nil).meta(metaFormat), formatNumber(), nil),
-		b.Set(key(nil).meta(metaPosition), pos.append(nil), nil),
+		b.Set(key(nil).meta(metaPosition), pos.applied(), nil),
+		b.Set(key(nil).meta(metaMembership), pos.membership(), nil),
 		b.Set(key(nil).meta(metaClock), c, nil))
 }
 

@@ -18,6 +18,7 @@ import (
 // sees only the last value of each key, when the run is committed.
 type tx struct {
 	s     *FSM
+	home  *database
 	db    *pebble.DB
 	clock *commandpb.Clock
 	pos   Position
@@ -27,8 +28,12 @@ type tx struct {
 	buf   key
 	op    uint32 // field number of the running command's operation
 
+	// membership is set when that of pos is a new one.
+	membership bool
 	// wipeStage is set when all chunks go before anything else is written.
 	wipeStage bool
+	// staged is set when there is something new for who builds from the stage.
+	staged bool
 
 	// Of the running entry.
 	revision uint64 // its index plus the clock's revision base

@@ -44,7 +44,7 @@ func viewOf(s *FSM, d *database) *View {
 	v := &View{s: s, d: d, snap: snap}
 	// What the snapshot shows is read from it: a batch may have been committed
 	// since any number kept in memory was looked at.
-	pos, err := readPosition(snap)
+	pos, err := readApplied(snap)
 	var clock *commandpb.Clock
 	if err == nil {
 		clock, err = readClock(snap)

@@ -33,6 +33,7 @@ import (
 // applied to a real state machine and answered.
 type oneNode struct {
 	fsm *router.FSM
+	fs  vfs.FS
 	id  uint64
 
 	mu      sync.Mutex
@@ -52,7 +53,8 @@ type oneNode struct {
 
 func newOneNode(t testing.TB) *oneNode {
 	t.Helper()
-	fsm, err := router.Open(vfs.NewMem(), "state", router.Options{Bootstrap: router.Position{Index: 1, Term: 1}})
+	fs := vfs.NewMem()
+	fsm, err := router.Open(fs, "state", router.Options{Bootstrap: router.Position{Index: 1, Term: 1}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +64,7 @@ func newOneNode(t testing.TB) *oneNode {
 		}
 	})
 	return &oneNode{
-		fsm: fsm, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
+		fsm: fsm, fs: fs, id: 1, index: 1, leader: 1, changed: make(chan struct{}), applied: make(chan struct{}),
 		members: []raftnode.Member{{ID: 1, Addr: "n1:50052"}},
 	}
 }
@@ -324,7 +326,10 @@ func serveAPI(t *testing.T, node *oneNode, change ...func(*ServerConfig)) *api {
 	go func() { served <- srv.Serve(lis) }()
 	conn, err := grpc.NewClient("passthrough:///node",
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }),
-		grpc.WithTransportCredentials(insecure.NewCredentials()))
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// Fixed: what a client that does not read makes a node wait at is the same
+		// in every run.
+		grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(256<<10))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -124,7 +124,7 @@ func snapshotInfo(node uint64, r *shelf.Record) *backuppb.SnapshotInfo {
 	return &backuppb.SnapshotInfo{
 		SnapshotId: r.ID, SizeBytes: uint64(r.Bytes), CommitIndex: r.Index, Term: r.Term, CreatedAt: uint64(r.CreatedMS),
 		NodeId: node, Revision: r.Revision, Epoch: r.Epoch, ClusterId: fmt.Sprintf("%016x", r.ClusterID),
-		Origin: string(r.Origin), StateHash: r.ContentHash,
+		Origin: string(r.Origin), StateHash: r.ContentHash, Suspect: r.Suspect,
 	}
 }
 

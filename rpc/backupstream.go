@@ -56,12 +56,21 @@ func (a *backupAPI) StreamSnapshot(req *backuppb.StreamSnapshotRequest, stream b
 		return err
 	}
 	defer func() { _ = d.Close() }() // it was only read
-	return sendArchive(stream, d, req.GetOffset())
+	return a.sendArchive(stream, d, req.GetOffset())
+}
+
+// send sends one chunk; an error says how a download that broke goes on.
+func (a *backupAPI) send(stream backuppb.BackupService_StreamSnapshotServer, chunk *backuppb.DataChunk) error {
+	err := a.idle.bound(stream.Context(), "taken nothing", func() error { return stream.Send(chunk) })
+	if errors.Is(err, ErrStalled) {
+		return fmt.Errorf("%w; ask again with the offset of the first byte that is missing", err)
+	}
+	return err
 }
 
 // sendArchive sends what d holds. Every chunk is read before the one before it
 // is sent: only then it is known which is the last.
-func sendArchive(stream backuppb.BackupService_StreamSnapshotServer, d *recovery.Download, offset uint64) error {
+func (a *backupAPI) sendArchive(stream backuppb.BackupService_StreamSnapshotServer, d *recovery.Download, offset uint64) error {
 	read := func() ([]byte, error) {
 		buf := make([]byte, dataChunkBytes)
 		n, err := io.ReadFull(d, buf)
@@ -86,7 +95,7 @@ func sendArchive(stream backuppb.BackupService_StreamSnapshotServer, d *recovery
 			Data: data, Offset: offset, IsLast: len(next) == 0,
 			Crc32C: crc32.Checksum(data, castagnoli), TotalBytes: total,
 		}
-		if err := stream.Send(chunk); err != nil {
+		if err := a.send(stream, chunk); err != nil {
 			return err
 		}
 		if chunk.IsLast {
@@ -118,7 +127,7 @@ func (a *backupAPI) passOn(req *backuppb.StreamSnapshotRequest, stream backuppb.
 		if err != nil {
 			return err
 		}
-		if err := stream.Send(chunk); err != nil {
+		if err := a.send(stream, chunk); err != nil {
 			return err
 		}
 	}
@@ -154,7 +163,7 @@ func (a *backupAPI) UploadSnapshot(stream backuppb.BackupService_UploadSnapshotS
 		in.CloseWithError(cmpErr(err, io.ErrClosedPipe))
 		done <- outcome{rec, err}
 	}()
-	err = receiveArchive(stream, out)
+	err = a.receiveArchive(ctx, stream, out)
 	if err != nil {
 		cancel(err)
 	}
@@ -199,10 +208,17 @@ func drained(in io.Reader) error {
 
 // receiveArchive writes the chunks of stream to out. It returns errImportEnded
 // when the reader of out has given up.
-func receiveArchive(stream backuppb.BackupService_UploadSnapshotServer, out io.Writer) error {
+func (a *backupAPI) receiveArchive(ctx context.Context, stream backuppb.BackupService_UploadSnapshotServer, out io.Writer) error {
 	var at uint64
 	for {
-		chunk, err := stream.Recv()
+		var chunk *backuppb.DataChunk
+		err := a.idle.bound(ctx, "sent nothing", func() (err error) {
+			chunk, err = stream.Recv()
+			return err
+		})
+		if errors.Is(err, ErrStalled) {
+			return fmt.Errorf("%w after %d bytes; nothing was kept: send the archive again from its beginning", err, at)
+		}
 		if errors.Is(err, io.EOF) {
 			return invalid("is_last", "the upload ended after %d bytes without a last chunk; nothing was kept", at)
 		}

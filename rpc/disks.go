@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -37,40 +39,93 @@ type Disks interface {
 	Check(node, disk uint64) (known bool, err error)
 }
 
+// A node that lags may know an older directory of a member, or that it was
+// removed, and not that it was taken in again since. Were it to refuse that member
+// it might never learn better: the member may lead, and nobody else who knows may
+// be alive. So a greeting says up to which index its sender has applied the log,
+// when the membership there lists the sender with this very directory. The log is
+// one, so to whoever has applied less of it this is what it is going to apply
+// itself: it takes the other's word until it is there, and from then on its own
+// state decides. A directory that is new, or that a first member was started on,
+// is listed nowhere, and cannot say so.
+//
+// Going by the word of a third node instead would let one that lags speak for a
+// directory that was replaced since; asking the leader does not work, for it is
+// the leader who is in doubt.
+
+// outranks reports whether h proves that its sender was taken in with the
+// directory it comes with after pos.
+func outranks(h *peerpb.Hello, pos raftnode.Position) bool {
+	return h.GetDiskId() != 0 && h.GetListedAt() > pos.Index
+}
+
 // checkDisk refuses a node that has lost its data directory. It comes before the
 // first message of the node is accepted: an empty voter that is taken for the one
 // it was could make a majority with a node that lags, and what the two elect has
 // lost what was acknowledged.
-func (t *PeerTransport) checkDisk(node, disk uint64) error {
+func (t *PeerTransport) checkDisk(h *peerpb.Hello) error {
+	node, disk := h.GetNodeId(), h.GetDiskId()
 	if t.o.Disks == nil || disk == 0 {
 		return nil // a release that does not say
 	}
-	known, err := t.o.Disks.Check(node, disk)
-	if err != nil {
-		return fmt.Errorf("%w: the data directory of node %d could not be recorded: %w", ErrClosed, node, err)
+	pos := t.o.Position()
+	m, ok := pos.Member(node)
+	listed := ok && !m.Removed && m.Disk != 0
+	known := listed && m.Disk == disk
+	if !listed || known {
+		seen, err := t.o.Disks.Check(node, disk)
+		if err != nil {
+			return fmt.Errorf("%w: the data directory of node %d could not be recorded: %w", ErrClosed, node, err)
+		}
+		known = known || seen
 	}
-	if !known && !t.isConfirmed(node, disk) {
-		t.o.Doubt(node, disk)
-		return t.refuse(node, Wiped,
+	if !known && !outranks(h, pos) {
+		return t.refuse(node, Wiped, pos.Index,
 			"node %d was known with another data directory than %016x: it has lost what it promised, and must join again", node, disk)
 	}
 	return nil
 }
 
-// checkRemoved refuses a node that was removed, unless others have seen it join
-// again with disk.
-func (t *PeerTransport) checkRemoved(node, disk uint64) error {
-	t.mu.RLock()
-	refused := t.removed[node] && (disk == 0 || t.confirmed[node] != disk)
-	t.mu.RUnlock()
-	if !refused {
+// checkRemoved refuses a node that was removed, unless it has joined again since.
+func (t *PeerTransport) checkRemoved(h *peerpb.Hello) error {
+	node := h.GetNodeId()
+	pos := t.o.Position()
+	m, ok := pos.Member(node)
+	removed := m.Removed
+	if !ok {
+		t.mu.RLock()
+		removed = t.removed[node]
+		t.mu.RUnlock()
+	}
+	if !removed || outranks(h, pos) {
 		return nil
 	}
-	if disk != 0 {
-		t.o.Doubt(node, disk)
-	}
-	return t.refuse(node, Removed, "node %d was removed from the cluster: "+
+	return t.refuse(node, Removed, pos.Index, "node %d was removed from the cluster: "+
 		"erase its data directory and let it join again with a new id", node)
+}
+
+// check refuses a node that was removed or has lost its data directory. Removed
+// comes first: a node that was removed does not come back by losing its data
+// directory.
+func (t *PeerTransport) check(h *peerpb.Hello) error {
+	if err := t.checkRemoved(h); err != nil {
+		return err
+	}
+	return t.checkDisk(h)
+}
+
+// recheck is check for a node whose greeting was accepted: the membership may have
+// moved on since. It costs next to nothing when it has not.
+func (t *PeerTransport) recheck(h *peerpb.Hello) error {
+	node, disk := h.GetNodeId(), h.GetDiskId()
+	t.mu.RLock()
+	listed := t.listed[node]
+	same := !t.removed[node] && (disk == 0 || listed == 0 || listed == disk)
+	t.mu.RUnlock()
+	if same {
+		return nil
+	}
+	return t.check(h)
 }
 
 // checkAnswer verifies the greeting by which node peer answered one of this
@@ -79,14 +134,27 @@ func (t *PeerTransport) checkAnswer(h *peerpb.Hello, peer uint64) error {
 	if err := t.o.Identity.check(h, peer); err != nil {
 		return err
 	}
-	return t.checkDisk(peer, h.GetDiskId())
+	return t.checkDisk(h)
 }
 
-// refuse returns the refusal of node for a reason that it acts on.
-func (t *PeerTransport) refuse(node uint64, kind Refusal, format string, args ...any) error {
+// identity is how this node greets others at this moment.
+func (t *PeerTransport) identity() Identity { return t.o.Identity.At(t.o.Position()) }
+
+// At returns id as it is to be told by a node whose state is at pos.
+func (id Identity) At(pos raftnode.Position) Identity {
+	id.ListedAt = 0
+	if m, ok := pos.Member(id.NodeID); ok && !m.Removed && m.Disk != 0 && m.Disk == id.DiskID {
+		id.ListedAt = pos.Index
+	}
+	return id
+}
+
+// refuse returns the refusal of node for a reason that it acts on, and that was so
+// where this node has applied the log up to.
+func (t *PeerTransport) refuse(node uint64, kind Refusal, applied uint64, format string, args ...any) error {
 	return &RefusedError{
 		Peer: node, Kind: kind, Reason: fmt.Sprintf(format, args...),
-		ClientAddr: t.o.Identity.ClientAddr, Applied: t.o.Applied(),
+		ClientAddr: t.o.Identity.ClientAddr, Applied: applied,
 	}
 }
 
@@ -109,28 +177,6 @@ func (e *RefusedError) read(s *status.Status) {
 	}
 }
 
-// Confirm says that the cluster has agreed on node joining with disk, although
-// this node has not applied that yet. A node that lags may know an older disk of
-// the leader, or that it was removed, and must listen to it to learn better.
-func (t *PeerTransport) Confirm(node, disk uint64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.confirmed[node] = disk
-	if p := t.peers[node]; p != nil {
-		select {
-		case p.kick <- struct{}{}:
-		default:
-		}
-	}
-}
-
-// isConfirmed reports whether Confirm was called for node and disk.
-func (t *PeerTransport) isConfirmed(node, disk uint64) bool {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return disk != 0 && t.confirmed[node] == disk
-}
-
 // refused tells whoever wants to act on it that another node does not talk to
 // this one.
 func (t *PeerTransport) refused(err error) {
@@ -151,7 +197,10 @@ func AskRefusal(ctx context.Context, self Identity, peers []raftnode.Member) *Re
 			continue
 		}
 		asked++
-		go func() { answers <- greet(ctx, d, self, p) }()
+		go func() {
+			_, err := greet(ctx, d, self, p)
+			answers <- err
+		}()
 	}
 	var found *RefusedError
 	for range asked {
@@ -163,16 +212,43 @@ func AskRefusal(ctx context.Context, self Identity, peers []raftnode.Member) *Re
 	return found
 }
 
-// greet exchanges greetings with one node and leaves.
-func greet(ctx context.Context, d peerDialer, self Identity, p raftnode.Member) error {
+// ClientAddrs greets the given nodes, all at once, and returns where those that
+// answer before ctx is done serve clients, whether they talk to this node or not.
+func ClientAddrs(ctx context.Context, self Identity, peers []raftnode.Member) []string {
+	d := newPeerDialer(nil, nil, time.Second)
+	answers := make([]string, len(peers))
+	var wg sync.WaitGroup
+	for i, p := range peers {
+		if p.ID == self.NodeID || p.Addr == "" {
+			continue
+		}
+		wg.Go(func() {
+			addr, err := greet(ctx, d, self, p)
+			var r *RefusedError
+			if errors.As(err, &r) {
+				addr = r.ClientAddr
+			}
+			answers[i] = addr
+		})
+	}
+	wg.Wait()
+	return slices.DeleteFunc(answers, func(addr string) bool { return addr == "" })
+}
+
+// greet exchanges greetings with one node and leaves. It returns where the node
+// serves clients.
+func greet(ctx context.Context, d peerDialer, self Identity, p raftnode.Member) (string, error) {
 	conn, err := d.conn(p.Addr)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer conn.Close()
-	stream, err := peerpb.NewPeerClient(conn).StateHashes(ctx, &peerpb.StateHashesRequest{Hello: self.hello(p.ID)})
+	resp, err := peerpb.NewPeerClient(conn).StateHashes(ctx, &peerpb.StateHashesRequest{Hello: self.hello(p.ID)})
 	if err != nil {
-		return fromPeer(p.ID, err)
+		return "", fromPeer(p.ID, err)
 	}
-	return self.check(stream.GetHello(), p.ID)
+	if err := self.check(resp.GetHello(), p.ID); err != nil {
+		return "", err
+	}
+	return resp.GetHello().GetClientAddr(), nil
 }

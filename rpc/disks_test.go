@@ -3,7 +3,7 @@ package rpc
 import (
 	"context"
 	"errors"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"time"
 
@@ -45,11 +45,11 @@ func TestRefusalsTravel(t *testing.T) {
 	}
 }
 
-func newDiskTransport(t *testing.T, disks Disks, doubts *atomic.Int64) *PeerTransport {
+func newDiskTransport(t *testing.T, disks Disks, pos *raftnode.Position) *PeerTransport {
 	t.Helper()
 	tr, err := NewPeerTransport(TransportOptions{
 		Identity: Identity{ClusterID: testCluster, NodeID: 1, PeerAddr: "n1:1", ClientAddr: "c1:1"}, Disks: disks,
-		Applied: func() uint64 { return 42 }, Doubt: func(uint64, uint64) { doubts.Add(1) },
+		Position: func() raftnode.Position { return *pos },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -58,20 +58,25 @@ func newDiskTransport(t *testing.T, disks Disks, doubts *atomic.Int64) *PeerTran
 	return tr
 }
 
-// A node comes with its directory, with another one, after it was removed, and
-// after the cluster took it in again while this node lagged.
+// Goal: whose word counts. A node comes with its directory, with another one, after
+// it was removed, and after the cluster took it in again; and it says so, at an
+// index that this node has applied or has not.
 func TestDisksOfPeers(t *testing.T) {
 	checkLeaks(t)
-	var doubts atomic.Int64
 	disks := &seenDisks{known: map[uint64]uint64{}}
-	tr := newDiskTransport(t, disks, &doubts)
-	greet := func(node, disk uint64, want Refusal) {
+	pos := &raftnode.Position{Index: 42}
+	tr := newDiskTransport(t, disks, pos)
+	apply := func(index uint64, members ...raftnode.Member) {
+		*pos = raftnode.Position{Index: index, Members: members}
+		tr.SetMembers(members)
+	}
+	greet := func(node, disk, listedAt uint64, want Refusal) {
 		t.Helper()
-		done, err := tr.greeted(&peerpb.Hello{NodeId: node, DiskId: disk, PeerAddr: "x:1"}, false)
+		done, err := tr.greeted(&peerpb.Hello{NodeId: node, DiskId: disk, ListedAt: listedAt, PeerAddr: "x:1"}, false)
 		var r *RefusedError
 		if err == nil {
 			done()
-		} else if !errors.As(err, &r) || r.Applied != 42 || r.ClientAddr != "c1:1" {
+		} else if !errors.As(err, &r) || r.Applied != pos.Index || r.ClientAddr != "c1:1" {
 			t.Fatalf("node %d, disk %d: %v", node, disk, err)
 		}
 		if got := func() Refusal {
@@ -80,32 +85,137 @@ func TestDisksOfPeers(t *testing.T) {
 			}
 			return r.Kind
 		}(); got != want {
-			t.Errorf("node %d, disk %d: %q, want %q", node, disk, got, want)
+			t.Errorf("node %d, disk %d listed at %d, at %d here: %q, want %q", node, disk, listedAt, pos.Index, got, want)
 		}
 	}
-	greet(2, 20, "")
-	greet(2, 20, "")
-	greet(2, 21, Wiped)
-	greet(2, 0, "") // a release that does not say
-	if doubts.Load() != 1 {
-		t.Errorf("%d doubts", doubts.Load())
+	greet(2, 20, 0, "")
+	greet(2, 20, 0, "")
+	greet(2, 21, 0, Wiped)
+	greet(2, 0, 0, "") // a release that does not say
+	// It was taken in again, as those see who have applied more; what this node has
+	// applied itself, it knows itself.
+	greet(2, 21, 43, "")
+	greet(2, 21, 42, Wiped)
+	greet(2, 21, 41, Wiped)
+	if disks.known[2] != 20 {
+		t.Errorf("the word of a node was taken down as disk %d", disks.known[2])
 	}
-	tr.Confirm(2, 21)
-	greet(2, 21, "")
-	greet(2, 22, Wiped)
+	apply(43, raftnode.Member{ID: 1, Addr: "n1:1"}, raftnode.Member{ID: 2, Disk: 21, Addr: "n2:1"})
+	disks.known[2] = 21
+	greet(2, 21, 0, "")
+	greet(2, 20, 0, Wiped)
+	greet(2, 20, 42, Wiped) // its old directory, which was listed as well
+	greet(2, 22, 0, Wiped)
 
-	tr.SetMembers([]raftnode.Member{{ID: 1, Addr: "n1:1"}, {ID: 3, Disk: 30, Removed: true}})
-	greet(3, 30, Removed)
-	greet(3, 31, Removed) // removed comes first: losing the directory is no way back
-	tr.Confirm(3, 31)
-	greet(3, 31, "")
-	greet(3, 30, Removed)
+	apply(50, raftnode.Member{ID: 1, Addr: "n1:1"}, raftnode.Member{ID: 3, Disk: 30, Removed: true})
+	greet(3, 30, 0, Removed)
+	greet(3, 31, 0, Removed) // removed comes first: losing the directory is no way back
+	greet(3, 30, 49, Removed)
+	greet(3, 31, 51, "")
+	apply(52, raftnode.Member{ID: 1, Addr: "n1:1"}, raftnode.Member{ID: 3, Disk: 31, Addr: "n3:1"})
+	greet(3, 31, 51, "")
+	greet(3, 30, 49, Wiped)
 
 	// What could not be noted is not accepted.
 	disks.err = errors.New("the disk is full")
 	if _, err := tr.greeted(&peerpb.Hello{NodeId: 5, DiskId: 50}, false); err == nil {
 		t.Error("accepted without a note")
 	}
+}
+
+// A node says that it is listed only where its state lists it, with the directory
+// that it has.
+func TestListedAt(t *testing.T) {
+	id := Identity{NodeID: 3, DiskID: 30}
+	for _, c := range []struct {
+		name   string
+		member raftnode.Member
+		want   uint64
+	}{
+		{"it joined", raftnode.Member{ID: 3, Disk: 30}, 77},
+		{"a first member", raftnode.Member{ID: 3}, 0},
+		{"with another directory", raftnode.Member{ID: 3, Disk: 31}, 0},
+		{"it was removed", raftnode.Member{ID: 3, Disk: 30, Removed: true}, 0},
+		{"it never was a member", raftnode.Member{ID: 4, Disk: 30}, 0},
+	} {
+		if got := id.At(raftnode.Position{Index: 77, Members: []raftnode.Member{c.member}}).hello(1).GetListedAt(); got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
+	}
+	if got := (Identity{NodeID: 3}).At(raftnode.Position{Index: 77, Members: []raftnode.Member{{ID: 3}}}).ListedAt; got != 0 {
+		t.Errorf("a node without a disk id is listed at %d", got)
+	}
+}
+
+// standing is where a station has applied the log up to.
+type standing struct {
+	mu  sync.Mutex
+	pos raftnode.Position
+}
+
+func (s *standing) set(index uint64, members ...raftnode.Member) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.pos = raftnode.Position{Index: index, Members: members}
+}
+
+func (s *standing) get() raftnode.Position {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pos
+}
+
+// Goal: a node that lags listens to a member that lost its directory and was taken
+// in again meanwhile, though nobody else is there to ask and the member is at
+// another address than the old one; not to one that was not taken in; and no longer
+// once it has applied that the member has been replaced since.
+func TestLaggardListensToOneThatRejoined(t *testing.T) {
+	checkLeaks(t)
+	memory := &diskMemory{known: map[uint64]uint64{2: 22}}
+	var here, there standing
+	here.set(40, raftnode.Member{ID: 1}, raftnode.Member{ID: 2})
+	there.set(1, raftnode.Member{ID: 1}, raftnode.Member{ID: 2})
+	a := newStation(t, 1, func(o *TransportOptions) {
+		withDisk(11, memory, &refusals{})(o)
+		o.Position = here.get
+	})
+	told := &refusals{}
+	b := newStation(t, 2, func(o *TransportOptions) {
+		withDisk(23, &diskMemory{}, told)(o)
+		o.Position = there.get
+	})
+	// Where it was before; nobody listens there.
+	a.transport.SetMembers([]raftnode.Member{a.member(), {ID: 2, Addr: "127.0.0.1:1"}})
+	b.transport.SetMembers([]raftnode.Member{a.member(), b.member()})
+	until(t, &told.event, "the refusal", func() bool { _, ok := told.first(); return ok })
+	if r, _ := told.first(); r.Kind != Wiped || r.Applied != 40 {
+		t.Fatalf("told %+v", r)
+	}
+	if n := len(a.node.received(raftpb.MsgHeartbeat)); n != 0 {
+		t.Fatalf("%d messages of a node that lost its promises", n)
+	}
+
+	there.set(105, raftnode.Member{ID: 1}, raftnode.Member{ID: 2, Disk: 23})
+	exchange(t, a, b)
+	if memory.of(2) != 22 {
+		t.Errorf("the word of a node was taken down as disk %d", memory.of(2))
+	}
+	// This node has caught up, as far as the member.
+	members := []raftnode.Member{{ID: 1, Addr: a.id.PeerAddr}, {ID: 2, Addr: b.id.PeerAddr, Disk: 23}}
+	here.set(105, members...)
+	a.transport.SetMembers(members)
+	exchange(t, a, b)
+
+	members[1].Disk = 24
+	here.set(200, members...)
+	a.transport.SetMembers(members)
+	before := told.count()
+	var i uint64
+	until(t, &told.event, "the end of the stream", func() bool {
+		i++
+		b.transport.Send([]*raftpb.Message{message(raftpb.MsgHeartbeat, 2, 1, i)})
+		return told.count() > before
+	})
 }
 
 // A node that is removed while it is connected hears of it in answer to what it

@@ -40,6 +40,9 @@ var (
 	// ErrSuperseded: the stream belongs to a connection whose node has made a
 	// later one. What it carried last was dropped, as best effort allows.
 	ErrSuperseded = errors.New("rpc: a later connection of the same node took over")
+	// ErrMemberRemoved: a node asks to come back under the id of a member that was
+	// removed, and not only to come back. Nothing was done; the id is spent.
+	ErrMemberRemoved = errors.New("rpc: the member of this id was removed")
 	// ErrOtherDisk: a node asks to join under the id of a member that has another
 	// data directory. Nothing was changed.
 	ErrOtherDisk = errors.New("rpc: the member of this id has another data directory")
@@ -53,6 +56,9 @@ var (
 	// ErrSnapshotUnreachable: the snapshot may lie on a node that does not
 	// answer. Nothing was done.
 	ErrSnapshotUnreachable = errors.New("rpc: the snapshot cannot be reached")
+	// ErrStalled: the client of a transfer stands still. The transfer was ended,
+	// and nothing of an upload was kept.
+	ErrStalled = errors.New("rpc: the transfer stands still")
 	// ErrQuarantined: the state of this node differs from that of the other
 	// members, or nobody knows whose is right. Nothing was read or changed;
 	// another node may answer.

@@ -33,7 +33,7 @@ func (s *PeerServer) Forward(stream peerpb.Peer_ForwardServer) error {
 		return err
 	}
 	defer done()
-	if err := stream.Send(&peerpb.ForwardResponse{Hello: s.self.hello(from)}); err != nil {
+	if err := stream.Send(&peerpb.ForwardResponse{Hello: s.c.Transport.identity().hello(from)}); err != nil {
 		return err
 	}
 

@@ -192,7 +192,7 @@ func (s *forwardStream) greet(conn *grpc.ClientConn) (grpc.ClientStream, error) 
 	if err != nil {
 		return nil, fromPeer(s.to, err)
 	}
-	err = stream.Send(&peerpb.ForwardRequest{Hello: t.o.Identity.hello(s.to)})
+	err = stream.Send(&peerpb.ForwardRequest{Hello: t.identity().hello(s.to)})
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fromPeer(s.to, err)
 	}

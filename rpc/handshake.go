@@ -28,6 +28,9 @@ type Identity struct {
 	Version string
 	// DiskID is the random id of the data directory; zero = not told.
 	DiskID uint64
+	// ListedAt is the index the node has applied, when the membership there lists
+	// it with DiskID; otherwise zero: see Identity.At.
+	ListedAt uint64
 }
 
 // Validate reports whether the identity can be used in a handshake.
@@ -54,6 +57,7 @@ func (id Identity) hello(to uint64) *peerpb.Hello {
 		PeerAddr:   id.PeerAddr,
 		Version:    id.Version,
 		DiskId:     id.DiskID,
+		ListedAt:   id.ListedAt,
 	}
 }
 

@@ -122,7 +122,7 @@ func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []
 		return cause(ctx, fromPeer(to, err))
 	}
 	err = stream.Send(&peerpb.ImageFrame{
-		Hello:   t.o.Identity.hello(to),
+		Hello:   t.identity().hello(to),
 		ImageId: image.Info().ID,
 		Size:    image.Size(),
 	})
@@ -200,7 +200,7 @@ func (s *PeerServer) SendImage(stream peerpb.Peer_SendImageServer) error {
 	case !errors.Is(err, snap.ErrExists):
 		return Status(err).Err()
 	}
-	if err := stream.Send(&peerpb.ImageProgress{Hello: s.self.hello(from), Offset: held}); err != nil {
+	if err := stream.Send(&peerpb.ImageProgress{Hello: s.c.Transport.identity().hello(from), Offset: held}); err != nil {
 		return err
 	}
 	for {
@@ -268,7 +268,7 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 		return InvalidArgument("offset", fmt.Sprintf("%d is outside of image %s", offset, info.ID)).Err()
 	}
 	err = stream.Send(&peerpb.ImageFrame{
-		Hello:   s.self.hello(req.GetHello().GetNodeId()),
+		Hello:   s.c.Transport.identity().hello(req.GetHello().GetNodeId()),
 		ImageId: info.ID,
 		Size:    image.Size(),
 		Offset:  offset,

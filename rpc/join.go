@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -24,7 +25,7 @@ const silenceWait = 10 * time.Second
 // nothing.
 //
 // A member whose directory was lost asks with rejoin: its old self is removed,
-// with everything the leader believes it to hold, and it is added again.
+// which an operation remembers until it is back, with everything the leader believes it to hold, and it is added again.
 // Demoting it alone would keep that belief (raft's Match), and the leader would
 // wait for ever for entries to be acknowledged that it never sends. Taking out a
 // voter that is lost does not make the group weaker: it counted, and could not
@@ -91,19 +92,22 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 	add := raftnode.Change{
 		Kind: raftnode.AddLearner, ID: id, Addr: req.PeerAddr, Disk: req.DiskId, ReadReplica: req.GetReadReplica(), Rejoin: req.GetRejoin(),
 	}
-	removed := false
-	if m, ok := pos.Member(id); ok && m.Removed {
-		// Taken out by an operator it stays out; taken out to come back, by an
-		// earlier attempt of this very directory, it comes back.
-		op, err := a.rejoining(id, req.DiskId)
-		if err != nil {
+	// rejoin names the operation that is ended when the node is back.
+	rejoin := ""
+	m, ok := pos.Member(id)
+	if ok && m.Removed {
+		// Taken out by an operator it stays out; taken out to come back it comes
+		// back.
+		if rejoin, err = a.rejoining(ctx, m); err != nil {
 			return nil, err
 		}
-		if req.GetRejoin() && !op {
-			return nil, fmt.Errorf("%w: node %d was removed and ids are not reused: let it join with another id, or with none to be given one",
-				raftnode.ErrMembershipRefused, id)
+		switch {
+		case rejoin == "" && req.GetRejoin():
+			return nil, fmt.Errorf("%w: node %d; ids are not reused: let it join with another id, or with none to be given one",
+				ErrMemberRemoved, id)
+		case rejoin != "" && !req.GetRejoin():
+			return nil, fmt.Errorf("%w: node %d, which was taken out to come back", ErrOtherDisk, id)
 		}
-		removed = op
 		add.ReadReplica = add.ReadReplica || m.ReadReplica
 	} else if ok {
 		expected := m.Disk == 0 && a.isLearner(pos, id)
@@ -118,24 +122,29 @@ func (a *clusterAPI) join(ctx context.Context, req *clusterpb.JoinMemberRequest)
 				raftnode.ErrMembershipRefused, id)
 		default:
 			a.log.Warn("a member has lost its data directory; it is taken out and comes back as a learner", "event", "member_rejoins", "node_changed", id)
-			if err := a.noteRejoin(ctx, id, req.DiskId, commandpb.OperationState_OPERATION_STATE_RUNNING); err != nil {
+			if rejoin, err = a.rejoining(ctx, m); err != nil {
 				return nil, err
+			}
+			if rejoin == "" {
+				rejoin = fmt.Sprintf("rejoin-%d-%016x-%d", id, req.DiskId, pos.Index)
+				if err := a.noteRejoin(ctx, m, rejoin, commandpb.OperationState_OPERATION_STATE_RUNNING); err != nil {
+					return nil, err
+				}
 			}
 			if _, err := a.await(ctx, raftnode.Change{Kind: raftnode.Remove, ID: id}); err != nil {
 				return nil, err
 			}
-			removed = true
 			add.ReadReplica = add.ReadReplica || m.ReadReplica
 		}
 	}
 	if pos, err = a.await(ctx, add); err != nil {
-		if removed {
+		if rejoin != "" {
 			err = fmt.Errorf("%w: its old self was taken out, ask again: %w", raftnode.ErrAmbiguous, err)
 		}
 		return nil, err
 	}
-	if removed {
-		if err := a.noteRejoin(ctx, id, req.DiskId, commandpb.OperationState_OPERATION_STATE_DONE); err != nil {
+	if rejoin != "" {
+		if err := a.noteRejoin(ctx, m, rejoin, commandpb.OperationState_OPERATION_STATE_DONE); err != nil {
 			a.log.Warn("that a member has come back was not recorded", "node_changed", id, "err", err)
 		}
 	}
@@ -158,27 +167,42 @@ func (a *clusterAPI) joined(pos raftnode.Position, id, index uint64) *clusterpb.
 	return resp
 }
 
-// rejoinID names the operation that remembers, across changes of leader, that a
-// member was taken out only to come back with another directory.
-func rejoinID(node, disk uint64) string { return fmt.Sprintf("rejoin-%d-%016x", node, disk) }
+// selfOf is how the operation of a rejoin names the self of a member that is taken
+// out. The same id may be taken out later for good, with the directory it has then:
+// an operation that was never ended must not bring it back.
+func selfOf(m raftnode.Member) []byte { return fmt.Appendf(nil, "%016x", m.Disk) }
 
-// rejoining reports whether a removed member is on its way back.
-func (a *clusterAPI) rejoining(node, disk uint64) (bool, error) {
+// rejoining returns the running operation, "" when there is none, that remembers
+// across changes of leader that this self of a member was, or is about to be, taken
+// out only to come back. One that an operator has cancelled is ended. With which directory it comes back does not matter: that
+// of a node whose disk lasts no longer than its process is another at each start,
+// and one that dies in the middle must not be locked out for ever.
+func (a *clusterAPI) rejoining(ctx context.Context, m raftnode.Member) (string, error) {
+	var found *commandpb.Operation
 	v := a.cfg.State.Latest()
 	defer v.Close()
-	op, err := v.Operation(rejoinID(node, disk))
-	return op.GetState() == commandpb.OperationState_OPERATION_STATE_RUNNING, err
+	err := v.Operations(func(op *commandpb.Operation) bool {
+		if op.Kind == "rejoin" && op.NodeId == m.ID && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING &&
+			bytes.Equal(op.Detail, selfOf(m)) {
+			found = op
+		}
+		return found == nil
+	})
+	if err == nil && found.GetCancelRequested() {
+		return "", a.noteRejoin(ctx, m, found.OperationId, commandpb.OperationState_OPERATION_STATE_CANCELLED)
+	}
+	return found.GetOperationId(), err
 }
 
-// noteRejoin records the beginning or the end of a rejoin.
-func (a *clusterAPI) noteRejoin(ctx context.Context, node, disk uint64, state commandpb.OperationState) error {
+// noteRejoin records the beginning or the end of the rejoin of m.
+func (a *clusterAPI) noteRejoin(ctx context.Context, m raftnode.Member, id string, state commandpb.OperationState) error {
 	res, err := a.cfg.Submitter.Submit(ctx, &commandpb.Command{
 		TimeMs: uint64(a.cfg.Now().UnixMilli()),
 		Op: &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{
 			Create: state == commandpb.OperationState_OPERATION_STATE_RUNNING,
 			Operation: &commandpb.Operation{
-				OperationId: rejoinID(node, disk), Kind: "rejoin", State: state, NodeId: node,
-				Subject: fmt.Sprintf("node %d", node), Phase: "exchange of its old self", Message: "its data directory was lost",
+				OperationId: id, Kind: "rejoin", State: state, NodeId: m.ID, Detail: selfOf(m),
+				Subject: fmt.Sprintf("node %d", m.ID), Phase: "exchange of its old self", Message: "its data directory was lost",
 			},
 		}},
 	})

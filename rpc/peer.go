@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +26,9 @@ type peer struct {
 	// at is the address of the present, or the newest, attempt to connect: addr,
 	// or one of the others the member may be reached at.
 	at atomic.Pointer[string]
+	// said is where the peer itself said that it is, nil before it did: it may have
+	// moved while this node lagged, and must be answered to end that.
+	said atomic.Pointer[string]
 	// entries and control are the two classes of messages. Order holds within
 	// a class; raft needs none between them.
 	entries *peerQueue
@@ -61,7 +65,7 @@ func (p *peer) run(ctx context.Context) {
 	for failures := 0; ; {
 		begun := time.Now()
 		// The address that worked last is the best guess.
-		if addrs := append([]string{p.addr}, p.t.o.Also(p.id)...); failures > 0 {
+		if addrs := p.addrs(); failures > 0 {
 			p.at.Store(&addrs[failures%len(addrs)])
 		}
 		err := p.session(ctx)
@@ -99,6 +103,15 @@ func (p *peer) run(ctx context.Context) {
 		case <-timer.C:
 		}
 	}
+}
+
+// addrs returns where the peer may be reached, the configured address first.
+func (p *peer) addrs() []string {
+	addrs := append([]string{p.addr}, p.t.o.Also(p.id)...)
+	if said := p.said.Load(); said != nil && !slices.Contains(addrs, *said) {
+		addrs = append(addrs, *said)
+	}
+	return addrs
 }
 
 // failed logs why a session ended, but not again while the reason stays.
@@ -190,7 +203,7 @@ func (p *peer) open(ctx context.Context, conn *grpc.ClientConn, session uint64) 
 	if err != nil {
 		return nil, fromPeer(p.id, err)
 	}
-	hello := p.t.o.Identity.hello(p.id)
+	hello := p.t.identity().hello(p.id)
 	hello.Session = session
 	err = stream.Send(&peerpb.MessageFrame{Hello: hello})
 	if err != nil && !errors.Is(err, io.EOF) { // EOF: the reason is in Recv

@@ -30,6 +30,9 @@ type PeerServerConfig struct {
 	Gate *StateGate
 	// State is what the hashes are of; nil refuses to tell any.
 	State HashedState
+	// Agreed is told up to which index, of which epoch, the state of this node was
+	// seen to be that of a majority; nil = nobody is told.
+	Agreed func(index, epoch uint64)
 	// Suspect looks into the word of node from that the state of this node is
 	// not that of the majority, which was expected at an index; without sums in
 	// expected, that nobody knows whose is right. It says whether this node
@@ -165,8 +168,9 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 	if err := stream.RecvMsg(&in); err != nil {
 		return err
 	}
-	from, session, disk := in.hello.GetNodeId(), in.hello.GetSession(), in.hello.GetDiskId()
-	done, err := s.greet(in.hello, true)
+	hello := in.hello
+	from, session := hello.GetNodeId(), hello.GetSession()
+	done, err := s.greet(hello, true)
 	if err != nil {
 		return err
 	}
@@ -176,14 +180,15 @@ func (s *PeerServer) Messages(stream peerpb.Peer_MessagesServer) error {
 		return err
 	}
 	defer s.leave(from, door)
-	if err := stream.Send(s.self.hello(from)); err != nil {
+	if err := stream.Send(s.c.Transport.identity().hello(from)); err != nil {
 		return err
 	}
 	for {
 		if len(in.msgs) > 0 {
 			// A node that was removed may be the last to hear of it, for nobody
-			// sends it anything any more. It hears it in answer to what it sends.
-			if err := s.c.Transport.checkRemoved(from, disk); err != nil {
+			// sends it anything any more. It hears it in answer to what it sends. So
+			// does one whose word was taken until this node knew better.
+			if err := s.c.Transport.recheck(hello); err != nil {
 				return Status(err).Err()
 			}
 			for _, m := range in.msgs {

@@ -51,7 +51,7 @@ func (s *PeerServer) Preflight(ctx context.Context, req *peerpb.PreflightRequest
 		return nil, InvalidArgument("reach", fmt.Sprintf("holds %d nodes, at most %d are allowed", len(req.GetReach()), maxReach)).Err()
 	}
 	resp := &peerpb.PreflightResponse{
-		Hello: s.self.hello(req.GetHello().GetNodeId()), Version: s.self.Version,
+		Hello: s.c.Transport.identity().hello(req.GetHello().GetNodeId()), Version: s.self.Version,
 		Applied: s.c.Preflight.Applied(), FreeBytes: s.c.Preflight.FreeBytes(), StateBytes: s.c.Preflight.StateBytes(),
 		TimeUnixMs: s.c.Preflight.Now().UnixMilli(),
 	}
@@ -96,7 +96,7 @@ func (t *PeerTransport) ask(ctx context.Context, id uint64, addr string, reach [
 		return nil, err
 	}
 	defer conn.Close()
-	req := &peerpb.PreflightRequest{Hello: t.o.Identity.hello(id)}
+	req := &peerpb.PreflightRequest{Hello: t.identity().hello(id)}
 	for _, m := range reach {
 		req.Reach = append(req.Reach, &peerpb.PeerAddr{NodeId: m.ID, Addr: m.Addr})
 	}

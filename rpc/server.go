@@ -125,6 +125,9 @@ type ServerConfig struct {
 	// LeaderGrace is how long health stays SERVING without a leader; an
 	// election is shorter.
 	LeaderGrace time.Duration
+	// TransferIdle is how long the client of an upload or download may stand
+	// still before the transfer is ended.
+	TransferIdle time.Duration
 	// DrainTimeout bounds how long Shutdown waits for calls in progress.
 	DrainTimeout time.Duration
 
@@ -160,6 +163,7 @@ func (c *ServerConfig) EnsureDefaults() {
 	setDefault(&c.FullSetEvery, 5*time.Minute)
 	setDefault(&c.SyncEvery, time.Minute)
 	setDefault(&c.LeaderGrace, 3*time.Second)
+	setDefault(&c.TransferIdle, time.Minute)
 	setDefault(&c.DrainTimeout, 5*time.Second)
 	setDefault(&c.StreamWorkers, 1024)
 	setDefault(&c.MaxStreamsPerConn, 4096)
@@ -241,6 +245,7 @@ type Server struct {
 	told   *toldSidecars
 	push   *pusher
 	relay  *leaderRelay
+	idle   idle
 	// steering is held by whoever looks at the membership to change it.
 	steering chan struct{}
 
@@ -271,6 +276,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		push:   newPusher(),
 		relay:  newLeaderRelay(cfg),
+		idle:   idle{after: cfg.TransferIdle, timer: realTimer},
 
 		steering: make(chan struct{}, 1),
 	}

@@ -48,7 +48,10 @@ func (s *PeerServer) StateHashes(ctx context.Context, req *peerpb.StateHashesReq
 	if s.c.State == nil {
 		return nil, status.Error(codes.Unimplemented, "this node keeps no hashes of its state")
 	}
-	resp := &peerpb.StateHashesResponse{Hello: s.self.hello(req.GetHello().GetNodeId())}
+	if req.GetAgreedIndex() > 0 && s.c.Agreed != nil {
+		s.c.Agreed(req.GetAgreedIndex(), req.GetAgreedEpoch())
+	}
+	resp := &peerpb.StateHashesResponse{Hello: s.c.Transport.identity().hello(req.GetHello().GetNodeId())}
 	if req.GetFull() {
 		h, err := s.c.State.HashAt(ctx, req.GetIndex())
 		if err != nil {
@@ -90,7 +93,7 @@ type hashClient struct {
 	conn *grpc.ClientConn
 	// disk refuses a node with another data directory than it had; nil trusts
 	// all.
-	disk func(node, disk uint64) error
+	disk func(*peerpb.Hello) error
 }
 
 func (c hashClient) ask(ctx context.Context, req *peerpb.StateHashesRequest) ([]*peerpb.StateHash, error) {
@@ -103,7 +106,7 @@ func (c hashClient) ask(ctx context.Context, req *peerpb.StateHashesRequest) ([]
 		return nil, err
 	}
 	if c.disk != nil {
-		if err := c.disk(c.node, resp.GetHello().GetDiskId()); err != nil {
+		if err := c.disk(resp.GetHello()); err != nil {
 			return nil, err
 		}
 	}
@@ -132,8 +135,8 @@ func askFailed(node uint64, err error) error {
 	return fromPeer(node, err)
 }
 
-func (c hashClient) sums(ctx context.Context) ([]router.Sums, error) {
-	hashes, err := c.ask(ctx, &peerpb.StateHashesRequest{})
+func (c hashClient) sums(ctx context.Context, req *peerpb.StateHashesRequest) ([]router.Sums, error) {
+	hashes, err := c.ask(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -144,15 +147,17 @@ func (c hashClient) sums(ctx context.Context) ([]router.Sums, error) {
 	return out, nil
 }
 
-// Sums returns what node tells of its state. It blocks until ctx is done at
-// most.
-func (t *PeerTransport) Sums(ctx context.Context, node uint64) ([]router.Sums, error) {
+// Sums returns what node tells of its state, and tells it up to which index, of
+// which epoch, that was seen to be a majority's; an index of zero tells nothing. It
+// blocks until ctx is done at most.
+func (t *PeerTransport) Sums(ctx context.Context, node, agreedIndex, agreedEpoch uint64) ([]router.Sums, error) {
 	conn, err := t.connect(node)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	return hashClient{t.o.Identity, node, conn, t.checkDisk}.sums(ctx)
+	return hashClient{t.identity(), node, conn, t.checkDisk}.sums(ctx,
+		&peerpb.StateHashesRequest{AgreedIndex: agreedIndex, AgreedEpoch: agreedEpoch})
 }
 
 // HashAt lets node read all of its state at exactly index, 0 for now. It fails
@@ -164,7 +169,7 @@ func (t *PeerTransport) HashAt(ctx context.Context, node, index uint64) (router.
 		return router.StateHash{}, err
 	}
 	defer conn.Close()
-	hashes, err := hashClient{t.o.Identity, node, conn, t.checkDisk}.ask(ctx, &peerpb.StateHashesRequest{Full: true, Index: index})
+	hashes, err := hashClient{t.identity(), node, conn, t.checkDisk}.ask(ctx, &peerpb.StateHashesRequest{Full: true, Index: index})
 	if err != nil {
 		return router.StateHash{}, err
 	}
@@ -185,7 +190,7 @@ func (t *PeerTransport) Quarantine(ctx context.Context, node uint64, expected ro
 	}
 	defer conn.Close()
 	resp, err := peerpb.NewPeerClient(conn).Quarantine(ctx, &peerpb.QuarantineRequest{
-		Hello:    t.o.Identity.hello(node),
+		Hello:    t.identity().hello(node),
 		Expected: &peerpb.StateHash{Index: expected.Index, Epoch: expected.Epoch, Sums: expected.Sums},
 		Reason:   reason[:min(len(reason), maxReason)],
 	})
@@ -219,7 +224,7 @@ func FetchSums(ctx context.Context, o FetchOptions) (map[uint64][]router.Sums, e
 				return
 			}
 			defer conn.Close()
-			sums, err := hashClient{o.Identity, p.ID, conn, nil}.sums(ctx)
+			sums, err := hashClient{o.Identity, p.ID, conn, nil}.sums(ctx, &peerpb.StateHashesRequest{})
 			answers <- answer{p.ID, sums, err}
 		}()
 	}

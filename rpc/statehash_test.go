@@ -47,9 +47,11 @@ func TestPeersTellTheirHashes(t *testing.T) {
 		reason   string
 	}
 	var heard []word
+	var agreed [2]uint64
 	a, b := newStation(t, 1, nil), newStation(t, 2, nil)
 	b.config = func(c *PeerServerConfig) {
 		c.State, c.Gate = state, gate
+		c.Agreed = func(index, epoch uint64) { agreed = [2]uint64{index, epoch} }
 		c.Suspect = func(_ context.Context, from uint64, expected router.Sums, reason string) (bool, string) {
 			heard = append(heard, word{from, expected, reason})
 			return len(expected.Sums) > 0, "so it is"
@@ -61,8 +63,8 @@ func TestPeersTellTheirHashes(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 
-	got, err := a.transport.Sums(ctx, 2)
-	if err != nil || !reflect.DeepEqual(got, state.sums) {
+	got, err := a.transport.Sums(ctx, 2, 128, 2)
+	if err != nil || agreed != [2]uint64{128, 2} || !reflect.DeepEqual(got, state.sums) {
 		t.Errorf("sums: %v %v", got, err)
 	}
 	h, err := a.transport.HashAt(ctx, 2, 256)
@@ -76,9 +78,9 @@ func TestPeersTellTheirHashes(t *testing.T) {
 		}
 	}
 	expected := router.Sums{Index: 128, Epoch: 2, Sums: []uint64{1, 3}}
-	agreed, message, err := a.transport.Quarantine(ctx, 2, expected, strings.Repeat("r", 2*maxReason))
-	if err != nil || !agreed || message != "so it is" {
-		t.Errorf("quarantine: %v %q %v", agreed, message, err)
+	agrees, message, err := a.transport.Quarantine(ctx, 2, expected, strings.Repeat("r", 2*maxReason))
+	if err != nil || !agrees || message != "so it is" {
+		t.Errorf("quarantine: %v %q %v", agrees, message, err)
 	}
 	if len(heard) != 1 || heard[0].from != 1 || !reflect.DeepEqual(heard[0].expected, expected) || len(heard[0].reason) != maxReason {
 		t.Errorf("heard %+v", heard)
@@ -92,11 +94,11 @@ func TestPeersTellTheirHashes(t *testing.T) {
 
 	// Held, the state may still be looked at: that is how the holding ends.
 	gate.Hold("they differ", time.Hour)
-	if _, err := a.transport.Sums(ctx, 2); err != nil {
+	if _, err := a.transport.Sums(ctx, 2, 0, 0); err != nil || agreed != [2]uint64{128, 2} {
 		t.Errorf("sums of a held state: %v", err)
 	}
 	gate.Quarantine("it is wrong")
-	if got, err := a.transport.Sums(ctx, 2); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "it is wrong") {
+	if got, err := a.transport.Sums(ctx, 2, 0, 0); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "it is wrong") {
 		t.Errorf("sums of a wrong state: %v %v", got, err)
 	}
 	image := b.node.makeImage(t, 200, 1000)
@@ -156,7 +158,7 @@ func BenchmarkPeerSums(b *testing.B) {
 	c.restartServer()
 	introduce(a, c)
 	for b.Loop() {
-		if _, err := a.transport.Sums(b.Context(), 2); err != nil {
+		if _, err := a.transport.Sums(b.Context(), 2, 0, 0); err != nil {
 			b.Fatal(err)
 		}
 	}

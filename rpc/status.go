@@ -85,12 +85,15 @@ func statusTable() []statusRow {
 		{ErrRefused, codes.PermissionDenied, "HANDSHAKE_REFUSED", NotDone, 0},
 		{ErrSuperseded, codes.Aborted, "SUPERSEDED", NotDone, 0},
 		{ErrOtherDisk, codes.FailedPrecondition, ReasonOtherDisk, NotDone, 0},
+		{ErrMemberRemoved, codes.FailedPrecondition, ReasonMemberRemoved, NotDone, 0},
 		{ErrMalformed, codes.InvalidArgument, "MALFORMED", NotDone, 0},
 
 		{shelf.ErrNotFound, codes.NotFound, "SNAPSHOT_NOT_FOUND", NotDone, 0},
 		{shelf.ErrExists, codes.AlreadyExists, "SNAPSHOT_EXISTS", NotDone, 0},
+		{shelf.ErrSuspect, codes.FailedPrecondition, "SNAPSHOT_SUSPECT", NotDone, 0},
 		{shelf.ErrQuota, codes.ResourceExhausted, "SNAPSHOT_QUOTA", NotDone, 0},
 		{ErrSnapshotUnreachable, codes.Unavailable, "SNAPSHOT_UNREACHABLE", NotDone, later},
+		{ErrStalled, codes.DeadlineExceeded, "TRANSFER_STALLED", NotDone, 0},
 		{recovery.ErrBusy, codes.ResourceExhausted, "BUSY", NotDone, later},
 		{recovery.ErrDamaged, codes.DataLoss, "SNAPSHOT_DAMAGED", NotDone, 0},
 		{recovery.ErrNoUndo, codes.FailedPrecondition, "NO_UNDO", NotDone, 0},
@@ -269,8 +272,12 @@ func Judge(err error) (notDone, final bool) {
 	return notDone, final
 }
 
-// ReasonOtherDisk is the reason of ErrOtherDisk, which a node that joins acts on.
-const ReasonOtherDisk = "OTHER_DISK"
+// ReasonOtherDisk and ReasonMemberRemoved are the reasons of ErrOtherDisk and
+// ErrMemberRemoved, which a node that joins acts on.
+const (
+	ReasonOtherDisk     = "OTHER_DISK"
+	ReasonMemberRemoved = "MEMBER_REMOVED"
+)
 
 // ReasonOf returns the reason in the details of a status of this program, ""
 // when there is none.

@@ -59,10 +59,12 @@ func statusCases() map[string]struct {
 		"rpc.ErrRefused":             {&RefusedError{Peer: 1, Reason: "r"}, codes.PermissionDenied, NotDone},
 		"rpc.ErrSuperseded":          {ErrSuperseded, codes.Aborted, NotDone},
 		"rpc.ErrOtherDisk":           {ErrOtherDisk, codes.FailedPrecondition, NotDone},
+		"rpc.ErrMemberRemoved":       {ErrMemberRemoved, codes.FailedPrecondition, NotDone},
 		"rpc.ErrPreflight":           {ErrPreflight, codes.FailedPrecondition, NotDone},
 		"rpc.ErrOperationRunning":    {ErrOperationRunning, codes.FailedPrecondition, NotDone},
 		"rpc.ErrMalformed":           {ErrMalformed, codes.InvalidArgument, NotDone},
 		"rpc.ErrClosed":              {ErrClosed, codes.Unavailable, NotDone},
+		"rpc.ErrStalled":             {ErrStalled, codes.DeadlineExceeded, NotDone},
 		"rpc.ErrQuarantined":         {ErrQuarantined, codes.Unavailable, NotDone},
 
 		"router.ErrClosed":         {router.ErrClosed, codes.Unavailable, NotDone},

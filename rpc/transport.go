@@ -31,12 +31,9 @@ type TransportOptions struct {
 	// OnRefused is told when another node refuses this one for a reason to act
 	// on. It must not block.
 	OnRefused func(*RefusedError)
-	// Doubt is told when node came with a disk other than the one known here,
-	// which may be because this node lags: see PeerTransport.Confirm. It must not
-	// block. Default: nobody is told.
-	Doubt func(node, disk uint64)
-	// Applied returns the index this node has applied, for refusals. Default: 0.
-	Applied func() uint64
+	// Position returns how far this node has applied the log, and the membership
+	// there. It must not block. Default: nothing is applied.
+	Position func() raftnode.Position
 	// Also returns further addresses of a member, tried in turn when that of its
 	// membership fails. It must not block. Default: none.
 	Also func(member uint64) []string
@@ -83,11 +80,8 @@ func (o *TransportOptions) EnsureDefaults() *TransportOptions {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Doubt == nil {
-		o.Doubt = func(uint64, uint64) {}
-	}
-	if o.Applied == nil {
-		o.Applied = func() uint64 { return 0 }
+	if o.Position == nil {
+		o.Position = func() raftnode.Position { return raftnode.Position{} }
 	}
 	if o.Also == nil {
 		o.Also = func(uint64) []string { return nil }
@@ -166,8 +160,8 @@ type PeerTransport struct {
 	// removed are nodes that were members and are no more. Ids are never
 	// reused, so they have no business here.
 	removed map[uint64]bool
-	// confirmed are disks that others have seen join: see Confirm.
-	confirmed map[uint64]uint64
+	// listed are the disks of the members, as far as they joined with one.
+	listed map[uint64]uint64
 	// clients holds what the nodes said in their greetings.
 	clients map[uint64]string
 }
@@ -181,15 +175,15 @@ func NewPeerTransport(o TransportOptions) (*PeerTransport, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	t := &PeerTransport{
-		o:         o,
-		dialer:    newPeerDialer(o.Dial, o.Credentials, o.DialTimeout),
-		ctx:       ctx,
-		cancel:    cancel,
-		report:    newReporter(o.ReportInterval),
-		peers:     map[uint64]*peer{},
-		removed:   map[uint64]bool{},
-		confirmed: map[uint64]uint64{},
-		clients:   map[uint64]string{},
+		o:       o,
+		dialer:  newPeerDialer(o.Dial, o.Credentials, o.DialTimeout),
+		ctx:     ctx,
+		cancel:  cancel,
+		report:  newReporter(o.ReportInterval),
+		peers:   map[uint64]*peer{},
+		removed: map[uint64]bool{},
+		listed:  map[uint64]uint64{},
+		clients: map[uint64]string{},
 	}
 	t.wg.Go(func() { t.report.run(ctx) })
 	return t, nil
@@ -230,6 +224,7 @@ func (t *PeerTransport) SetMembers(members []raftnode.Member) {
 		return
 	}
 	keep := make(map[uint64]bool, len(members))
+	clear(t.listed)
 	for _, m := range members {
 		if m.Removed {
 			t.removed[m.ID] = true
@@ -241,8 +236,8 @@ func (t *PeerTransport) SetMembers(members []raftnode.Member) {
 			continue
 		}
 		delete(t.removed, m.ID)
-		if m.Disk != 0 && m.Disk == t.confirmed[m.ID] {
-			delete(t.confirmed, m.ID) // this node has caught up with it
+		if m.Disk != 0 {
+			t.listed[m.ID] = m.Disk
 		}
 		if m.ID == t.o.Identity.NodeID || m.Addr == "" {
 			continue
@@ -301,12 +296,7 @@ func (t *PeerTransport) startLocked(id uint64, addr string) *peer {
 // answer says that the stream is one of raft messages, whose answers need a
 // stream of this node's own.
 func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err error) {
-	// Removed comes first: a node that was removed does not come back by losing
-	// its data directory.
-	if err := t.checkRemoved(h.GetNodeId(), h.GetDiskId()); err != nil {
-		return nil, err
-	}
-	if err := t.checkDisk(h.GetNodeId(), h.GetDiskId()); err != nil {
+	if err := t.check(h); err != nil {
 		return nil, err
 	}
 	t.mu.Lock()
@@ -342,6 +332,9 @@ func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err 
 		p = t.startLocked(id, h.GetPeerAddr())
 	}
 	t.clients[id] = h.GetClientAddr()
+	if said := h.GetPeerAddr(); said != "" {
+		p.said.Store(&said)
+	}
 	p.guests++
 	// It is up: a pause between attempts to reach it can end.
 	select {

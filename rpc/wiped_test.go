@@ -63,6 +63,12 @@ func (r *refusals) first() (RefusedError, bool) {
 	return r.all[0], true
 }
 
+func (r *refusals) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.all)
+}
+
 // withDisk gives a station a data directory, a memory of those of others and an
 // ear for refusals.
 func withDisk(disk uint64, d Disks, r *refusals) func(*TransportOptions) {

@@ -3,13 +3,24 @@ package server
 import (
 	"context"
 	"log/slog"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
 	"conveyor.etl/router/snap"
+)
+
+const (
+	// reportPause is that between two attempts to report this node's address.
+	reportPause = time.Second
+	// memberCall bounds one question to another node.
+	memberCall = 2 * time.Second
 )
 
 // addresses knows where this node reaches the others. What its operator
@@ -105,4 +116,58 @@ func (n *addressedNode) Status() raftnode.Status {
 	st := n.Node.Status()
 	st.Position.Members = n.known.fill(st.Position.Members)
 	return st
+}
+
+// eachPeer calls f with the client API of one node after the other, as far as
+// they have said where that is, until it returns true.
+func (s *Server) eachPeer(ctx context.Context, f func(ctx context.Context, peer uint64, c clusterpb.ClusterClient) bool) bool {
+	for _, p := range s.transport.Stats() {
+		if p.ClientAddr == "" || ctx.Err() != nil {
+			continue
+		}
+		conn, err := grpc.NewClient("passthrough:///"+p.ClientAddr, grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithDefaultCallOptions(grpc.ForceCodecV2(rpc.NewCodec())))
+		if err != nil {
+			continue
+		}
+		bound, cancel := context.WithTimeout(ctx, memberCall)
+		done := f(bound, p.ID, clusterpb.NewClusterClient(conn))
+		cancel()
+		conn.Close()
+		if done {
+			return true
+		}
+	}
+	return false
+}
+
+// reportAddress tells the cluster where this node is reached when that is not
+// what it was told before, until that has been done or ctx is done.
+func (s *Server) reportAddress(ctx context.Context, addr string) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		m, ok := s.disk.machine.Applied().Member(s.c.NodeID)
+		told := m.Addr
+		if told == "" {
+			told = s.disk.id.RaftAddr
+		}
+		if !ok || m.Removed || told == "" || told == addr {
+			return
+		}
+		// Any member will do: the leader may not reach this node before it knows.
+		if s.eachPeer(ctx, func(ctx context.Context, _ uint64, c clusterpb.ClusterClient) bool {
+			_, err := c.UpdateMember(ctx, &clusterpb.UpdateMemberRequest{NodeId: s.c.NodeID, PeerAddr: addr})
+			return err == nil
+		}) {
+			s.log.Info("the cluster was told the new address of this node", "event", "address_reported", "addr", addr, "was", told)
+			return
+		}
+		timer.Reset(reportPause)
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+	}
 }

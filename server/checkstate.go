@@ -19,7 +19,7 @@ func newChecker(s *Server) *control.Checker {
 	}
 	return control.NewChecker(control.CheckerConfig{
 		Self: s.c.NodeID, Node: s.node, State: s.disk.fsm, Members: s.transport, Electorate: s.electorate,
-		Nudge: s.nudge, Diverged: s.divergedLeader, Hold: s.gate.Hold, Release: s.gate.Release,
+		Nudge: s.nudge, Diverged: s.divergedLeader, Agreed: s.agreed, Hold: s.gate.Hold, Release: s.gate.Release,
 		Interval: interval, Logger: s.log.With("part", "check"),
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -261,6 +262,9 @@ func (j *joiner) ask(ctx context.Context) (*clusterpb.JoinMemberResponse, error)
 	s := j.s
 	said := ""
 	for {
+		if said != "" || len(j.memory.Members) == 0 {
+			j.findMembers(ctx)
+		}
 		var last error
 		for _, addr := range j.memory.Members {
 			resp, err := j.askOne(ctx, addr)
@@ -273,6 +277,9 @@ func (j *joiner) ask(ctx context.Context) (*clusterpb.JoinMemberResponse, error)
 				return nil, fmt.Errorf("the cluster does not take this node: %w", last)
 			case codes.FailedPrecondition:
 				reason := rpc.ReasonOf(status.Convert(err))
+				if reason == rpc.ReasonMemberRemoved {
+					return nil, fmt.Errorf("%w (%w)", j.markRemoved(), last)
+				}
 				if j.memory.Rejoin || reason == "MEMBERSHIP_PENDING" {
 					// A member has to come back: the others may take a moment to
 					// notice that its old self is gone, or be too few just now.
@@ -308,6 +315,48 @@ func (j *joiner) ask(ctx context.Context) (*clusterpb.JoinMemberResponse, error)
 			return nil, fmt.Errorf("the node has not joined: %w (last: %w)", ctx.Err(), last)
 		}
 	}
+}
+
+// findMembers asks the nodes of --peers where they serve clients: a member that was
+// started on an empty directory knows one of them, who may be gone by now.
+func (j *joiner) findMembers(ctx context.Context) {
+	c := &j.s.c
+	if !j.memory.Rejoin || len(c.Peers) == 0 {
+		return
+	}
+	var peers []raftnode.Member
+	for _, p := range c.Peers {
+		peers = append(peers, raftnode.Member{ID: p.ID, Addr: p.Addr})
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	self := j.s.identity(datadir.ClusterID(c.ClusterName, c.Members()), j.memory.DiskID)
+	for _, addr := range rpc.ClientAddrs(ctx, self, peers) {
+		if !slices.Contains(j.memory.Members, addr) {
+			j.memory.Members = append(j.memory.Members, addr)
+		}
+	}
+}
+
+// markRemoved makes the directory one that is never started again, as far as there
+// is anything in it, and returns the error that says so.
+func (j *joiner) markRemoved() error {
+	gone := removedError(j.memory.NodeID, j.dir)
+	id, err := datadir.ReadIdentity(j.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return gone // it asks again at the next start, and hears the same
+	}
+	if err == nil {
+		id.Removed = true
+		err = datadir.WriteIdentity(j.dir, id)
+	}
+	if err == nil {
+		err = datadir.RemoveJoining(j.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("%w; this could not be noted for the next start: %w", gone, err)
+	}
+	return gone
 }
 
 func (j *joiner) askOne(ctx context.Context, addr string) (*clusterpb.JoinMemberResponse, error) {

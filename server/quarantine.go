@@ -50,6 +50,14 @@ func (s *Server) divergedLeader(ctx context.Context, f control.Finding) {
 	s.quarantined.Do(func() { close(s.rebuilds) })
 }
 
+// agreed takes note that the state of this node was found to be right, for the
+// snapshots that were made of it.
+func (s *Server) agreed(index, epoch uint64) {
+	if err := s.disk.shelf.Agree(index, epoch); err != nil {
+		s.log.Warn("that the snapshots of this node can be trusted was not written down; it is tried again", "err", err)
+	}
+}
+
 // isolate ends every answer from the state of this node, for good, and writes
 // down why.
 func (s *Server) isolate(f control.Finding) {

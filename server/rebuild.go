@@ -64,6 +64,10 @@ func (s *Server) replaceState(ctx context.Context, self rpc.Identity, q *datadir
 	if err := s.disk.images.Purge(0); err != nil {
 		return fmt.Errorf("remove the images of the wrong state: %w", err)
 	}
+	// Nor what users have made of it, since it was last known to be right.
+	if err := s.disk.shelf.Doubt(fmt.Sprintf("the state of node %d turned out to be wrong after it was made (%s)", s.c.NodeID, q.Reason)); err != nil {
+		return fmt.Errorf("mark the snapshots of the wrong state: %w", err)
+	}
 	members := s.known.fill(raftnode.Live(s.disk.machine.Applied().Members))
 	sources, err := s.findSources(ctx, self, q, members)
 	if err != nil {

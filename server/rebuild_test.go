@@ -6,10 +6,14 @@ import (
 	"path/filepath"
 	"testing"
 
+	"google.golang.org/grpc/codes"
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/rpc"
+	"conveyor.etl/router/rpc/routerpb/backuppb"
 )
 
 // Goal: an operator's note makes a node take the state of the others before it
@@ -28,9 +32,39 @@ func TestRebuildOnDemand(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	backups := func() backuppb.BackupServiceClient {
+		return backuppb.NewBackupServiceClient(dial(t, nodes[2].Addr()))
+	}
+	if _, err := backups().CreateSnapshot(within(t), &backuppb.CreateSnapshotRequest{SnapshotId: "good"}); err != nil {
+		t.Fatal(err)
+	}
+	// It was found to be right since.
+	nodes[2].agreed(nodes[2].disk.fsm.Applied().Index, 0)
+	commit(t, nodes[2], 3, 44)
+	if _, err := backups().CreateSnapshot(within(t), &backuppb.CreateSnapshotRequest{SnapshotId: "bad"}); err != nil {
+		t.Fatal(err)
+	}
 	stop(t, nodes[2])
 	note(all[2])
 	nodes[2] = start(t, all[2])
+	list, err := backups().ListSnapshots(within(t), &backuppb.ListSnapshotsRequest{LocalOnly: true})
+	if err != nil || len(list.GetSnapshots()) != 2 {
+		t.Fatal(list, err)
+	}
+	for _, s := range list.GetSnapshots() {
+		if suspect := s.GetSuspect() != ""; suspect != (s.GetSnapshotId() == "bad") {
+			t.Errorf("after the rebuilding: %v", s)
+		}
+	}
+	for _, validate := range []bool{true, false} {
+		_, err := backups().RestoreSnapshot(within(t), &backuppb.RestoreSnapshotRequest{SnapshotId: "bad", ValidateOnly: validate})
+		if st := status.Convert(err); st.Code() != codes.FailedPrecondition || rpc.ReasonOf(st) != "SNAPSHOT_SUSPECT" {
+			t.Errorf("a snapshot of a wrong state is taken: %v", err)
+		}
+	}
+	if _, err := backups().RestoreSnapshot(within(t), &backuppb.RestoreSnapshotRequest{SnapshotId: "good", ValidateOnly: true}); err != nil {
+		t.Errorf("a snapshot from before: %v", err)
+	}
 	if got := offsets(t, nodes[2]); got[1] != 42 {
 		t.Errorf("offsets of the rebuilt node: %v", got)
 	}

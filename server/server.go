@@ -59,9 +59,8 @@ type Server struct {
 	quarantined sync.Once
 	rebuilds    chan struct{}
 
-	// doubts are nodes that came with unknown disks.
-	doubts  chan doubt
-	leaving sync.Once
+	leaving   sync.Once
+	rejoining sync.Once
 
 	failOnce sync.Once
 	failed   chan struct{}
@@ -77,7 +76,6 @@ func New(c config.Config, o Options) *Server {
 		log:      o.Logger.With("node", c.NodeID),
 		gate:     rpc.NewStateGate(),
 		rebuilds: make(chan struct{}),
-		doubts:   make(chan doubt, 16),
 		failed:   make(chan struct{}),
 		nodeDone: make(chan struct{}),
 	}
@@ -119,13 +117,13 @@ func (s *Server) start(ctx context.Context) error {
 		return err
 	}
 	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
-		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"), Doubt: s.doubted,
-		Applied: func() uint64 { return s.disk.fsm.Applied().Index }, Also: s.alsoAt,
+		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"),
+		Position: s.disk.machine.Applied, Also: s.alsoAt,
 	})
 	if err != nil {
 		return err
 	}
-	if err := s.rebuild(ctx, self); err != nil {
+	if err := s.rebuild(ctx, self.At(s.disk.machine.Applied())); err != nil {
 		return err
 	}
 	if err := s.startNode(ctx, self); err != nil {
@@ -227,7 +225,7 @@ func (s *Server) startPeers() error {
 	maker := &imageMaker{machine: s.disk.machine, images: s.disk.images, applied: s.node.WaitApplied}
 	s.handler, err = rpc.NewPeerServer(rpc.PeerServerConfig{
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
-		Gate: s.gate, State: s.disk.fsm, Suspect: s.suspect,
+		Gate: s.gate, State: s.disk.fsm, Agreed: s.agreed, Suspect: s.suspect,
 		Beat: s.control.liveness.Touch, Logger: s.log.With("part", "peers"),
 		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
@@ -260,7 +258,6 @@ func (s *Server) runNode() {
 	s.loops.Go(func() { s.recovery.Run(loops) })
 	warmer := &warmer{images: s.disk.images, root: s.disk.fsm.Dir(), log: s.log}
 	s.loops.Go(func() { warmer.run(loops) })
-	s.loops.Go(func() { s.followDoubts(loops) })
 	s.loops.Go(func() { s.reportAddress(loops, actual(s.c.AdvertiseRaftAddr, s.peerLis)) })
 	s.control.start(loops, &s.loops)
 }

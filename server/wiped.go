@@ -42,9 +42,7 @@ func (s *Server) askBefore(ctx context.Context, self rpc.Identity) error {
 	defer cancel()
 	switch r := rpc.AskRefusal(ctx, self, peers); {
 	case r == nil:
-	case r.Kind == rpc.Removed:
-		return s.markRemoved()
-	case r.Kind == rpc.Wiped:
+	default:
 		return s.rejoinAs(r)
 	}
 	return nil
@@ -67,23 +65,31 @@ func (s *Server) refused(r *rpc.RefusedError) {
 		s.log.Debug("a node that lags refuses this one", "peer", r.Peer, "applied_there", r.Applied, "err", r)
 		return
 	}
-	switch r.Kind {
-	case rpc.Removed:
+	last, err := s.disk.log.LastIndex()
+	empty := err == nil && last <= bootstrapIndex && pos.Index <= bootstrapIndex
+	switch {
+	case r.Kind == rpc.Removed && !empty:
+		// Who says so has applied more of the log than this node, and a directory
+		// that was removed never comes back: this is final.
 		s.leave(r.Error())
-	case rpc.Wiped:
-		last, err := s.disk.log.LastIndex()
-		if err != nil || last > bootstrapIndex || pos.Index > bootstrapIndex {
+	case r.Kind == rpc.Removed || r.Kind == rpc.Wiped:
+		if !empty {
 			// It holds entries: it is not empty, and whatever the other one
 			// remembers, throwing this away could only lose.
 			s.log.Error("another node knows this one with another data directory, and this directory is not empty; "+
 				"if it was copied or restored, remove the node from the cluster and let it join again", "event", "disk_unknown", "err", r)
 			return
 		}
-		s.fail(s.rejoinAs(r))
+		// Several may say so at once, and there is one note to write.
+		s.rejoining.Do(func() { s.fail(s.rejoinAs(r)) })
 	}
 }
 
-// rejoinAs notes that this node has to join again, for its next start.
+// rejoinAs notes that this node, whose directory holds nothing, has to join again,
+// for its next start. It does so as well when it was told that it was removed: who
+// says that may lag behind its return, or not know that it was taken out only to
+// come back, and an empty node has no log to tell by. The leader knows, and says
+// for good when it asks to be taken in.
 func (s *Server) rejoinAs(r *rpc.RefusedError) error {
 	s.log.Warn("the data directory of this member was lost; it does not vote, and joins again as a learner", "event", "wiped", "told_by", r.Peer)
 	members := []string{r.ClientAddr}

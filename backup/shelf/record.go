@@ -56,6 +56,13 @@ type Record struct {
 	ContentHash string `json:"content_hash,omitempty"`
 	// Version is the version of the program that made it.
 	Version string `json:"version,omitempty"`
+	// Agreed: after it was made, the state of its node was found to be that of a
+	// majority of the cluster.
+	Agreed bool `json:"agreed,omitempty"`
+	// Suspect is why it is not to be trusted: the state of its node turned out to
+	// be wrong, and before the snapshot was made nobody had seen that it was not so
+	// already. It is neither restored nor streamed. Empty: no reason is known.
+	Suspect string `json:"suspect,omitempty"`
 }
 
 const recordSuffix = ".json"

@@ -22,6 +22,8 @@ var (
 	ErrNotFound = errors.New("shelf: no such snapshot")
 	// ErrExists: there is one already.
 	ErrExists = errors.New("shelf: the snapshot exists already")
+	// ErrSuspect: the snapshot holds a state that is probably wrong.
+	ErrSuspect = errors.New("shelf: the snapshot is not to be trusted")
 	// ErrQuota: the snapshots would take more room than they may.
 	ErrQuota = errors.New("shelf: no room for the snapshot")
 )
@@ -208,7 +210,7 @@ func (r *Reader) Close() error {
 	return err
 }
 
-// Open opens snapshot id for reading.
+// Open opens snapshot id for reading; ErrSuspect when it is not to be trusted.
 func (s *Shelf) Open(id string) (*Reader, error) {
 	s.mu.Lock()
 	rec := s.records[id]
@@ -220,6 +222,10 @@ func (s *Shelf) Open(id string) (*Reader, error) {
 		return nil, fmt.Errorf("%w: %s", ErrNotFound, id)
 	}
 	r := *rec
+	if r.Suspect != "" {
+		s.mu.Unlock()
+		return nil, fmt.Errorf("%w: %s: %s; delete it, and use one made on another node or before that", ErrSuspect, id, r.Suspect)
+	}
 	s.reading[id]++
 	s.mu.Unlock()
 	out := &Reader{shelf: s, record: r}
@@ -420,9 +426,49 @@ func (s *Shelf) dropImage(image string) {
 	}
 }
 
-// SetContent records what only a look at everything in a snapshot tells: the hash
-// of its content, and how many records there are of each kind.
-func (s *Shelf) SetContent(id, hash string, counts map[string]uint64) error {
+// Agree records that the state of this node was that of a majority at index, of an
+// epoch: what was made of it until then can be trusted. It blocks on the disk for
+// the snapshots that were made since it was last said.
+func (s *Shelf) Agree(index, epoch uint64) error {
+	return s.each(func(r *Record) bool {
+		if r.Agreed || r.Suspect != "" || !r.own() || r.Index > index || r.Epoch != epoch {
+			return false
+		}
+		r.Agreed = true
+		return true
+	})
+}
+
+// Doubt marks the snapshots of this node's own state as suspect, for why, that were
+// made after the last word that it was right. It blocks on the disk.
+func (s *Shelf) Doubt(why string) error {
+	return s.each(func(r *Record) bool {
+		if r.Agreed || r.Suspect != "" || !r.own() {
+			return false
+		}
+		r.Suspect = why
+		return true
+	})
+}
+
+// own reports whether a snapshot was made of the state of this node.
+func (r *Record) own() bool { return r.Origin == Created || r.Origin == Undo }
+
+// each changes the records for which change returns true, one after the other.
+func (s *Shelf) each(change func(r *Record) bool) error {
+	for _, r := range s.List() {
+		if next := r; !change(&next) {
+			continue
+		}
+		if err := s.update(r.ID, func(r *Record) { change(r) }); err != nil && !errors.Is(err, ErrNotFound) {
+			return err // one that was deleted meanwhile needs no word
+		}
+	}
+	return nil
+}
+
+// update changes the record of snapshot id.
+func (s *Shelf) update(id string, change func(r *Record)) error {
 	s.writeMu.Lock()
 	defer s.writeMu.Unlock()
 	s.mu.Lock()
@@ -432,7 +478,7 @@ func (s *Shelf) SetContent(id, hash string, counts map[string]uint64) error {
 		return fmt.Errorf("%w: %s", ErrNotFound, id)
 	}
 	next := *r
-	next.ContentHash, next.Counts = hash, counts
+	change(&next)
 	if err := writeRecord(s.fs, s.dir, &next); err != nil {
 		return fmt.Errorf("shelf: record snapshot %s: %w", id, err)
 	}
@@ -440,4 +486,10 @@ func (s *Shelf) SetContent(id, hash string, counts map[string]uint64) error {
 	s.records[id] = &next
 	s.mu.Unlock()
 	return nil
+}
+
+// SetContent records what only a look at everything in a snapshot tells: the hash
+// of its content, and how many records there are of each kind.
+func (s *Shelf) SetContent(id, hash string, counts map[string]uint64) error {
+	return s.update(id, func(r *Record) { r.ContentHash, r.Counts = hash, counts })
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -231,5 +232,61 @@ func TestImport(t *testing.T) {
 	}
 	if names, _ := f.List("backups/images"); len(names) != 1 {
 		t.Fatalf("images: %v", names)
+	}
+}
+
+// Goal: when the state of a node turns out to be wrong, what was made of it since it
+// was last known to be right is marked for good, and neither opened nor lost from
+// the list; what came from elsewhere, or was made before, is not.
+func TestSuspectSnapshots(t *testing.T) {
+	f := vfs.NewMem()
+	s := open(t, f, Options{})
+	must[Record](t)(put(t, f, s, "before", "a"))
+	for _, at := range [][2]uint64{{6, 0}, {7, 1}} {
+		if err := s.Agree(at[0], at[1]); err != nil {
+			t.Fatal(err)
+		}
+		if r := must[Record](t)(s.Get("before")); r.Agreed {
+			t.Fatalf("a snapshot of entry 7 of epoch 0 can be trusted by what was so at %v", at)
+		}
+	}
+	if err := s.Agree(7, 0); err != nil {
+		t.Fatal(err)
+	}
+	must[Record](t)(put(t, f, s, "since", "b"))
+	r := must[*Reader](t)(s.Open("before"))
+	must[Record](t)(s.Import(t.Context(), "uploaded", func(dir string) error {
+		err := f.MkdirAll(dir, 0o755)
+		for _, name := range []string{"MANIFEST", "000001.sst"} {
+			err = errors.Join(err, vfs.Copy(f, f.PathJoin(r.Dir(), name), f.PathJoin(dir, name)))
+		}
+		return err
+	}, func(string, *Record) error { return nil }))
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Doubt("its node went wrong"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for _, id := range []string{"before", "uploaded"} {
+			if err := must[*Reader](t)(s.Open(id)).Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := s.Open("since"); !errors.Is(err, ErrSuspect) || !strings.Contains(err.Error(), "its node went wrong") {
+			t.Errorf("a suspect snapshot is opened: %v", err)
+		}
+		// That the node is right again says nothing of what was made before.
+		if err := s.Agree(100, 0); err != nil {
+			t.Fatal(err)
+		}
+		if r := must[Record](t)(s.Get("since")); r.Suspect == "" || r.Agreed {
+			t.Errorf("the mark is gone: %+v", r)
+		}
+		s = open(t, f, Options{})
+	}
+	if existed, err := s.Delete("since"); !existed || err != nil {
+		t.Errorf("deleting it: %v %v", existed, err)
 	}
 }

@@ -159,7 +159,7 @@ func writeProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) 
 	return p, func() { p.stop(); closeAll() }, nil
 }
 
-// readProbe reads random keys linearizably through member i, 200 a second.
+// readProbe reads random keys linearizably through member i.
 func readProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) {
 	conn, err := dialFast(c.s.endpoint(c.o, i))
 	if err != nil {
@@ -174,7 +174,7 @@ func readProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) {
 			return 1, c.s.get(ctx, conn, bench.Key(v.IntN(c.o.objects)))
 		})
 	}
-	p := startProbe(ctx, 200, calls)
+	p := startProbe(ctx, c.o.readRate, calls)
 	return p, func() { p.stop(); closeConn(conn) }, nil
 }
 

@@ -307,7 +307,10 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 	if err := batches(ctx, c, 0, c.o.objects/10); err != nil {
 		return err
 	}
-	settle(ctx, quiet)
+	// What the changes leave to be compacted is not the restore's.
+	if !calm(ctx, c) {
+		return ctx.Err()
+	}
 	writes, stopWrites, err := writeProbe(ctx, c, leader)
 	if err != nil {
 		return err
@@ -323,9 +326,10 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 		reads = append(reads, r)
 	}
 	settle(ctx, 2*time.Second)
-	calm := span{from: time.Now()}
+	calm, probing := span{from: time.Now()}, cpu(c)
 	settle(ctx, 5*time.Second)
 	calm.to = time.Now()
+	note(c, res, "restore", "cores before", probing()/calm.took().Seconds())
 
 	during, used := span{from: time.Now()}, cpu(c)
 	r, err := backuppb.NewBackupServiceClient(conn).RestoreSnapshot(ctx, &backuppb.RestoreSnapshotRequest{

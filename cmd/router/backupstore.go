@@ -111,8 +111,12 @@ func (a *app) listSnapshots(cmd *cobra.Command, limit int) error {
 		return output.Print(a.stdout, a.format, output.Messages(list), func() *output.Grid {
 			g := &output.Grid{Header: []string{"SNAPSHOT", "CREATED", "SIZE", "REVISION", "EPOCH", "CLUSTER", "NODE", "ORIGIN"}}
 			for _, s := range list {
+				origin := s.GetOrigin()
+				if s.GetSuspect() != "" {
+					origin += ", suspect"
+				}
 				g.Add(s.GetSnapshotId(), milliseconds(s.GetCreatedAt()), output.Bytes(int64(s.GetSizeBytes())), s.GetRevision(),
-					s.GetEpoch(), s.GetClusterId(), s.GetNodeId(), s.GetOrigin())
+					s.GetEpoch(), s.GetClusterId(), s.GetNodeId(), origin)
 			}
 			return g
 		})
@@ -163,6 +167,9 @@ func (a *app) describeSnapshot(cmd *cobra.Command, id string) error {
 				g.Add("STATE", fmt.Sprintf("revision %d, epoch %d, entry %d (term %d)", s.GetRevision(), s.GetEpoch(), s.GetCommitIndex(), s.GetTerm()))
 				g.Add("CLUSTER", s.GetClusterId())
 				g.Add("CONTENT", s.GetStateHash())
+				if why := s.GetSuspect(); why != "" {
+					g.Add("SUSPECT", output.Clean(why)+"; it is not restored")
+				}
 				return g
 			})
 		}

@@ -110,7 +110,12 @@ type Hello struct {
 	Session uint64 `protobuf:"varint,8,opt,name=session,proto3" json:"session,omitempty"`
 	// Random, drawn when the data directory was made. A member that comes with
 	// another one has lost its promises: see rpc/disks.go.
-	DiskId        uint64 `protobuf:"varint,9,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"`
+	DiskId uint64 `protobuf:"varint,9,opt,name=disk_id,json=diskId,proto3" json:"disk_id,omitempty"`
+	// The index the sender has applied, when the membership there lists the sender
+	// with disk_id; zero when it does not, as for a first member of a cluster and
+	// for a directory that is new. To a node that has applied less it is the proof
+	// that the cluster has taken this directory in: see rpc/disks.go.
+	ListedAt      uint64 `protobuf:"varint,10,opt,name=listed_at,json=listedAt,proto3" json:"listed_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -208,11 +213,22 @@ func (x *Hello) GetDiskId() uint64 {
 	return 0
 }
 
+func (x *Hello) GetListedAt() uint64 {
+	if x != nil {
+		return x.ListedAt
+	}
+	return 0
+}
+
 type StateHashesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
-	Full          bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`   // read everything and hash it
-	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // with full: not before this index
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Hello *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Full  bool                   `protobuf:"varint,2,opt,name=full,proto3" json:"full,omitempty"`   // read everything and hash it
+	Index uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // with full: not before this index
+	// Up to which index, of which epoch, the asker has seen that the state of the
+	// asked node was that of a majority; index zero: not yet.
+	AgreedIndex   uint64 `protobuf:"varint,4,opt,name=agreed_index,json=agreedIndex,proto3" json:"agreed_index,omitempty"`
+	AgreedEpoch   uint64 `protobuf:"varint,5,opt,name=agreed_epoch,json=agreedEpoch,proto3" json:"agreed_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -264,6 +280,20 @@ func (x *StateHashesRequest) GetFull() bool {
 func (x *StateHashesRequest) GetIndex() uint64 {
 	if x != nil {
 		return x.Index
+	}
+	return 0
+}
+
+func (x *StateHashesRequest) GetAgreedIndex() uint64 {
+	if x != nil {
+		return x.AgreedIndex
+	}
+	return 0
+}
+
+func (x *StateHashesRequest) GetAgreedEpoch() uint64 {
+	if x != nil {
+		return x.AgreedEpoch
 	}
 	return 0
 }
@@ -1281,7 +1311,7 @@ var File_conveyor_peer_peer_proto protoreflect.FileDescriptor
 
 const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\n" +
-	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\x84\x02\n" +
+	"\x18conveyor/peer/peer.proto\x12\rconveyor.peer\"\xa1\x02\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x1d\n" +
 	"\n" +
@@ -1294,11 +1324,15 @@ const file_conveyor_peer_peer_proto_rawDesc = "" +
 	"\aversion\x18\x06 \x01(\tR\aversion\x12\x1b\n" +
 	"\tpeer_addr\x18\a \x01(\tR\bpeerAddr\x12\x18\n" +
 	"\asession\x18\b \x01(\x04R\asession\x12\x17\n" +
-	"\adisk_id\x18\t \x01(\x04R\x06diskId\"j\n" +
+	"\adisk_id\x18\t \x01(\x04R\x06diskId\x12\x1b\n" +
+	"\tlisted_at\x18\n" +
+	" \x01(\x04R\blistedAt\"\xb0\x01\n" +
 	"\x12StateHashesRequest\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x12\x12\n" +
 	"\x04full\x18\x02 \x01(\bR\x04full\x12\x14\n" +
-	"\x05index\x18\x03 \x01(\x04R\x05index\"s\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12!\n" +
+	"\fagreed_index\x18\x04 \x01(\x04R\vagreedIndex\x12!\n" +
+	"\fagreed_epoch\x18\x05 \x01(\x04R\vagreedEpoch\"s\n" +
 	"\x13StateHashesResponse\x12*\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.conveyor.peer.HelloR\x05hello\x120\n" +
 	"\x06hashes\x18\x02 \x03(\v2\x18.conveyor.peer.StateHashR\x06hashes\"_\n" +

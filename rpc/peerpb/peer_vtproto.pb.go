@@ -49,6 +49,11 @@ func (m *Hello) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ListedAt != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ListedAt))
+		i--
+		dAtA[i] = 0x50
+	}
 	if m.DiskId != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.DiskId))
 		i--
@@ -132,6 +137,16 @@ func (m *StateHashesRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.AgreedEpoch != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AgreedEpoch))
+		i--
+		dAtA[i] = 0x28
+	}
+	if m.AgreedIndex != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AgreedIndex))
+		i--
+		dAtA[i] = 0x20
 	}
 	if m.Index != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Index))
@@ -1143,6 +1158,9 @@ func (m *Hello) SizeVT() (n int) {
 	if m.DiskId != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.DiskId))
 	}
+	if m.ListedAt != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ListedAt))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -1162,6 +1180,12 @@ func (m *StateHashesRequest) SizeVT() (n int) {
 	}
 	if m.Index != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.Index))
+	}
+	if m.AgreedIndex != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.AgreedIndex))
+	}
+	if m.AgreedEpoch != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.AgreedEpoch))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -1774,6 +1798,25 @@ func (m *Hello) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ListedAt", wireType)
+			}
+			m.ListedAt = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ListedAt |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -1896,6 +1939,44 @@ func (m *StateHashesRequest) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.Index |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AgreedIndex", wireType)
+			}
+			m.AgreedIndex = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AgreedIndex |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 5:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AgreedEpoch", wireType)
+			}
+			m.AgreedEpoch = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AgreedEpoch |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

@@ -1035,18 +1035,22 @@ func (x *ListSnapshotsResponse) GetWarnings() []string {
 }
 
 type SnapshotInfo struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SnapshotId    string                 `protobuf:"bytes,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
-	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	CommitIndex   uint64                 `protobuf:"varint,3,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
-	Term          uint64                 `protobuf:"varint,4,opt,name=term,proto3" json:"term,omitempty"`
-	CreatedAt     uint64                 `protobuf:"varint,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"` // Unix milliseconds
-	NodeId        uint64                 `protobuf:"varint,100,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	Revision      uint64                 `protobuf:"varint,101,opt,name=revision,proto3" json:"revision,omitempty"`
-	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	ClusterId     string                 `protobuf:"bytes,103,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Origin        string                 `protobuf:"bytes,104,opt,name=origin,proto3" json:"origin,omitempty"` // created, uploaded, undo
-	StateHash     string                 `protobuf:"bytes,105,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	SnapshotId  string                 `protobuf:"bytes,1,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	SizeBytes   uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	CommitIndex uint64                 `protobuf:"varint,3,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
+	Term        uint64                 `protobuf:"varint,4,opt,name=term,proto3" json:"term,omitempty"`
+	CreatedAt   uint64                 `protobuf:"varint,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"` // Unix milliseconds
+	NodeId      uint64                 `protobuf:"varint,100,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Revision    uint64                 `protobuf:"varint,101,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch       uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	ClusterId   string                 `protobuf:"bytes,103,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Origin      string                 `protobuf:"bytes,104,opt,name=origin,proto3" json:"origin,omitempty"` // created, uploaded, undo
+	StateHash   string                 `protobuf:"bytes,105,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
+	// Why the snapshot is not to be trusted, and is neither restored nor streamed:
+	// the state of its node turned out to be wrong after it was made. Empty: no
+	// reason is known.
+	Suspect       string `protobuf:"bytes,106,opt,name=suspect,proto3" json:"suspect,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1158,6 +1162,13 @@ func (x *SnapshotInfo) GetStateHash() string {
 	return ""
 }
 
+func (x *SnapshotInfo) GetSuspect() string {
+	if x != nil {
+		return x.Suspect
+	}
+	return ""
+}
+
 var File_conveyor_etl_backup_proto protoreflect.FileDescriptor
 
 const file_conveyor_etl_backup_proto_rawDesc = "" +
@@ -1254,7 +1265,7 @@ const file_conveyor_etl_backup_proto_rawDesc = "" +
 	"local_only\x18d \x01(\bR\tlocalOnly\"t\n" +
 	"\x15ListSnapshotsResponse\x12?\n" +
 	"\tsnapshots\x18\x01 \x03(\v2!.conveyor_etl.backup.SnapshotInfoR\tsnapshots\x12\x1a\n" +
-	"\bwarnings\x18d \x03(\tR\bwarnings\"\xc5\x02\n" +
+	"\bwarnings\x18d \x03(\tR\bwarnings\"\xdf\x02\n" +
 	"\fSnapshotInfo\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\x12\x1d\n" +
@@ -1271,7 +1282,8 @@ const file_conveyor_etl_backup_proto_rawDesc = "" +
 	"cluster_id\x18g \x01(\tR\tclusterId\x12\x16\n" +
 	"\x06origin\x18h \x01(\tR\x06origin\x12\x1d\n" +
 	"\n" +
-	"state_hash\x18i \x01(\tR\tstateHash*S\n" +
+	"state_hash\x18i \x01(\tR\tstateHash\x12\x18\n" +
+	"\asuspect\x18j \x01(\tR\asuspect*S\n" +
 	"\x0fCompressionType\x12\x14\n" +
 	"\x10COMPRESSION_NONE\x10\x00\x12\x14\n" +
 	"\x10COMPRESSION_GZIP\x10\x01\x12\x14\n" +

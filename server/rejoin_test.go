@@ -1,0 +1,151 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc"
+)
+
+// running is a node that Run keeps.
+type running struct {
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+func (r running) stop(t *testing.T) {
+	t.Helper()
+	r.cancel()
+	if err := <-r.ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// awaitMember waits until member 3 is as want says.
+func awaitMember(t *testing.T, s *Server, what string, want func(p raftnode.Position, m raftnode.Member) bool) {
+	t.Helper()
+	ctx := within(t)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		p := s.Node().Status().Position
+		if m, ok := p.Member(3); ok && want(p, m) {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: waited in vain; the members are %+v", what, p.Members)
+		}
+	}
+}
+
+func isVoter(p raftnode.Position, id uint64) bool {
+	for _, v := range p.ConfState.GetVoters() {
+		if v == id {
+			return true
+		}
+	}
+	return false
+}
+
+// takeOut removes node 3, as the leader does for an operator, or, with a note, for
+// the member itself, whose directory was lost.
+func takeOut(t *testing.T, lead *Server, toComeBack bool) {
+	t.Helper()
+	if toComeBack {
+		res, err := lead.forwarder.Submit(within(t), &commandpb.Command{TimeMs: 1, Op: &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{
+			Create: true, Operation: &commandpb.Operation{
+				OperationId: "rejoin-3", Kind: "rejoin", NodeId: 3, State: commandpb.OperationState_OPERATION_STATE_RUNNING,
+				Detail: []byte("0000000000000000"),
+			},
+		}}})
+		if err != nil || res.GetRejection() != nil {
+			t.Fatal(res, err)
+		}
+	}
+	// Right after an election nobody has answered yet.
+	ctx := within(t)
+	for {
+		_, err := lead.Node().ChangeMembership(ctx, raftnode.Change{Kind: raftnode.Remove, ID: 3})
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, raftnode.ErrMembershipRefused) && !errors.Is(err, raftnode.ErrBusy) || ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Goal: a member whose directory was lost, and lost once more between its being
+// taken out and its being added again, comes back by itself: all it hears from the
+// others is that it was removed. It finds them though the one it heard it from is
+// not the one that answers later.
+func TestRejoinAfterItsDirectoryWasLostAgain(t *testing.T) {
+	all, nodes := startCluster(t, 3, nil)
+	commit(t, leader(t, nodes...), 1, 42)
+	stop(t, nodes[2])
+	if err := os.RemoveAll(all[2].DataDir); err != nil {
+		t.Fatal(err)
+	}
+	lead := leader(t, nodes[:2]...)
+	takeOut(t, lead, true)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	back := running{cancel, make(chan error, 1)}
+	go func() { back.ended <- Run(ctx, &all[2], Options{Logger: logTo(t)}) }()
+	awaitMember(t, lead, "the member comes back", func(p raftnode.Position, m raftnode.Member) bool {
+		return !m.Removed && isVoter(p, 3)
+	})
+	back.stop(t)
+	if _, joining, err := datadir.ReadJoining(all[2].DataDir); joining || err != nil {
+		t.Errorf("it is still joining: %v", err)
+	}
+	for _, s := range nodes[:2] {
+		stop(t, s)
+	}
+}
+
+// Goal: an empty node that several others refuse at once takes note of it once.
+func TestRefusedBySeveralAtOnce(t *testing.T) {
+	s := start(t, settings(t, t.TempDir(), 3)[0])
+	var wg sync.WaitGroup
+	for i := range uint64(32) {
+		wg.Go(func() { s.refused(&rpc.RefusedError{Peer: 2 + i%2, Kind: rpc.Wiped, Told: true}) })
+	}
+	wg.Wait()
+	if err := s.Err(); !errors.Is(err, errRejoin) {
+		t.Errorf("it ends for: %v", err)
+	}
+	stop(t, s)
+}
+
+// Goal: a member that was removed for good is told so, on its directory, on an empty
+// one, and each time it is started again.
+func TestRemovedOnAnEmptyDirectory(t *testing.T) {
+	all, nodes := startCluster(t, 3, nil)
+	commit(t, leader(t, nodes...), 1, 42)
+	stop(t, nodes[2])
+	if err := os.RemoveAll(all[2].DataDir); err != nil {
+		t.Fatal(err)
+	}
+	takeOut(t, leader(t, nodes[:2]...), false)
+	for range 2 {
+		if err := Run(within(t), &all[2], Options{Logger: logTo(t)}); !errors.Is(err, ErrRemoved) {
+			t.Fatalf("it was removed, and ran: %v", err)
+		}
+		if _, joining, err := datadir.ReadJoining(all[2].DataDir); joining || err != nil {
+			t.Errorf("it still wants to join: %v", err)
+		}
+	}
+	for _, s := range nodes[:2] {
+		stop(t, s)
+	}
+}
