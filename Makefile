@@ -103,6 +103,12 @@ bench-recovery: build ## figures of backup, restore and catch-up, beside etcd's;
 	$(BIN)/bench-etcd -router $(BIN)/router -etcd $(BIN)/etcd -etcdutl $(BIN)/etcdutl -out data/bench-recovery \
 		-rows '$(or $(ROWS),recovery)' -systems $(SYSTEMS) -objects $(OBJECTS) -content $(CONTENT)
 
+# The set that fits two cores: three nodes and the fleet share the machine.
+FLEET ?= --sidecars 10000 --watchers 10000 --pipelines 1000 --duration 30s --scenarios steady,one,mass,storm,leader
+.PHONY: bench-fleet
+bench-fleet: build ## figures of a simulated fleet on three nodes; FLEET= takes other flags
+	$(BIN)/router bench fleet --nodes 3 $(FLEET)
+
 .PHONY: profile
 profile: build ## renew cmd/router/default.pgo, by which the compiler optimises
 	bench/profile.sh

@@ -5,11 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -28,11 +25,6 @@ func Run(ctx context.Context, o Options) error {
 	if err := o.Validate(); err != nil {
 		return err
 	}
-	unlock, err := prepare(&o)
-	if err != nil {
-		return err
-	}
-	defer unlock()
 	_, _, terminal := o.Size()
 	ev := newEvents(nil)
 	if !terminal {
@@ -43,15 +35,16 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer ob.close()
-	start := newStarter()
-	defer start.close()
 
 	// Two lives: clients (sidecars, observer, picture) end before the nodes do,
 	// so that they do not report the stop as a failure.
 	clients, endClients := context.WithCancel(ctx)
 	defer endClients()
-	nodesCtx, endNodes := context.WithCancel(context.WithoutCancel(ctx))
-	defer endNodes()
+	nodes, err := startNodes(&o, ev)
+	if err != nil {
+		return err
+	}
+	defer nodes.Stop()
 	failed := make(chan error, 1)
 	fail := func(err error) {
 		select {
@@ -59,19 +52,9 @@ func Run(ctx context.Context, o Options) error {
 		default:
 		}
 	}
-	var nodes []*node
-	var running, serving sync.WaitGroup
-	for i := 1; i <= o.Nodes; i++ {
-		n := &node{id: i, o: &o, start: start, events: ev, log: filepath.Join(o.DataDir, fmt.Sprintf("node-%d.log", i))}
-		nodes = append(nodes, n)
-		serving.Go(func() {
-			if err := n.run(nodesCtx); err != nil {
-				fail(err)
-			}
-		})
-	}
+	var running sync.WaitGroup
 	running.Go(func() { ob.run(clients) })
-	sidecars := demoSidecars(o.Pipelines, ev)
+	sidecars := demoSidecars(&o, ev)
 	registered := make(chan struct{}, len(sidecars))
 	for _, s := range sidecars {
 		running.Go(func() {
@@ -80,7 +63,7 @@ func Run(ctx context.Context, o Options) error {
 			}
 		})
 	}
-	pic := &picture{o: &o, nodes: nodes, sidecars: sidecars, observer: ob, events: ev}
+	pic := &picture{o: &o, nodes: nodes.nodes, sidecars: sidecars, observer: ob, events: ev}
 	if terminal {
 		running.Go(func() { show(clients, pic) })
 	}
@@ -105,6 +88,7 @@ func Run(ctx context.Context, o Options) error {
 	err = nil
 	select {
 	case err = <-failed:
+	case err = <-nodes.Failed():
 	case <-ctx.Done():
 	}
 	endClients()
@@ -114,8 +98,7 @@ func Run(ctx context.Context, o Options) error {
 	} else {
 		ev.add("stopping the nodes")
 	}
-	endNodes()
-	serving.Wait()
+	nodes.Stop()
 	if err == nil && !terminal {
 		ev.add("all nodes have stopped; their data stays in %s", o.DataDir)
 	}
@@ -124,44 +107,6 @@ func Run(ctx context.Context, o Options) error {
 
 func printLine(w io.Writer, at time.Time, text string) {
 	fmt.Fprintf(w, "%s %s\n", at.Format("15:04:05.000"), text)
-}
-
-// prepare makes the data directory and takes it for this process alone.
-func prepare(o *Options) (unlock func(), err error) {
-	dir, err := filepath.Abs(o.DataDir)
-	if err != nil {
-		return nil, err
-	}
-	o.DataDir = dir
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	lock, err := os.OpenFile(filepath.Join(dir, "dev.lock"), os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		_ = lock.Close()
-		return nil, fmt.Errorf("another `router dev` uses %s; choose another directory with --data-dir, and other ports with --base-port", dir)
-	}
-	unlock = func() { _ = lock.Close() }
-	if !o.Fresh {
-		return unlock, nil
-	}
-	// Only what this command makes is removed: the directory may have been
-	// given by mistake.
-	made, err := filepath.Glob(filepath.Join(dir, "node-*"))
-	if err != nil {
-		unlock()
-		return nil, err
-	}
-	for _, path := range made {
-		if err := os.RemoveAll(path); err != nil {
-			unlock()
-			return nil, fmt.Errorf("remove what an earlier run left: %w", err)
-		}
-	}
-	return unlock, nil
 }
 
 // bringUp applies the pipelines and waits until everything runs.

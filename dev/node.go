@@ -98,8 +98,8 @@ func (n *node) launch() (*exec.Cmd, error) {
 	args := []string{
 		"serve", "--cluster-name", "dev", "--node-id", fmt.Sprint(n.id), "--data-dir", "data",
 		"--listen-addr", n.o.clientAddr(n.id), "--raft-addr", n.o.peerAddr(n.id),
-		"--liveness-heartbeat-interval", heartbeatEvery.String(),
-		"--liveness-suspect-after", suspectAfter.String(), "--liveness-expire-after", expireAfter.String(),
+		"--liveness-heartbeat-interval", n.o.Leases.HeartbeatEvery.String(),
+		"--liveness-suspect-after", n.o.Leases.SuspectAfter.String(), "--liveness-expire-after", n.o.Leases.ExpireAfter.String(),
 	}
 	for i := 1; i <= n.o.Nodes; i++ {
 		args = append(args, "--peers", fmt.Sprintf("%d:%s", i, n.o.peerAddr(i)))

@@ -25,6 +25,9 @@ type Options struct {
 	// Respawn is how long a node that died stays down; 0 leaves it down.
 	Respawn   time.Duration
 	Pipelines []*adminpb.PipelineConfig
+	// Leases are what the nodes expect of sidecars; short ones by default, so
+	// that what happens after a loss can be watched.
+	Leases Leases
 
 	// Out is where the picture or the lines go.
 	Out io.Writer
@@ -43,12 +46,20 @@ type Options struct {
 	Started func(endpoints []string)
 }
 
-// The leases of the demonstration.
-const (
-	heartbeatEvery = 2 * time.Second
-	suspectAfter   = 6 * time.Second
-	expireAfter    = 10 * time.Second
-)
+// Leases say how often sidecars are to send heartbeats, and after which silence
+// they are suspect and expired. Zeros are filled with those of the demonstration.
+type Leases struct{ HeartbeatEvery, SuspectAfter, ExpireAfter time.Duration }
+
+func (l *Leases) ensureDefaults() {
+	for _, d := range []struct {
+		to *time.Duration
+		is time.Duration
+	}{{&l.HeartbeatEvery, 2 * time.Second}, {&l.SuspectAfter, 6 * time.Second}, {&l.ExpireAfter, 10 * time.Second}} {
+		if *d.to == 0 {
+			*d.to = d.is
+		}
+	}
+}
 
 // EnsureDefaults fills what is zero.
 func (o *Options) EnsureDefaults() {
@@ -67,6 +78,7 @@ func (o *Options) EnsureDefaults() {
 	if o.Command == "" {
 		o.Command = "router"
 	}
+	o.Leases.ensureDefaults()
 	if o.Started == nil {
 		o.Started = func([]string) {}
 	}

@@ -21,6 +21,7 @@ type sidecar struct {
 	id       string
 	port     int
 	services []*sidecarpb.LocalService
+	leases   Leases
 	events   *events
 
 	mu       sync.Mutex
@@ -33,9 +34,9 @@ type sidecar struct {
 // sources, transforms and sinks in two pods each, so that every stage has
 // somewhere to go when a pod is lost, and no record has to come back to a pod
 // it has passed.
-func demoSidecars(pipelines []*adminpb.PipelineConfig, ev *events) []*sidecar {
+func demoSidecars(o *Options, ev *events) []*sidecar {
 	offered := make(map[adminpb.StageType][]string)
-	for _, p := range pipelines {
+	for _, p := range o.Pipelines {
 		for _, st := range p.GetStages() {
 			name, t := st.GetServiceSelector().GetServiceName(), st.GetStageType()
 			if name != "" && !slices.Contains(offered[t], name) {
@@ -55,7 +56,7 @@ func demoSidecars(pipelines []*adminpb.PipelineConfig, ev *events) []*sidecar {
 	} {
 		for i := range 2 {
 			s := &sidecar{
-				id: fmt.Sprintf("demo/%s-%d", kind.pod, i), port: 53000 + len(out), events: ev,
+				id: fmt.Sprintf("demo/%s-%d", kind.pod, i), port: 53000 + len(out), leases: o.Leases, events: ev,
 				told: make(map[string]*sidecarpb.PipelineAssignment),
 			}
 			for j, name := range offered[kind.stage] {
@@ -78,7 +79,7 @@ func (s *sidecar) silence() {
 	silenced := s.silenced
 	s.mu.Unlock()
 	if silenced {
-		s.events.add("%s falls silent: suspect after %v, its stages move after %v", s.id, suspectAfter, expireAfter)
+		s.events.add("%s falls silent: suspect after %v, its stages move after %v", s.id, s.leases.SuspectAfter, s.leases.ExpireAfter)
 	} else {
 		s.events.add("%s is heard of again", s.id)
 	}
@@ -103,7 +104,7 @@ func (s *sidecar) run(ctx context.Context, endpoints []string, registered func()
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	watching.Go(func() { s.watch(ctx, client) })
-	for pause(ctx, heartbeatEvery) {
+	for pause(ctx, s.leases.HeartbeatEvery) {
 		s.mu.Lock()
 		silenced := s.silenced
 		s.mu.Unlock()
@@ -129,7 +130,7 @@ func (s *sidecar) register(ctx context.Context, client sidecarpb.SidecarCoordina
 }
 
 func (s *sidecar) beat(ctx context.Context, client sidecarpb.SidecarCoordinatorClient) {
-	ctx, cancel := context.WithTimeout(ctx, heartbeatEvery)
+	ctx, cancel := context.WithTimeout(ctx, s.leases.HeartbeatEvery)
 	defer cancel()
 	req := &sidecarpb.SidecarHeartbeatRequest{SidecarId: s.id}
 	for _, svc := range s.services {

@@ -21,6 +21,8 @@ type toldSidecars struct {
 	limit      int
 	fullEvery  time.Duration
 	staleAfter time.Duration
+	now        func() time.Time
+	delay      delays // from the commit of a change to its being applied
 
 	mu       sync.Mutex
 	by       map[string]*told
@@ -33,22 +35,28 @@ type told struct {
 	heard time.Time // its last heartbeat here
 	full  time.Time // when it was last told everything
 	dirty bool      // its assignments may have changed since
+	// changed is the revision of the newest change that it is not known to have
+	// applied, 0 when there is none; changedAt is when the oldest came.
+	changed   uint64
+	changedAt time.Time
 
 	// mu is held while an answer is made: two heartbeats of one sidecar may
 	// be in progress at once.
 	mu        sync.Mutex
 	pipelines map[string]toldPipeline
 	unhealthy map[string]struct{} // local services it last called unhealthy
+	applied
 }
 
 type toldPipeline struct {
 	generation uint64 // as it was told
 	revoked    bool
-	again      bool // was told once; tell it once more
+	again      bool   // was told once; tell it once more
+	telling    uint64 // number of the answer that told it
 }
 
 func newToldSidecars(limit int, fullEvery, staleAfter time.Duration) *toldSidecars {
-	return &toldSidecars{limit: limit, fullEvery: fullEvery, staleAfter: staleAfter, by: make(map[string]*told)}
+	return &toldSidecars{limit: limit, fullEvery: fullEvery, staleAfter: staleAfter, now: time.Now, by: make(map[string]*told)}
 }
 
 // len returns how many sidecars are remembered.
@@ -136,8 +144,22 @@ func (t *toldSidecars) evictLocked() {
 	delete(t.by, victim)
 }
 
-// changed notes that the assignments of a sidecar may have changed.
-func (t *toldSidecars) changed(id string) {
+// changed notes that an assignment of a sidecar has changed.
+func (t *toldSidecars) changed(id string, revision uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.by[id]
+	if e == nil {
+		return
+	}
+	if e.dirty = true; e.changed == 0 {
+		e.changedAt = t.now()
+	}
+	e.changed = max(e.changed, revision)
+}
+
+// again notes that a sidecar has to be told something once more.
+func (t *toldSidecars) again(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e := t.by[id]; e != nil {
@@ -186,6 +208,12 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 	if e.pipelines == nil {
 		e.pipelines = make(map[string]toldPipeline)
 	}
+	telling := e.tellings + 1
+	defer func() {
+		if len(cmds) > 0 {
+			e.tellings = telling
+		}
+	}()
 	present := make(map[string]struct{})
 	err = v.Assignments(sidecar, func(a *commandpb.Assignment) bool {
 		present[a.PipelineId] = struct{}{}
@@ -196,7 +224,10 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 			return true
 		}
 		// The first telling of anything is repeated once: its reply may be lost.
-		now.again = change
+		now.again, now.telling = change, telling
+		if !change && was.telling != 0 && was.telling <= e.confirmed {
+			now.telling = was.telling // it is known to have read that one
+		}
 		again = again || now.again
 		e.pipelines[a.PipelineId] = now
 		if a.Revoked {
@@ -222,7 +253,7 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 			delete(e.pipelines, pipeline)
 			continue
 		}
-		next := toldPipeline{revoked: true, again: !was.revoked}
+		next := toldPipeline{revoked: true, again: !was.revoked, telling: telling}
 		e.pipelines[pipeline] = next
 		again = true
 		drain, err := drainFirst(v, pipeline)

@@ -11,7 +11,8 @@ import (
 )
 
 // assignmentWatch is one stream of assignments: what was sent on it, and how the
-// next state differs from that.
+// next state differs from that. What has to be sent is gathered encoded, for
+// whoever works it out does not wait for the client.
 //
 // Each event carries a revision that the watch can be resumed from after this
 // event and no other was received. Until the first SYNCED of a full state that
@@ -20,7 +21,8 @@ import (
 // the revision before.
 type assignmentWatch struct {
 	sidecar string
-	send    func(*sidecarpb.PipelineAssignmentEvent) error
+	marks   *markCache
+	out     []encoded         // to be sent
 	sent    map[string]uint64 // generation by pipeline, of those in force
 	resumed uint64            // > 0: the client has the state of this revision
 	full    bool              // the first state is out
@@ -28,9 +30,24 @@ type assignmentWatch struct {
 	reached uint64            // newest revision sent
 }
 
+// take hands over what has to be sent.
+func (w *assignmentWatch) take() []encoded {
+	out := w.out
+	w.out = nil
+	return out
+}
+
+func (w *assignmentWatch) add(ev *sidecarpb.PipelineAssignmentEvent) error {
+	frame, err := encodeEvent(ev)
+	if err == nil {
+		w.out = append(w.out, frame)
+	}
+	return err
+}
+
 // resync tells the client to start over.
 func (w *assignmentWatch) resync(reason string) error {
-	return w.send(&sidecarpb.PipelineAssignmentEvent{
+	return w.add(&sidecarpb.PipelineAssignmentEvent{
 		EventType: sidecarpb.EventType_EVENT_TYPE_RESYNC, Reason: reason, Epoch: w.epoch,
 	})
 }
@@ -52,9 +69,11 @@ func (w *assignmentWatch) startOver(epoch uint64) error {
 // synced tells the client that it has everything up to revision.
 func (w *assignmentWatch) synced(revision uint64) error {
 	w.full, w.reached, w.resumed = true, revision, 0
-	return w.send(&sidecarpb.PipelineAssignmentEvent{
-		EventType: sidecarpb.EventType_EVENT_TYPE_SYNCED, Revision: revision, Epoch: w.epoch,
-	})
+	frame, err := w.marks.get(revision, w.epoch)
+	if err == nil {
+		w.out = append(w.out, frame)
+	}
+	return err
 }
 
 type assignmentEvent struct {
@@ -64,7 +83,7 @@ type assignmentEvent struct {
 	a        *commandpb.Assignment // nil for a revocation the state has forgotten
 }
 
-// push sends what differs between v and what was sent.
+// push adds what differs between v and what was sent.
 func (w *assignmentWatch) push(v *router.View) error {
 	var events []assignmentEvent
 	present := make(map[string]struct{}, len(w.sent))
@@ -94,7 +113,7 @@ func (w *assignmentWatch) push(v *router.View) error {
 	for i, ev := range events {
 		out := &sidecarpb.PipelineAssignmentEvent{EventType: ev.kind, Epoch: w.epoch}
 		if ev.a != nil {
-			out.Assignment = assignmentToAPI(ev.a, w.epoch)
+			out.Assignment, out.ChangedAtMs = assignmentToAPI(ev.a, w.epoch), ev.a.ChangedAtMs
 		} else {
 			out.Assignment = &sidecarpb.PipelineAssignment{PipelineId: ev.pipeline}
 		}
@@ -104,7 +123,7 @@ func (w *assignmentWatch) push(v *router.View) error {
 				out.Revision--
 			}
 		}
-		if err := w.send(out); err != nil {
+		if err := w.add(out); err != nil {
 			return err
 		}
 		w.reached = max(w.reached, out.Revision)

@@ -294,6 +294,7 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 				Deleted:  c.Next == nil,
 				Summary:  summarize(c),
 				Epoch:    epoch,
+				State:    changedState(c),
 			})
 			if err != nil {
 				return err
@@ -350,10 +351,23 @@ func summarizePipeline(id string, prev, next *commandpb.Pipeline) string {
 	return fmt.Sprintf("pipeline %s changed (version %d)", id, next.Version)
 }
 
-func summarizeSidecar(id string, prev, next *commandpb.Sidecar) string {
-	word := func(s commandpb.SidecarState) string {
-		return strings.ToLower(strings.TrimPrefix(s.String(), "SIDECAR_STATE_"))
+func sidecarStateWord(s commandpb.SidecarState) string {
+	return strings.ToLower(strings.TrimPrefix(s.String(), "SIDECAR_STATE_"))
+}
+
+// changedState names the state of a sidecar whose state is what changed, "" for
+// every other change.
+func changedState(c *router.Change) string {
+	prev, _ := c.Prev.(*commandpb.Sidecar)
+	next, _ := c.Next.(*commandpb.Sidecar)
+	if prev == nil || next == nil || prev.State == next.State {
+		return ""
 	}
+	return sidecarStateWord(next.State)
+}
+
+func summarizeSidecar(id string, prev, next *commandpb.Sidecar) string {
+	word := sidecarStateWord
 	switch {
 	case next == nil:
 		return fmt.Sprintf("sidecar %s deregistered", id)

@@ -255,6 +255,8 @@ func (a *adminAPI) metrics() (map[string]float64, error) {
 		"process_memory_bytes":     float64(mem.Sys),
 		"process_gc_seconds_total": time.Duration(mem.PauseTotalNs).Seconds(),
 	}
+	a.push.metrics(m)
+	a.told.delay.metrics("assignment_applied_seconds", m)
 	for name, value := range a.cfg.Metrics() {
 		m[strings.TrimPrefix(name, metricPrefix)] = value
 	}

@@ -65,7 +65,7 @@ type feed struct {
 	log   *slog.Logger
 
 	// Called from the goroutine of follow, without mu; set before it starts.
-	onAssignment func(sidecar string)
+	onAssignment func(sidecar string, revision uint64)
 	onSidecar    func(sidecar string)
 	onReplaced   func(prev, next *commandpb.Sidecar)
 	onReset      func()
@@ -78,6 +78,8 @@ type feed struct {
 	types    map[commandpb.StageType]int
 	// reached is the revision up to which changes were seen.
 	reached uint64
+	// rung is the revision up to which every bell was rung that had to be.
+	rung uint64
 	// floor is the oldest revision a watch of assignments can resume from:
 	// revocations before it may have been forgotten by now.
 	floor uint64
@@ -93,7 +95,7 @@ func newFeed(state *router.FSM, log *slog.Logger) *feed {
 	return &feed{
 		state:        state,
 		log:          log,
-		onAssignment: func(string) {},
+		onAssignment: func(string, uint64) {},
 		onSidecar:    func(string) {},
 		onReplaced:   func(_, _ *commandpb.Sidecar) {},
 		onReset:      func() {},
@@ -137,14 +139,33 @@ func (f *feed) session(ctx context.Context, revision uint64) error {
 	f.mu.Lock()
 	f.sidecars.ringAll()
 	f.services.ringAll()
+	f.rung = max(f.rung, revision)
 	f.mu.Unlock()
 	for {
-		changes, reached, err := sub.Next(ctx)
-		if err != nil {
+		some, cancel := context.WithTimeout(ctx, progressEvery)
+		changes, reached, err := sub.Next(some)
+		cancel()
+		switch {
+		case err == nil:
+			f.dispatch(changes, reached)
+		case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
+			f.dispatch(nil, sub.Reached())
+		default:
 			return err
 		}
-		f.dispatch(changes, reached)
 	}
+}
+
+// progressEvery is how often the feed notes how far the state has come when no
+// change of its tables tells it.
+const progressEvery = 5 * time.Second
+
+// rungUp returns the revision up to which every change that concerns a watch has
+// rung its bell.
+func (f *feed) rungUp() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.rung
 }
 
 // load rebuilds what is derived from the state and returns its revision.
@@ -180,7 +201,7 @@ func (f *feed) dispatch(changes []router.Change, reached uint64) {
 			prev, _ := c.Prev.(*commandpb.Assignment)
 			next, _ := c.Next.(*commandpb.Assignment)
 			if id := cmp.Or(next.GetSidecarId(), prev.GetSidecarId()); id != "" {
-				f.onAssignment(id)
+				f.onAssignment(id, c.Revision)
 			}
 		case router.TableSidecars:
 			prev, _ := c.Prev.(*commandpb.Sidecar)
@@ -201,6 +222,7 @@ func (f *feed) dispatch(changes []router.Change, reached uint64) {
 	for i := range changes {
 		f.dispatchLocked(&changes[i])
 	}
+	f.rung = max(f.rung, reached)
 }
 
 func (f *feed) dispatchLocked(c *router.Change) {
@@ -309,6 +331,9 @@ func (f *feed) resumeFloor(ctx context.Context, revision uint64) (uint64, error)
 	f.mu.Lock()
 	reached, floor := f.reached, f.floor
 	f.mu.Unlock()
+	if reached >= revision {
+		return floor, nil
+	}
 	sub, err := f.state.Hub().Subscribe(reached, router.TableAssignments)
 	if errors.Is(err, router.ErrCompacted) {
 		return revision + 1, nil // overrun: nothing can be resumed

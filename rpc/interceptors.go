@@ -114,18 +114,25 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 		if gate := s.cfg.Gate.Err(); gate != nil {
 			err = gate
 		} else {
-			err = errStoppingStream()
+			err = s.reconnectElsewhere()
 		}
 	}
 	if err != nil && s.run.Err() != nil && ss.Context().Err() == nil {
 		// Whatever the handler makes of its context's end, the caller is still
 		// there and should learn that it can go on elsewhere.
-		err = errStoppingStream()
+		err = s.reconnectElsewhere()
 	}
 	if err != nil {
 		return s.statusOf(info.FullMethod, err)
 	}
 	return nil
+}
+
+// reconnectElsewhere ends a stream because the node is about to stop, and says
+// when to come back: all streams of a node end at once, and their clients must not
+// reach the others all at once.
+func (s *Server) reconnectElsewhere() error {
+	return retryAfter{errStoppingStream(), reconnectAfter(s.watches.Load())}
 }
 
 // boundStream is a stream with a context of ours.

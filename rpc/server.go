@@ -96,6 +96,10 @@ type ServerConfig struct {
 	// it the reason is judged by who offers the service.
 	Explain func(v *router.View) (func(p *commandpb.Pipeline, stage string) string, error)
 
+	// Planned returns the revision of a state about which everything is decided and
+	// recorded, while this node leads; it must not block. Optional.
+	Planned func() uint64
+
 	// SidecarTTL is the silence after which a sidecar's stages move elsewhere;
 	// it is told to sidecars, the liveness loop enforces it.
 	SidecarTTL time.Duration
@@ -223,6 +227,12 @@ const (
 	clientConnWindow   = 2 << 20
 )
 
+// clientReadBuffer is what each connection keeps for reading; what is larger is
+// read past it. gRPC's own 32 KiB are 3 GB for 100,000 sidecars with a connection
+// each. The buffer for writing needs no care: a connection has one only while it
+// writes.
+const clientReadBuffer = 4 << 10
+
 // Server serves the public API of one node. Its methods are safe for concurrent
 // use.
 type Server struct {
@@ -234,6 +244,7 @@ type Server struct {
 	feed   *feed
 	told   *toldSidecars
 	rivals rivals
+	push   *pusher
 	relay  *leaderRelay
 	idle   idle
 	// steering is held by whoever looks at the membership to change it.
@@ -264,11 +275,13 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		reader: NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithEpochs(cfg.State),
 		feed:   newFeed(cfg.State, cfg.Logger),
 		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
+		push:   newPusher(),
 		relay:  newLeaderRelay(cfg),
 		idle:   idle{after: cfg.TransferIdle, timer: realTimer},
 
 		steering: make(chan struct{}, 1),
 	}
+	s.told.now = cfg.Now
 	s.reader.gate = cfg.Gate
 	s.streams.Store(newOpenStreams())
 	s.run, s.stop = context.WithCancel(context.Background())
@@ -280,6 +293,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		grpc.WaitForHandlers(true),
 		grpc.StaticStreamWindowSize(clientStreamWindow),
 		grpc.StaticConnWindowSize(clientConnWindow),
+		grpc.ReadBufferSize(clientReadBuffer),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		// Finds watchers whose machine vanished without closing the connection.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
@@ -301,6 +315,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		return nil, fmt.Errorf("rpc: read the state: %w", err)
 	}
 	s.loops.Go(s.followGate)
+	s.push.start(s.run, &s.loops)
 	s.loops.Add(2)
 	go func() { defer s.loops.Done(); s.feed.follow(s.run, revision) }()
 	go func() { defer s.loops.Done(); s.health.follow(s.run) }()
@@ -425,7 +440,10 @@ func errStoppingStream() error {
 func (s *Server) openWatch() (func(), error) {
 	if s.watches.Add(1) > s.cfg.MaxWatches {
 		s.watches.Add(-1)
-		return nil, fmt.Errorf("%w: this node already serves %d watches; connect to another node", raftnode.ErrBusy, s.cfg.MaxWatches)
+		return nil, retryAfter{
+			fmt.Errorf("%w: this node already serves %d watches; connect to another node", raftnode.ErrBusy, s.cfg.MaxWatches),
+			reconnectAfter(s.cfg.MaxWatches),
+		}
 	}
 	return func() { s.watches.Add(-1) }, nil
 }

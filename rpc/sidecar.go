@@ -222,6 +222,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	if entry == nil {
 		entry, what = a.told.first(id, a.cfg.Now()), firstDue
 	}
+	a.told.heardBack(ctx, entry, req)
 	if what != nothingDue {
 		if what == firstDue && !current {
 			if err := a.reader.Wait(ctx); err != nil {
@@ -238,13 +239,16 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 			return nil, err
 		}
 		if again {
-			a.told.changed(id)
+			a.told.again(id)
 		}
 	} else {
 		resp.Revision = a.cfg.State.Revision()
 	}
 	a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
 	a.noteHealth(id, entry, req.GetServiceHealth())
+	if len(resp.Commands) > 0 {
+		entry.telling(ctx)
+	}
 	return resp, nil
 }
 
@@ -345,102 +349,5 @@ func (a *sidecarAPI) noteHealth(id string, e *told, said []*sidecarpb.LocalServi
 	})
 	if err != nil {
 		a.log.Error("reading the services of a sidecar", "sidecar", id, "error", err)
-	}
-}
-
-// WatchPipelineAssignments streams what a sidecar has to run: the state as
-// ASSIGNED, SYNCED when that is complete, then each change as it happens, with
-// SYNCED again now and then so that a quiet watch has a recent revision to
-// resume from.
-//
-// The stream carries states and not events: changes that come while the
-// sidecar is not reading melt into the newest.
-func (a *sidecarAPI) WatchPipelineAssignments(req *sidecarpb.WatchAssignmentsRequest, stream sidecarpb.SidecarCoordinator_WatchPipelineAssignmentsServer) error {
-	id := req.GetSidecarId()
-	if err := checkID("sidecar_id", id); err != nil {
-		return err
-	}
-	closeWatch, err := a.openWatch()
-	if err != nil {
-		return err
-	}
-	defer closeWatch()
-	ctx := stream.Context()
-	b := newBell()
-	defer a.feed.watchSidecar(id, b)()
-
-	v, err := a.view(ctx)
-	if err != nil {
-		return err
-	}
-	sc, err := v.Sidecar(id)
-	if err == nil && sc == nil {
-		err = FromRejection(&commandpb.Rejection{
-			Code:    commandpb.Code_CODE_NOT_FOUND,
-			Reason:  fmt.Sprintf("no sidecar %q is registered; register it, then watch", id),
-			Subject: "sidecar " + id,
-		}).Err()
-	}
-	if err != nil {
-		v.Close()
-		return err
-	}
-	w := assignmentWatch{sidecar: id, send: stream.Send, sent: make(map[string]uint64), epoch: v.Epoch()}
-	if from := req.GetFromRevision(); from > 0 {
-		floor, ferr := a.feed.resumeFloor(ctx, v.Revision())
-		switch {
-		case req.FromEpoch != 0 && req.FromEpoch != v.Epoch():
-			err = w.resync(restoredReason(req.FromEpoch, v.Epoch()))
-		case ferr != nil:
-			err = ferr
-		case from > v.Revision():
-			err = w.resync(fmt.Sprintf("revision %d does not exist in this cluster, the newest is %d", from, v.Revision()))
-		case from < floor:
-			err = w.resync(fmt.Sprintf("revision %d is too old to resume from, the oldest is %d", from, floor))
-		default:
-			w.resumed = from
-		}
-	}
-	if err == nil {
-		err = w.push(v)
-	}
-	if err == nil {
-		err = w.synced(v.Revision())
-	}
-	v.Close()
-	if err != nil {
-		return err
-	}
-	return a.followAssignments(ctx, &w, b)
-}
-
-func (a *sidecarAPI) followAssignments(ctx context.Context, w *assignmentWatch, b bell) error {
-	tick := time.NewTicker(a.cfg.SyncEvery)
-	defer tick.Stop()
-	for {
-		mark := false
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-b:
-		case <-tick.C:
-			mark = true
-		}
-		v := a.cfg.State.View()
-		var err error
-		if v.Epoch() != w.epoch {
-			err = w.startOver(v.Epoch())
-			mark = true
-		}
-		if err == nil {
-			err = w.push(v)
-		}
-		if err == nil && mark && v.Revision() > w.reached {
-			err = w.synced(v.Revision())
-		}
-		v.Close()
-		if err != nil {
-			return err
-		}
 	}
 }

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 
 	"conveyor.etl/router/control"
 )
@@ -16,6 +17,8 @@ type controlLoops struct {
 	replacer *control.Replacer
 	// transfers is for every node, whoever leads.
 	transfers *control.Transfers
+	// planned is the revision up to which placement has decided and recorded.
+	planned atomic.Uint64
 }
 
 func newControlLoops(s *Server) (*controlLoops, error) {
@@ -28,19 +31,25 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	if err != nil {
 		return nil, err
 	}
-	placer := control.NewPlacer(control.PlacerConfig{
+	c := &controlLoops{liveness: liveness, checker: newChecker(s)}
+	c.placer = control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
+		Planned: func(p control.PlanInfo) {
+			if p.Stale == 0 {
+				c.planned.Store(p.Revision)
+			}
+		},
 	})
-	replacer := control.NewReplacer(control.ReplacerConfig{
+	c.replacer = control.NewReplacer(control.ReplacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now,
 	})
-	promoter := control.NewPromoter(control.PromoterConfig{
-		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote, Held: replacer.Holds,
+	c.promoter = control.NewPromoter(control.PromoterConfig{
+		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Promote: s.c.AutoPromote, Held: c.replacer.Holds,
 	})
-	transfers := control.NewTransfers(control.TransfersConfig{
+	c.transfers = control.NewTransfers(control.TransfersConfig{
 		Self: s.c.NodeID, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Position: s.disk.machine.Applied,
 	})
-	return &controlLoops{liveness, placer, newChecker(s), promoter, replacer, transfers}, nil
+	return c, nil
 }
 
 // start runs the loops until ctx is done.

@@ -270,7 +270,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		StateBytes: s.stateBytes, Preflight: s.transport.Preflight,
-		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain,
+		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain, Planned: s.control.planned.Load,
 		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,

@@ -55,6 +55,7 @@ func newPipelineApplyCommand(a *app) *cobra.Command {
 	var from manifestFlags
 	var dryRun bool
 	var version pipelineVersion
+	var wait waitFlags
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE|FOLDER...",
 		Short: "Create pipelines or change them to what the files say",
@@ -63,7 +64,12 @@ Transform, Sink and Pipeline resources, or whole PipelineConfigs. A pipeline tha
 is already as declared is left alone. All files are checked before anything is
 sent; then each pipeline is applied by itself, with --timeout for each, and the exit
 code is that of the first that failed. When the cluster does not answer, the rest is
-not sent.`,
+not sent.
+
+With --wait=converged the command returns when every stage is placed and every
+sidecar that a pipeline concerns has applied its part, also those that lose theirs.
+When --wait-timeout passes first, it lists who has not and ends with exit code 7; the
+pipelines are applied all the same.`,
 		Example: "  router pipeline apply -f examples/\n  router pipeline get default/orders -o yaml | router pipeline apply -f -",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -76,6 +82,9 @@ not sent.`,
 			}
 			expected, epoch, err := version.expected(cmd, len(set.Pipelines))
 			if err != nil {
+				return err
+			}
+			if err := wait.check(cmd, dryRun); err != nil {
 				return err
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
@@ -96,6 +105,9 @@ not sent.`,
 						fmt.Fprintln(a.stdout, r)
 					}
 				}
+				if wait.converged() {
+					errs = append(errs, a.awaitConverged(cmd, ctx, c, done, wait.timeout))
+				}
 				if a.format != output.Table {
 					errs = append(errs, output.Document(a.stdout, a.format, done))
 				}
@@ -104,6 +116,7 @@ not sent.`,
 		},
 	}
 	from.add(cmd)
+	wait.add(cmd)
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "let the cluster check the pipelines and change nothing")
 	version.add(cmd, "; 0: only if it does not exist")
 	return cmd
@@ -117,6 +130,8 @@ type applied struct {
 	Version uint64 `json:"version,omitempty"`
 	// Epoch is the restore epoch the version is of.
 	Epoch uint64 `json:"epoch,omitempty"`
+	// Convergence is what was waited for, with --wait.
+	Convergence *convergence `json:"convergence,omitempty"`
 }
 
 // String returns r as a line for people.

@@ -87,6 +87,7 @@ the report is printed, with how many and the last one's reason.`,
 	f.StringVar(&to, "to", "given", "which nodes to call: given (those of --server), leader, all")
 	f.IntSliceVar(&c.Pids, "pids", nil, "server processes on this machine whose CPU time is shown")
 	f.BoolVar(&fill, "fill", false, "commit every id once before the measurement")
+	cmd.AddCommand(newBenchFleetCommand(a))
 	_ = cmd.RegisterFlagCompletionFunc("to", cobra.FixedCompletions([]string{"given", "leader", "all"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

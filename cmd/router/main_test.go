@@ -75,11 +75,12 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"exitcode": exitCodeOf,
-			"await":    await,
-			"awaitout": awaitout,
-			"damage":   damage,
-			"populate": populate,
+			"exitcode":   exitCodeOf,
+			"await":      await,
+			"awaitout":   awaitout,
+			"damage":     damage,
+			"populate":   populate,
+			"heartbeats": heartbeats,
 		},
 	})
 }
@@ -215,6 +216,25 @@ func populate(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	_, err = checkpoints.CommitGroupOffset(ctx, &checkpointpb.CommitGroupOffsetRequest{GroupId: "archivers", SourceId: "orders", Partition: 2, Offset: 20})
 	ts.Check(err)
+}
+
+// heartbeats sends heartbeats of populate's sidecar: heartbeats COUNT.
+func heartbeats(ts *testscript.TestScript, neg bool, args []string) {
+	n, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	conn, err := grpc.NewClient("passthrough:///"+ts.Getenv("CONVEYOR_ROUTER_SERVER"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	ts.Check(err)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for range n {
+		reply, err := sidecarpb.NewSidecarCoordinatorClient(conn).Heartbeat(ctx, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "default/pod-1"})
+		ts.Check(err)
+		if !reply.GetAcknowledged() {
+			ts.Fatalf("the heartbeat was not acknowledged")
+		}
+	}
 }
 
 // Every command has help, every flag of a command too.

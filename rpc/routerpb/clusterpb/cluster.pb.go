@@ -3463,6 +3463,7 @@ type ChangeEvent struct {
 	Deleted       bool   `protobuf:"varint,4,opt,name=deleted,proto3" json:"deleted,omitempty"`
 	Summary       string `protobuf:"bytes,5,opt,name=summary,proto3" json:"summary,omitempty"` // one line for people
 	Epoch         uint64 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`    // restore epoch of the revision
+	State         string `protobuf:"bytes,7,opt,name=state,proto3" json:"state,omitempty"`     // of a sidecar, when that is what changed: alive, suspect, expired
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3537,6 +3538,359 @@ func (x *ChangeEvent) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *ChangeEvent) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+type GetConvergenceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	MaxLaggards   uint32                 `protobuf:"varint,2,opt,name=max_laggards,json=maxLaggards,proto3" json:"max_laggards,omitempty"` // how many to list; 0 = 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetConvergenceRequest) Reset() {
+	*x = GetConvergenceRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetConvergenceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetConvergenceRequest) ProtoMessage() {}
+
+func (x *GetConvergenceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetConvergenceRequest.ProtoReflect.Descriptor instead.
+func (*GetConvergenceRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *GetConvergenceRequest) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *GetConvergenceRequest) GetMaxLaggards() uint32 {
+	if x != nil {
+		return x.MaxLaggards
+	}
+	return 0
+}
+
+type GetConvergenceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Every stage is placed and every sidecar concerned has applied its part.
+	Converged     bool            `protobuf:"varint,1,opt,name=converged,proto3" json:"converged,omitempty"`
+	Version       uint64          `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`     // of the pipeline
+	Revision      uint64          `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`   // of the state this was judged by
+	Concerned     uint32          `protobuf:"varint,4,opt,name=concerned,proto3" json:"concerned,omitempty"` // sidecars that have to know, those that lose it included
+	Applied       uint32          `protobuf:"varint,5,opt,name=applied,proto3" json:"applied,omitempty"`     // of these
+	Laggards      []*Laggard      `protobuf:"bytes,6,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	Pending       []*PendingStage `protobuf:"bytes,7,rep,name=pending,proto3" json:"pending,omitempty"`
+	Unreachable   []uint64        `protobuf:"varint,8,rep,packed,name=unreachable,proto3" json:"unreachable,omitempty"` // nodes that could not be asked what they know
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetConvergenceResponse) Reset() {
+	*x = GetConvergenceResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetConvergenceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetConvergenceResponse) ProtoMessage() {}
+
+func (x *GetConvergenceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetConvergenceResponse.ProtoReflect.Descriptor instead.
+func (*GetConvergenceResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *GetConvergenceResponse) GetConverged() bool {
+	if x != nil {
+		return x.Converged
+	}
+	return false
+}
+
+func (x *GetConvergenceResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *GetConvergenceResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *GetConvergenceResponse) GetConcerned() uint32 {
+	if x != nil {
+		return x.Concerned
+	}
+	return 0
+}
+
+func (x *GetConvergenceResponse) GetApplied() uint32 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
+func (x *GetConvergenceResponse) GetLaggards() []*Laggard {
+	if x != nil {
+		return x.Laggards
+	}
+	return nil
+}
+
+func (x *GetConvergenceResponse) GetPending() []*PendingStage {
+	if x != nil {
+		return x.Pending
+	}
+	return nil
+}
+
+func (x *GetConvergenceResponse) GetUnreachable() []uint64 {
+	if x != nil {
+		return x.Unreachable
+	}
+	return nil
+}
+
+// Laggard is a sidecar that is not known to have applied its part.
+type Laggard struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Laggard) Reset() {
+	*x = Laggard{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Laggard) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Laggard) ProtoMessage() {}
+
+func (x *Laggard) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
+func (*Laggard) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *Laggard) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *Laggard) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type PendingStage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	StageId       string                 `protobuf:"bytes,1,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PendingStage) Reset() {
+	*x = PendingStage{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PendingStage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PendingStage) ProtoMessage() {}
+
+func (x *PendingStage) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PendingStage.ProtoReflect.Descriptor instead.
+func (*PendingStage) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *PendingStage) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *PendingStage) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ListAppliedRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAppliedRequest) Reset() {
+	*x = ListAppliedRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAppliedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAppliedRequest) ProtoMessage() {}
+
+func (x *ListAppliedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAppliedRequest.ProtoReflect.Descriptor instead.
+func (*ListAppliedRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *ListAppliedRequest) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+type ListAppliedResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarIds    []string               `protobuf:"bytes,1,rep,name=sidecar_ids,json=sidecarIds,proto3" json:"sidecar_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAppliedResponse) Reset() {
+	*x = ListAppliedResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAppliedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAppliedResponse) ProtoMessage() {}
+
+func (x *ListAppliedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAppliedResponse.ProtoReflect.Descriptor instead.
+func (*ListAppliedResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *ListAppliedResponse) GetSidecarIds() []string {
+	if x != nil {
+		return x.SidecarIds
+	}
+	return nil
 }
 
 var File_conveyor_etl_cluster_proto protoreflect.FileDescriptor
@@ -3808,14 +4162,41 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\rfrom_revision\x18\x01 \x01(\x04R\ffromRevision\x12\x16\n" +
 	"\x06tables\x18\x02 \x03(\tR\x06tables\x12\x1d\n" +
 	"\n" +
-	"from_epoch\x18\x03 \x01(\x04R\tfromEpoch\"\x9b\x01\n" +
+	"from_epoch\x18\x03 \x01(\x04R\tfromEpoch\"\xb1\x01\n" +
 	"\vChangeEvent\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05table\x18\x02 \x01(\tR\x05table\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x18\n" +
 	"\adeleted\x18\x04 \x01(\bR\adeleted\x12\x18\n" +
 	"\asummary\x18\x05 \x01(\tR\asummary\x12\x14\n" +
-	"\x05epoch\x18\x06 \x01(\x04R\x05epoch*\xa3\x01\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x12\x14\n" +
+	"\x05state\x18\a \x01(\tR\x05state\"[\n" +
+	"\x15GetConvergenceRequest\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12!\n" +
+	"\fmax_laggards\x18\x02 \x01(\rR\vmaxLaggards\"\xbf\x02\n" +
+	"\x16GetConvergenceResponse\x12\x1c\n" +
+	"\tconverged\x18\x01 \x01(\bR\tconverged\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x1c\n" +
+	"\tconcerned\x18\x04 \x01(\rR\tconcerned\x12\x18\n" +
+	"\aapplied\x18\x05 \x01(\rR\aapplied\x129\n" +
+	"\blaggards\x18\x06 \x03(\v2\x1d.conveyor_etl.cluster.LaggardR\blaggards\x12<\n" +
+	"\apending\x18\a \x03(\v2\".conveyor_etl.cluster.PendingStageR\apending\x12 \n" +
+	"\vunreachable\x18\b \x03(\x04R\vunreachable\"@\n" +
+	"\aLaggard\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"A\n" +
+	"\fPendingStage\x12\x19\n" +
+	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"5\n" +
+	"\x12ListAppliedRequest\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\"6\n" +
+	"\x13ListAppliedResponse\x12\x1f\n" +
+	"\vsidecar_ids\x18\x01 \x03(\tR\n" +
+	"sidecarIds*\xa3\x01\n" +
 	"\x0eOperationState\x12\x1f\n" +
 	"\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17OPERATION_STATE_RUNNING\x10\x01\x12\x18\n" +
@@ -3834,7 +4215,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
 	"\x15SIDECAR_STATE_EXPIRED\x10\x032b\n" +
 	"\aCommits\x12W\n" +
-	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\xcc\x10\n" +
+	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\x9f\x12\n" +
 	"\aCluster\x12k\n" +
 	"\x0eTransferLeader\x12+.conveyor_etl.cluster.TransferLeaderRequest\x1a,.conveyor_etl.cluster.TransferLeaderResponse\x12e\n" +
 	"\fGetStateHash\x12).conveyor_etl.cluster.GetStateHashRequest\x1a*.conveyor_etl.cluster.GetStateHashResponse\x12e\n" +
@@ -3844,7 +4225,9 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x11DeregisterSidecar\x12..conveyor_etl.cluster.DeregisterSidecarRequest\x1a/.conveyor_etl.cluster.DeregisterSidecarResponse\x12_\n" +
 	"\n" +
 	"ListGroups\x12'.conveyor_etl.cluster.ListGroupsRequest\x1a(.conveyor_etl.cluster.ListGroupsResponse\x12Y\n" +
-	"\bGetGroup\x12%.conveyor_etl.cluster.GetGroupRequest\x1a&.conveyor_etl.cluster.GetGroupResponse\x12^\n" +
+	"\bGetGroup\x12%.conveyor_etl.cluster.GetGroupRequest\x1a&.conveyor_etl.cluster.GetGroupResponse\x12k\n" +
+	"\x0eGetConvergence\x12+.conveyor_etl.cluster.GetConvergenceRequest\x1a,.conveyor_etl.cluster.GetConvergenceResponse\x12d\n" +
+	"\vListApplied\x12(.conveyor_etl.cluster.ListAppliedRequest\x1a).conveyor_etl.cluster.ListAppliedResponse0\x01\x12^\n" +
 	"\fWatchChanges\x12).conveyor_etl.cluster.WatchChangesRequest\x1a!.conveyor_etl.cluster.ChangeEvent0\x01\x12b\n" +
 	"\vListMembers\x12(.conveyor_etl.cluster.ListMembersRequest\x1a).conveyor_etl.cluster.ListMembersResponse\x12_\n" +
 	"\n" +
@@ -3875,7 +4258,7 @@ func file_conveyor_etl_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(OperationState)(0),                  // 0: conveyor_etl.cluster.OperationState
 	(Outcome)(0),                         // 1: conveyor_etl.cluster.Outcome
@@ -3931,11 +4314,17 @@ var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(*GetGroupResponse)(nil),             // 51: conveyor_etl.cluster.GetGroupResponse
 	(*WatchChangesRequest)(nil),          // 52: conveyor_etl.cluster.WatchChangesRequest
 	(*ChangeEvent)(nil),                  // 53: conveyor_etl.cluster.ChangeEvent
-	nil,                                  // 54: conveyor_etl.cluster.MemberState.HashesEntry
-	(*timestamppb.Timestamp)(nil),        // 55: google.protobuf.Timestamp
-	(*commonpb.Watermark)(nil),           // 56: conveyor_etl.common.Watermark
-	(*sidecarpb.LocalService)(nil),       // 57: conveyor_etl.sidecar.LocalService
-	(*sidecarpb.PipelineAssignment)(nil), // 58: conveyor_etl.sidecar.PipelineAssignment
+	(*GetConvergenceRequest)(nil),        // 54: conveyor_etl.cluster.GetConvergenceRequest
+	(*GetConvergenceResponse)(nil),       // 55: conveyor_etl.cluster.GetConvergenceResponse
+	(*Laggard)(nil),                      // 56: conveyor_etl.cluster.Laggard
+	(*PendingStage)(nil),                 // 57: conveyor_etl.cluster.PendingStage
+	(*ListAppliedRequest)(nil),           // 58: conveyor_etl.cluster.ListAppliedRequest
+	(*ListAppliedResponse)(nil),          // 59: conveyor_etl.cluster.ListAppliedResponse
+	nil,                                  // 60: conveyor_etl.cluster.MemberState.HashesEntry
+	(*timestamppb.Timestamp)(nil),        // 61: google.protobuf.Timestamp
+	(*commonpb.Watermark)(nil),           // 62: conveyor_etl.common.Watermark
+	(*sidecarpb.LocalService)(nil),       // 63: conveyor_etl.sidecar.LocalService
+	(*sidecarpb.PipelineAssignment)(nil), // 64: conveyor_etl.sidecar.PipelineAssignment
 }
 var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	3,  // 0: conveyor_etl.cluster.ListMembersResponse.members:type_name -> conveyor_etl.cluster.Member
@@ -3944,82 +4333,88 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	16, // 3: conveyor_etl.cluster.ReplaceMemberResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	15, // 4: conveyor_etl.cluster.ReplaceMemberResponse.checks:type_name -> conveyor_etl.cluster.PreflightCheck
 	0,  // 5: conveyor_etl.cluster.Operation.state:type_name -> conveyor_etl.cluster.OperationState
-	55, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
-	55, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
-	55, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	61, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
+	61, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
+	61, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
 	16, // 9: conveyor_etl.cluster.ListOperationsResponse.operations:type_name -> conveyor_etl.cluster.Operation
 	16, // 10: conveyor_etl.cluster.UndoRestoreResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	26, // 11: conveyor_etl.cluster.CheckStateResponse.members:type_name -> conveyor_etl.cluster.MemberState
-	54, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
+	60, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
 	28, // 13: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
 	29, // 14: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
 	30, // 15: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
 	31, // 16: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
 	32, // 17: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
-	55, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	55, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	56, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
+	61, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	61, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	62, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
 	34, // 21: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
 	1,  // 22: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
-	57, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
+	63, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
 	2,  // 24: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
-	55, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
-	55, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
-	58, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	61, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
+	61, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
+	64, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
 	39, // 28: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 29: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
 	46, // 30: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
 	47, // 31: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
 	47, // 32: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
-	27, // 33: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	35, // 34: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	37, // 35: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	40, // 36: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	42, // 37: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	44, // 38: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	48, // 39: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	50, // 40: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	52, // 41: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 42: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 43: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 44: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 45: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 46: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 47: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 48: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 49: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 50: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 51: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 52: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 53: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 54: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 55: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 56: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 57: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	41, // 58: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	43, // 59: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	45, // 60: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	49, // 61: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	51, // 62: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	53, // 63: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 64: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 65: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 66: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 67: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 68: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 69: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 70: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 71: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 72: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 73: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 74: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 75: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 76: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	55, // [55:77] is the sub-list for method output_type
-	33, // [33:55] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	56, // 33: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
+	57, // 34: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
+	27, // 35: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 36: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 37: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	40, // 38: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	42, // 39: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	44, // 40: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	48, // 41: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	50, // 42: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	54, // 43: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
+	58, // 44: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
+	52, // 45: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 46: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 47: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 48: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 49: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 50: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 51: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 52: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 53: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 54: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 55: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 56: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 57: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 58: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 59: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 60: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 61: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	41, // 62: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	43, // 63: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	45, // 64: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	49, // 65: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	51, // 66: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	55, // 67: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	59, // 68: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	53, // 69: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 70: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 71: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 72: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 73: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 74: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 75: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 76: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 77: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 78: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 79: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 80: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 81: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 82: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	59, // [59:83] is the sub-list for method output_type
+	35, // [35:59] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }
@@ -4041,7 +4436,7 @@ func file_conveyor_etl_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_cluster_proto_rawDesc), len(file_conveyor_etl_cluster_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   52,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -134,6 +134,8 @@ const (
 	Cluster_DeregisterSidecar_FullMethodName = "/conveyor_etl.cluster.Cluster/DeregisterSidecar"
 	Cluster_ListGroups_FullMethodName        = "/conveyor_etl.cluster.Cluster/ListGroups"
 	Cluster_GetGroup_FullMethodName          = "/conveyor_etl.cluster.Cluster/GetGroup"
+	Cluster_GetConvergence_FullMethodName    = "/conveyor_etl.cluster.Cluster/GetConvergence"
+	Cluster_ListApplied_FullMethodName       = "/conveyor_etl.cluster.Cluster/ListApplied"
 	Cluster_WatchChanges_FullMethodName      = "/conveyor_etl.cluster.Cluster/WatchChanges"
 	Cluster_ListMembers_FullMethodName       = "/conveyor_etl.cluster.Cluster/ListMembers"
 	Cluster_JoinMember_FullMethodName        = "/conveyor_etl.cluster.Cluster/JoinMember"
@@ -165,6 +167,12 @@ type ClusterClient interface {
 	DeregisterSidecar(ctx context.Context, in *DeregisterSidecarRequest, opts ...grpc.CallOption) (*DeregisterSidecarResponse, error)
 	ListGroups(ctx context.Context, in *ListGroupsRequest, opts ...grpc.CallOption) (*ListGroupsResponse, error)
 	GetGroup(ctx context.Context, in *GetGroupRequest, opts ...grpc.CallOption) (*GetGroupResponse, error)
+	// GetConvergence says whether every sidecar that a pipeline concerns has applied
+	// what was decided about it, and which have not.
+	GetConvergence(ctx context.Context, in *GetConvergenceRequest, opts ...grpc.CallOption) (*GetConvergenceResponse, error)
+	// ListApplied answers which of the sidecars that a pipeline concerns are known to
+	// this node to have applied what was decided about it.
+	ListApplied(ctx context.Context, in *ListAppliedRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListAppliedResponse], error)
 	// WatchChanges streams what happens in the cluster, for people and tools.
 	WatchChanges(ctx context.Context, in *WatchChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChangeEvent], error)
 	// Membership. Changes work on every node and are made one at a time.
@@ -272,9 +280,38 @@ func (c *clusterClient) GetGroup(ctx context.Context, in *GetGroupRequest, opts 
 	return out, nil
 }
 
+func (c *clusterClient) GetConvergence(ctx context.Context, in *GetConvergenceRequest, opts ...grpc.CallOption) (*GetConvergenceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetConvergenceResponse)
+	err := c.cc.Invoke(ctx, Cluster_GetConvergence_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) ListApplied(ctx context.Context, in *ListAppliedRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListAppliedResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Cluster_ServiceDesc.Streams[0], Cluster_ListApplied_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ListAppliedRequest, ListAppliedResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Cluster_ListAppliedClient = grpc.ServerStreamingClient[ListAppliedResponse]
+
 func (c *clusterClient) WatchChanges(ctx context.Context, in *WatchChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChangeEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Cluster_ServiceDesc.Streams[0], Cluster_WatchChanges_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Cluster_ServiceDesc.Streams[1], Cluster_WatchChanges_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -436,6 +473,12 @@ type ClusterServer interface {
 	DeregisterSidecar(context.Context, *DeregisterSidecarRequest) (*DeregisterSidecarResponse, error)
 	ListGroups(context.Context, *ListGroupsRequest) (*ListGroupsResponse, error)
 	GetGroup(context.Context, *GetGroupRequest) (*GetGroupResponse, error)
+	// GetConvergence says whether every sidecar that a pipeline concerns has applied
+	// what was decided about it, and which have not.
+	GetConvergence(context.Context, *GetConvergenceRequest) (*GetConvergenceResponse, error)
+	// ListApplied answers which of the sidecars that a pipeline concerns are known to
+	// this node to have applied what was decided about it.
+	ListApplied(*ListAppliedRequest, grpc.ServerStreamingServer[ListAppliedResponse]) error
 	// WatchChanges streams what happens in the cluster, for people and tools.
 	WatchChanges(*WatchChangesRequest, grpc.ServerStreamingServer[ChangeEvent]) error
 	// Membership. Changes work on every node and are made one at a time.
@@ -493,6 +536,12 @@ func (UnimplementedClusterServer) ListGroups(context.Context, *ListGroupsRequest
 }
 func (UnimplementedClusterServer) GetGroup(context.Context, *GetGroupRequest) (*GetGroupResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetGroup not implemented")
+}
+func (UnimplementedClusterServer) GetConvergence(context.Context, *GetConvergenceRequest) (*GetConvergenceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetConvergence not implemented")
+}
+func (UnimplementedClusterServer) ListApplied(*ListAppliedRequest, grpc.ServerStreamingServer[ListAppliedResponse]) error {
+	return status.Error(codes.Unimplemented, "method ListApplied not implemented")
 }
 func (UnimplementedClusterServer) WatchChanges(*WatchChangesRequest, grpc.ServerStreamingServer[ChangeEvent]) error {
 	return status.Error(codes.Unimplemented, "method WatchChanges not implemented")
@@ -682,6 +731,35 @@ func _Cluster_GetGroup_Handler(srv interface{}, ctx context.Context, dec func(in
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Cluster_GetConvergence_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetConvergenceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).GetConvergence(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_GetConvergence_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).GetConvergence(ctx, req.(*GetConvergenceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_ListApplied_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ListAppliedRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ClusterServer).ListApplied(m, &grpc.GenericServerStream[ListAppliedRequest, ListAppliedResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Cluster_ListAppliedServer = grpc.ServerStreamingServer[ListAppliedResponse]
 
 func _Cluster_WatchChanges_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchChangesRequest)
@@ -964,6 +1042,10 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Cluster_GetGroup_Handler,
 		},
 		{
+			MethodName: "GetConvergence",
+			Handler:    _Cluster_GetConvergence_Handler,
+		},
+		{
 			MethodName: "ListMembers",
 			Handler:    _Cluster_ListMembers_Handler,
 		},
@@ -1017,6 +1099,11 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ListApplied",
+			Handler:       _Cluster_ListApplied_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "WatchChanges",
 			Handler:       _Cluster_WatchChanges_Handler,

@@ -554,8 +554,13 @@ type SidecarHeartbeatRequest struct {
 	ServiceHealth  []*LocalServiceHealth  `protobuf:"bytes,2,rep,name=service_health,json=serviceHealth,proto3" json:"service_health,omitempty"`
 	Load           *SidecarLoad           `protobuf:"bytes,3,opt,name=load,proto3" json:"load,omitempty"`
 	RegistrationId string                 `protobuf:"bytes,100,opt,name=registration_id,json=registrationId,proto3" json:"registration_id,omitempty"` // of the registration it beats for; empty = whichever is current
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Everything the sidecar was told up to this revision is in force there: the
+	// revision of a watch's event or of an answer to a heartbeat, with the epoch it
+	// is of. 0 from a sidecar that does not say.
+	AppliedRevision uint64 `protobuf:"varint,101,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
+	AppliedEpoch    uint64 `protobuf:"varint,102,opt,name=applied_epoch,json=appliedEpoch,proto3" json:"applied_epoch,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *SidecarHeartbeatRequest) Reset() {
@@ -614,6 +619,20 @@ func (x *SidecarHeartbeatRequest) GetRegistrationId() string {
 		return x.RegistrationId
 	}
 	return ""
+}
+
+func (x *SidecarHeartbeatRequest) GetAppliedRevision() uint64 {
+	if x != nil {
+		return x.AppliedRevision
+	}
+	return 0
+}
+
+func (x *SidecarHeartbeatRequest) GetAppliedEpoch() uint64 {
+	if x != nil {
+		return x.AppliedEpoch
+	}
+	return 0
 }
 
 type HeartbeatResponse struct {
@@ -1184,9 +1203,10 @@ type PipelineAssignmentEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EventType     EventType              `protobuf:"varint,1,opt,name=event_type,json=eventType,proto3,enum=conveyor_etl.sidecar.EventType" json:"event_type,omitempty"`
 	Assignment    *PipelineAssignment    `protobuf:"bytes,2,opt,name=assignment,proto3" json:"assignment,omitempty"`
-	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"` // resume from here
-	Reason        string                 `protobuf:"bytes,101,opt,name=reason,proto3" json:"reason,omitempty"`      // why, for EVENT_TYPE_RESYNC
-	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`       // restore epoch of the revision
+	Revision      uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                            // resume from here
+	Reason        string                 `protobuf:"bytes,101,opt,name=reason,proto3" json:"reason,omitempty"`                                 // why, for EVENT_TYPE_RESYNC
+	Epoch         uint64                 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`                                  // restore epoch of the revision
+	ChangedAtMs   uint64                 `protobuf:"varint,103,opt,name=changed_at_ms,json=changedAtMs,proto3" json:"changed_at_ms,omitempty"` // when the change was decided, in Unix time of the node that decided it; 0 = unknown
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1252,6 +1272,13 @@ func (x *PipelineAssignmentEvent) GetReason() string {
 func (x *PipelineAssignmentEvent) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
+	}
+	return 0
+}
+
+func (x *PipelineAssignmentEvent) GetChangedAtMs() uint64 {
+	if x != nil {
+		return x.ChangedAtMs
 	}
 	return 0
 }
@@ -1925,13 +1952,15 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\tcpu_usage\x18\x01 \x01(\x02R\bcpuUsage\x12!\n" +
 	"\fmemory_usage\x18\x02 \x01(\x02R\vmemoryUsage\x122\n" +
 	"\x15total_active_requests\x18\x03 \x01(\x04R\x13totalActiveRequests\x12*\n" +
-	"\x11local_queue_depth\x18\x04 \x01(\x04R\x0flocalQueueDepth\"\xe9\x01\n" +
+	"\x11local_queue_depth\x18\x04 \x01(\x04R\x0flocalQueueDepth\"\xb9\x02\n" +
 	"\x17SidecarHeartbeatRequest\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12O\n" +
 	"\x0eservice_health\x18\x02 \x03(\v2(.conveyor_etl.sidecar.LocalServiceHealthR\rserviceHealth\x125\n" +
 	"\x04load\x18\x03 \x01(\v2!.conveyor_etl.sidecar.SidecarLoadR\x04load\x12'\n" +
-	"\x0fregistration_id\x18d \x01(\tR\x0eregistrationId\"\xf8\x01\n" +
+	"\x0fregistration_id\x18d \x01(\tR\x0eregistrationId\x12)\n" +
+	"\x10applied_revision\x18e \x01(\x04R\x0fappliedRevision\x12#\n" +
+	"\rapplied_epoch\x18f \x01(\x04R\fappliedEpoch\"\xf8\x01\n" +
 	"\x11HeartbeatResponse\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\bR\facknowledged\x12@\n" +
 	"\bcommands\x18\x02 \x03(\v2$.conveyor_etl.sidecar.SidecarCommandR\bcommands\x12\x1a\n" +
@@ -1976,7 +2005,7 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12#\n" +
 	"\rfrom_revision\x18d \x01(\x04R\ffromRevision\x12\x1d\n" +
 	"\n" +
-	"from_epoch\x18e \x01(\x04R\tfromEpoch\"\xed\x01\n" +
+	"from_epoch\x18e \x01(\x04R\tfromEpoch\"\x91\x02\n" +
 	"\x17PipelineAssignmentEvent\x12>\n" +
 	"\n" +
 	"event_type\x18\x01 \x01(\x0e2\x1f.conveyor_etl.sidecar.EventTypeR\teventType\x12H\n" +
@@ -1985,7 +2014,8 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"assignment\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x16\n" +
 	"\x06reason\x18e \x01(\tR\x06reason\x12\x14\n" +
-	"\x05epoch\x18f \x01(\x04R\x05epoch\"\xd0\x01\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\x12\"\n" +
+	"\rchanged_at_ms\x18g \x01(\x04R\vchangedAtMs\"\xd0\x01\n" +
 	"\x12PushRecordsRequest\x124\n" +
 	"\x04init\x18\x01 \x01(\v2\x1e.conveyor_etl.sidecar.PushInitH\x00R\x04init\x128\n" +
 	"\x05batch\x18\x02 \x01(\v2 .conveyor_etl.common.RecordBatchH\x00R\x05batch\x12C\n" +

@@ -388,6 +388,20 @@ func (m *SidecarHeartbeatRequest) MarshalToSizedBufferVT(dAtA []byte) (int, erro
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.AppliedEpoch != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AppliedEpoch))
+		i--
+		dAtA[i] = 0x6
+		i--
+		dAtA[i] = 0xb0
+	}
+	if m.AppliedRevision != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AppliedRevision))
+		i--
+		dAtA[i] = 0x6
+		i--
+		dAtA[i] = 0xa8
+	}
 	if len(m.RegistrationId) > 0 {
 		i -= len(m.RegistrationId)
 		copy(dAtA[i:], m.RegistrationId)
@@ -1014,6 +1028,13 @@ func (m *PipelineAssignmentEvent) MarshalToSizedBufferVT(dAtA []byte) (int, erro
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.ChangedAtMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ChangedAtMs))
+		i--
+		dAtA[i] = 0x6
+		i--
+		dAtA[i] = 0xb8
 	}
 	if m.Epoch != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Epoch))
@@ -1891,6 +1912,12 @@ func (m *SidecarHeartbeatRequest) SizeVT() (n int) {
 	if l > 0 {
 		n += 2 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	if m.AppliedRevision != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.AppliedRevision))
+	}
+	if m.AppliedEpoch != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.AppliedEpoch))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -2148,6 +2175,9 @@ func (m *PipelineAssignmentEvent) SizeVT() (n int) {
 	}
 	if m.Epoch != 0 {
 		n += 2 + protohelpers.SizeOfVarint(uint64(m.Epoch))
+	}
+	if m.ChangedAtMs != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.ChangedAtMs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -3436,6 +3466,44 @@ func (m *SidecarHeartbeatRequest) UnmarshalVT(dAtA []byte) error {
 			}
 			m.RegistrationId = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
+		case 101:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AppliedRevision", wireType)
+			}
+			m.AppliedRevision = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AppliedRevision |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 102:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AppliedEpoch", wireType)
+			}
+			m.AppliedEpoch = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AppliedEpoch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -4748,6 +4816,25 @@ func (m *PipelineAssignmentEvent) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.Epoch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 103:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ChangedAtMs", wireType)
+			}
+			m.ChangedAtMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ChangedAtMs |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

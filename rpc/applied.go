@@ -1,0 +1,94 @@
+package rpc
+
+import (
+	"context"
+
+	grpcpeer "google.golang.org/grpc/peer"
+
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+// What a sidecar has applied is known in one of two ways.
+//
+// A sidecar that says so sends the revision with its heartbeats. For one that does
+// not, as all in the field, there is this: it makes one call at a time, without a
+// deadline. So when its next heartbeat comes over the connection on which the last
+// was answered, it has read that answer, and it has done what the answer said
+// before it went on. Over another connection nothing follows: the answer may have
+// been lost with the old one.
+
+// applied is what is known of one sidecar; part of told, guarded by its mu.
+type applied struct {
+	// tellings counts the answers that told something; confirmed is the number of
+	// the newest that was read.
+	tellings, confirmed uint64
+	// unread is the number of the last answer, 0 once it is known to be read or
+	// lost, and over the address of the connection it went to.
+	unread uint64
+	over   string
+	// says: the sidecar sends what it has applied, which is revision of epoch.
+	says            bool
+	revision, epoch uint64
+}
+
+// telling notes that an answer to the heartbeat of ctx tells something.
+func (e *told) telling(ctx context.Context) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unread, e.over = e.tellings, remoteAddr(ctx)
+}
+
+func remoteAddr(ctx context.Context) string {
+	if p, ok := grpcpeer.FromContext(ctx); ok && p.Addr != nil {
+		return p.Addr.String()
+	}
+	return ""
+}
+
+// heardBack takes from a heartbeat what it says, or shows, of what was applied.
+func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.SidecarHeartbeatRequest) {
+	revision := req.GetAppliedRevision()
+	e.mu.Lock()
+	confirms := e.unread != 0 && e.over == remoteAddr(ctx)
+	switch {
+	case revision > 0:
+		e.says = true
+		// Heartbeats of one sidecar may overtake each other.
+		if req.GetAppliedEpoch() > e.epoch || (req.GetAppliedEpoch() == e.epoch && revision > e.revision) {
+			e.revision, e.epoch = revision, req.GetAppliedEpoch()
+		}
+	case confirms:
+		e.confirmed = e.unread
+	}
+	e.unread = 0
+	done, upTo := !e.says && confirms && e.confirmed == e.tellings, e.revision
+	e.mu.Unlock()
+	if !done && revision == 0 {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if e.changed != 0 && ((done && !e.dirty) || upTo >= e.changed) {
+		t.delay.observe(t.now().Sub(e.changedAt))
+		e.changed = 0
+	}
+}
+
+// hasApplied says whether a sidecar is known here to have applied a, which is of a
+// state of the given epoch.
+func (t *toldSidecars) hasApplied(a *commandpb.Assignment, epoch uint64) bool {
+	t.mu.Lock()
+	e := t.by[a.SidecarId]
+	t.mu.Unlock()
+	if e == nil {
+		return false
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.says {
+		return e.epoch == epoch && e.revision >= a.ModRevision
+	}
+	p, ok := e.pipelines[a.PipelineId]
+	return ok && p.generation == a.Generation && p.revoked == a.Revoked && p.telling != 0 && p.telling <= e.confirmed
+}

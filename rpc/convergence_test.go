@@ -1,0 +1,130 @@
+package rpc
+
+import (
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"conveyor.etl/router/router/commandpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+func (a *api) convergence(pipeline string) *clusterpb.GetConvergenceResponse {
+	a.t.Helper()
+	r, err := a.cluster.GetConvergence(a.ctx(), &clusterpb.GetConvergenceRequest{PipelineId: pipeline})
+	noError(a.t, err)
+	return r
+}
+
+func (a *api) beat(req *sidecarpb.SidecarHeartbeatRequest) {
+	a.t.Helper()
+	r, err := a.sidecar.Heartbeat(a.ctx(), req)
+	noError(a.t, err)
+	if !r.GetAcknowledged() {
+		a.t.Fatal("not acknowledged")
+	}
+}
+
+// Goal: a pipeline has converged when all is decided, placed, and applied by
+// everyone concerned; whoever has not is named. Method: one sidecar that says what
+// it applied, one that only shows it by its next heartbeat.
+func TestConvergence(t *testing.T) {
+	planned := uint64(0)
+	a := newAPI(t, func(c *ServerConfig) { c.Planned = func() uint64 { return planned } })
+	_, err := a.cluster.GetConvergence(a.ctx(), &clusterpb.GetConvergenceRequest{PipelineId: "p"})
+	wantCode(t, err, codes.NotFound)
+	a.registerSidecar("ns/says")
+	a.registerSidecar("ns/plain")
+	a.create(chain("p", "x", "y"))
+	if r := a.convergence("p"); r.Converged || len(r.Pending) != 1 || r.Pending[0].StageId != "" {
+		t.Fatalf("undecided: %v", r)
+	}
+	planned = a.node.fsm.Revision()
+	if r := a.convergence("p"); r.Converged || len(r.Pending) != 2 || r.Pending[0].StageId != "x-stage" {
+		t.Fatalf("not placed: %v", r)
+	}
+	says := &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/says", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}
+	plain := &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/plain"}
+	a.beat(says)
+	a.beat(plain)
+	a.clock.advance(time.Second)
+	a.assign("ns/says", "p")
+	a.assign("ns/plain", "p")
+	laggards := func(want ...string) {
+		t.Helper()
+		r := a.convergence("p")
+		var got []string
+		for _, l := range r.Laggards {
+			got = append(got, l.SidecarId)
+		}
+		if len(got) != len(want) || r.Converged != (len(want) == 0) || int(r.Concerned-r.Applied) != len(want) {
+			t.Fatalf("%v lag, want %v: %v", got, want, r)
+		}
+		for i := range got {
+			if got[i] != want[i] {
+				t.Fatalf("%v lag, want %v", got, want)
+			}
+		}
+	}
+	eventually(t, "the change was noted", func() bool { return a.feed.rungUp() >= a.node.fsm.Revision() })
+	laggards("ns/plain", "ns/says")
+	a.clock.advance(2 * time.Second)
+	a.beat(says) // it has not applied the new one yet
+	a.beat(plain)
+	laggards("ns/plain", "ns/says") // the answer may not have been read
+	a.beat(plain)
+	laggards("ns/says")
+	says.AppliedRevision = a.node.fsm.Revision()
+	says.AppliedEpoch++ // of a state that is not this one
+	a.beat(says)
+	laggards("ns/says")
+	says = &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/other"}
+	a.registerSidecar("ns/other") // concerns nobody
+	a.beat(says)
+	laggards("ns/says")
+
+	// Whoever loses it is concerned as well, unless it is gone.
+	a.revoke("ns/plain", "p")
+	a.revoke("ns/says", "p")
+	eventually(t, "the change was noted", func() bool { return a.feed.rungUp() >= a.node.fsm.Revision() })
+	r := a.convergence("p")
+	if r.Concerned != 2 || r.Applied != 0 {
+		t.Fatalf("%v", r)
+	}
+	a.node.must(t, &commandpb.Command{Op: &commandpb.Command_TransitionSidecar{TransitionSidecar: &commandpb.TransitionSidecar{
+		SidecarId: "ns/says", State: commandpb.SidecarState_SIDECAR_STATE_EXPIRED,
+	}}})
+	if r := a.convergence("p"); r.Concerned != 1 {
+		t.Fatalf("an expired sidecar is waited for: %v", r)
+	}
+}
+
+// Goal: how long changes take to be applied is counted, from the commit here to
+// the word of the sidecar.
+func TestAppliedDelay(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/pod")
+	a.create(chain("p", "x", "y"))
+	beat := &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: 1, AppliedEpoch: a.node.fsm.Epoch()}
+	a.beat(beat)
+	a.assign("ns/pod", "p")
+	eventually(t, "the change was noted", func() bool { return a.feed.rungUp() >= a.node.fsm.Revision() })
+	a.clock.advance(3 * time.Second)
+	a.beat(beat)
+	count := func() (n, within2, within5 float64) {
+		m := make(map[string]float64)
+		a.told.delay.metrics("d", m)
+		return m["d_count"], m[`d_bucket{le="2"}`], m[`d_bucket{le="5"}`]
+	}
+	if n, _, _ := count(); n != 0 {
+		t.Fatalf("%v changes were counted as applied", n)
+	}
+	beat.AppliedRevision = a.node.fsm.Revision()
+	a.beat(beat)
+	a.beat(beat)
+	if n, two, five := count(); n != 1 || two != 0 || five != 1 {
+		t.Fatalf("%v changes applied, %v within 2 s, %v within 5 s; it took 3", n, two, five)
+	}
+}
