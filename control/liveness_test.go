@@ -29,7 +29,6 @@ type seat struct {
 	changed chan struct{}
 	cut     error         // what its quorum answers
 	skew    time.Duration // by how much its clock is ahead
-	share   func(Digest)
 }
 
 func (s *seat) Leadership() raftnode.Leadership {
@@ -71,7 +70,6 @@ type parliament struct {
 	start   time.Time
 	digests int
 	worst   int // silences in the largest digest
-	applied uint64
 }
 
 // elect lets nobody lead for some time, then s.

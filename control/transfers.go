@@ -68,7 +68,6 @@ type transfer struct {
 	cancel context.CancelCauseFunc
 	// samples are the newest times and bytes.
 	samples []sample
-	began   bool // the operation exists
 }
 
 type sample struct {

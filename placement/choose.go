@@ -58,9 +58,6 @@ func compareBools(a, b bool) int {
 	return 1
 }
 
-// near is true for a sidecar that has some reason to run the stage besides room.
-func (r *rank) near() bool { return r.tie != untied || r.local > 0 }
-
 // open is true while a sidecar that runs load stages has not had its share.
 func (e *Engine) open(h, load int32) bool {
 	x := &e.hosts[h]

@@ -37,9 +37,7 @@ func (m *model) view() View {
 	for _, id := range slices.Sorted(maps.Keys(m.sidecars)) {
 		v.Sidecars = append(v.Sidecars, m.sidecars[id])
 	}
-	for _, a := range m.sorted() {
-		v.Assignments = append(v.Assignments, a)
-	}
+	v.Assignments = append(v.Assignments, m.sorted()...)
 	return v
 }
 

@@ -176,7 +176,7 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 		if expected != nil {
 			what = fmt.Sprintf("'router pipeline get %s' shows which version there is", id)
 		}
-		return applied{}, codedError{exitDeadline, fmt.Errorf("pipeline %s: it is not known whether it was applied: %s\nTo find out, %s.", id, plain(err), what)}
+		return applied{}, codedError{exitDeadline, fmt.Errorf("pipeline %s: it is not known whether it was applied: %s\nTo find out, %s", id, plain(err), what)}
 	}
 	if err != nil {
 		return applied{}, about("pipeline "+id, err)
