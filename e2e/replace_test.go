@@ -178,9 +178,12 @@ func TestMemberMoves(t *testing.T) {
 		return fmt.Errorf("%v", list.GetMembers())
 	})
 	c.WaitServing(mover)
-	if !strings.Contains(mover.Log(), "event=address_reported") {
-		t.Error("the node did not report its address")
-	}
+	eventually(t, 30*time.Second, "the node reports its address", func(context.Context) error {
+		if !strings.Contains(mover.Log(), "event=address_reported") {
+			return errors.New("it did not")
+		}
+		return nil
+	})
 	other.Kill()
 	eventually(t, 30*time.Second, "the cluster goes on with the node that moved", func(ctx context.Context) error {
 		if _, known := writeOffset(t, mover, "moved", 5); known != Done {

@@ -113,7 +113,7 @@ func TestBadRequests(t *testing.T) {
 		{"leadership to an unknown node", func(ctx context.Context) (string, error) {
 			_, err := n.Cluster().TransferLeader(ctx, &clusterpb.TransferLeaderRequest{NodeId: 99})
 			return "", err
-		}, codes.Aborted, []string{"node 99 is not a voter"}},
+		}, codes.NotFound, []string{"node 99 is no member"}},
 		{"a method that does not exist", func(ctx context.Context) (string, error) {
 			return "", n.Conn().Invoke(ctx, strings.TrimSuffix(adminpb.RouterAdmin_GetPipeline_FullMethodName, "GetPipeline")+"Explode", &adminpb.GetPipelineRequest{}, &adminpb.GetPipelineResponse{})
 		}, codes.Unimplemented, []string{"Explode"}},

@@ -334,7 +334,9 @@ func (t *PeerTransport) greeted(h *peerpb.Hello, answer bool) (done func(), err 
 		p = t.startLocked(id, h.GetPeerAddr())
 	}
 	t.clients[id] = h.GetClientAddr()
-	if said := h.GetPeerAddr(); said != "" {
+	// Only while this node cannot know better: otherwise whoever sets the addresses
+	// of members, a proxy between them for one, would be gone around.
+	if said := h.GetPeerAddr(); said != "" && outranks(h, t.o.Position()) {
 		p.said.Store(&said)
 	}
 	p.guests++

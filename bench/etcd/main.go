@@ -36,13 +36,15 @@ type options struct {
 	systems   string
 	writeRate float64
 	readRate  float64
-	creates   int
-	missed    int
-	behind    int
-	patience  time.Duration
-	logLevel  string
-	debug     bool
-	keep      bool
+	// restoreWrites is writeRate of the restore row.
+	restoreWrites float64
+	creates       int
+	missed        int
+	behind        int
+	patience      time.Duration
+	logLevel      string
+	debug         bool
+	keep          bool
 }
 
 func main() {
@@ -64,7 +66,8 @@ func main() {
 	flag.StringVar(&o.etcdutl, "etcdutl", "bin/etcdutl", "etcdutl binary, for the recovery rows")
 	flag.StringVar(&o.content, "content", contentText, "values of the recovery rows: text, random or repeat")
 	flag.StringVar(&o.systems, "systems", "etcd,router", "systems the recovery rows run")
-	flag.Float64Var(&o.readRate, "read-rate", 200, "linearizable reads a second through each member, beside what the recovery rows measure")
+	flag.Float64Var(&o.readRate, "read-rate", 50, "linearizable reads a second through each member, beside a restore")
+	flag.Float64Var(&o.restoreWrites, "restore-writes", 100, "writes a second beside a restore")
 	flag.Float64Var(&o.writeRate, "write-rate", 1000, "writes a second beside what the recovery rows measure")
 	flag.IntVar(&o.creates, "creates", 10, "snapshots made by the snapshot row")
 	flag.IntVar(&o.missed, "missed", 100_000, "puts the follower of the missed row misses")

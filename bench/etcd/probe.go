@@ -141,6 +141,10 @@ func (p *probe) gaps(s span, ignore time.Duration) (sum, longest time.Duration) 
 
 // writeProbe writes random keys of the filled ones through member i.
 func writeProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) {
+	return writeProbeAt(ctx, c, i, c.o.writeRate)
+}
+
+func writeProbeAt(ctx context.Context, c *cluster, i int, rate float64) (*probe, func(), error) {
 	const callers, conns = 64, 4
 	all, closeAll, err := bench.Dial([]string{c.s.endpoint(c.o, i)}, conns)
 	if err != nil {
@@ -155,7 +159,7 @@ func writeProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) 
 			return 1, c.s.put(ctx, all[w%conns], bench.Key(v.IntN(c.o.objects)), v.value())
 		})
 	}
-	p := startProbe(ctx, c.o.writeRate, calls)
+	p := startProbe(ctx, rate, calls)
 	return p, func() { p.stop(); closeAll() }, nil
 }
 

@@ -311,7 +311,7 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 	if !calm(ctx, c) {
 		return ctx.Err()
 	}
-	writes, stopWrites, err := writeProbe(ctx, c, leader)
+	writes, stopWrites, err := writeProbeAt(ctx, c, leader, c.o.restoreWrites)
 	if err != nil {
 		return err
 	}
