@@ -291,7 +291,8 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 	}
 	if c.NodeID == 0 && !joins && !faults.about("node_id", "join") {
 		faults.add(l.source("node_id", "flag --node-id"), "node_id",
-			"is missing: give every node its own id, 1 or more (in a StatefulSet it follows from POD_NAME and REPLICAS)")
+			"is missing: give every node its own id, 1 or more (in a StatefulSet it follows from POD_NAME and REPLICAS); "+
+				"a node whose id the cluster chose is always started with --join")
 	}
 	if c.Raft.HeartbeatInterval*2 > c.Raft.ElectionTimeout && !faults.about("cluster.heartbeat_interval_ms", "cluster.election_timeout_min_ms") {
 		faults.add(l.source("cluster.heartbeat_interval_ms", ""), "cluster.heartbeat_interval_ms",

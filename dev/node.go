@@ -16,6 +16,9 @@ import (
 // stopGrace bounds the orderly stop of a node; then it is killed.
 const stopGrace = 15 * time.Second
 
+// exitRemoved is the exit code of a node that was removed from its cluster.
+const exitRemoved = 9
+
 // node is one child process, restarted as often as it is allowed to.
 type node struct {
 	id     int
@@ -57,18 +60,26 @@ func (n *node) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return n.stop(cmd, ended)
 		}
+		var exit *exec.ExitError
+		exited := errors.As(err, &exit) && exit.Exited()
+		removed := exited && exit.ExitCode() == exitRemoved
 		back := time.Time{}
-		if n.o.Respawn > 0 {
+		if n.o.Respawn > 0 && !removed {
 			back = time.Now().Add(n.o.Respawn)
 		}
 		n.mu.Lock()
 		n.pid, n.back = 0, back
 		n.mu.Unlock()
+		if removed {
+			// Started again it would only say so again.
+			n.events.add("node %d was removed from the cluster, and is not started again; --fresh begins with new nodes", n.id)
+			<-ctx.Done()
+			return nil
+		}
 		n.events.add("node %d is down: %s", n.id, exitReason(err))
 		// A node that refuses to start says why in its log; starting it again
 		// and again would only bury that.
-		var exit *exec.ExitError
-		if errors.As(err, &exit) && exit.Exited() && time.Since(began) < 5*time.Second && first {
+		if exited && time.Since(began) < 5*time.Second && first {
 			return fmt.Errorf("node %d did not start (%s):\n%s", n.id, exitReason(err), lastLines(n.log, 5))
 		}
 		if n.o.Respawn == 0 {

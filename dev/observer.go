@@ -15,6 +15,9 @@ import (
 // observeEvery is how often the cluster is asked how it is.
 const observeEvery = 400 * time.Millisecond
 
+// epochKey is the header in which a reply carries the restore epoch.
+const epochKey = "conveyor-epoch"
+
 // scene is what was seen of the cluster last.
 type scene struct {
 	nodes     map[int]*adminpb.GetClusterStatusResponse // by id; nil = did not answer
@@ -158,12 +161,22 @@ func (s *scene) placed(pipelines int) bool {
 
 // follow turns the changes of the cluster into events.
 func (ob *observer) follow(ctx context.Context) {
-	from := uint64(0)
+	from, epoch := uint64(0), ""
 	for ctx.Err() == nil {
 		stream, err := clusterpb.NewClusterClient(ob.any).WatchChanges(ctx, &clusterpb.WatchChangesRequest{
 			FromRevision: from, Tables: []string{"pipelines", "sidecars", "assignments"},
 		}, grpc.WaitForReady(true))
 		got := false
+		if err == nil {
+			// A restore ends the watch, and the changes it makes are in no watch.
+			head, _ := stream.Header()
+			if now := head.Get(epochKey); len(now) == 1 && now[0] != epoch {
+				if epoch != "" {
+					ob.events.add("the state was replaced by a restore; restore epoch %s", now[0])
+				}
+				epoch = now[0]
+			}
+		}
 		for err == nil {
 			var ev *clusterpb.ChangeEvent
 			if ev, err = stream.Recv(); err == nil && ev.GetSummary() != "" {

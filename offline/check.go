@@ -99,6 +99,14 @@ func checkIdentity(r *Report, d *Directory) {
 	}
 }
 
+// held says which entries a log holds.
+func held(first, last uint64) string {
+	if last < first {
+		return "no entries"
+	}
+	return fmt.Sprintf("entries %d to %d intact", first, last)
+}
+
 func checkLog(_ context.Context, r *Report, d *Directory, _ CheckOptions) error {
 	if d.LogErr != nil {
 		r.add("log", VerdictFailed, "%v", d.LogErr)
@@ -106,8 +114,8 @@ func checkLog(_ context.Context, r *Report, d *Directory, _ CheckOptions) error 
 	}
 	l := d.Log
 	hs := l.HardState
-	r.add("log", VerdictOK, "%d segments, entries %d to %d intact, term %d, vote %d, commit %d",
-		len(l.Segments), l.FirstIndex, l.LastIndex, hs.GetTerm(), hs.GetVote(), l.Commit())
+	r.add("log", VerdictOK, "segments %d, %s, term %d, vote %d, commit %d",
+		len(l.Segments), held(l.FirstIndex, l.LastIndex), hs.GetTerm(), hs.GetVote(), l.Commit())
 	if l.Unfinished != "" {
 		r.add("log", VerdictNote, "an unfinished write at the end, never acknowledged; the next start cuts it: %s", l.Unfinished)
 	}

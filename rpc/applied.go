@@ -5,6 +5,7 @@ import (
 
 	grpcpeer "google.golang.org/grpc/peer"
 
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 )
@@ -90,5 +91,5 @@ func (t *toldSidecars) hasApplied(a *commandpb.Assignment, epoch uint64) bool {
 		return e.epoch == epoch && e.revision >= a.ModRevision
 	}
 	p, ok := e.pipelines[a.PipelineId]
-	return ok && p.generation == a.Generation && p.revoked == a.Revoked && p.telling != 0 && p.telling <= e.confirmed
+	return ok && p.generation == router.Ordered(epoch, a.Generation) && p.revoked == a.Revoked && p.telling != 0 && p.telling <= e.confirmed
 }

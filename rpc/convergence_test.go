@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
@@ -126,5 +127,23 @@ func TestAppliedDelay(t *testing.T) {
 	a.beat(beat)
 	if n, two, five := count(); n != 1 || two != 0 || five != 1 {
 		t.Fatalf("%v changes applied, %v within 2 s, %v within 5 s; it took 3", n, two, five)
+	}
+}
+
+// Goal: behind a restore, what a sidecar that sends nothing back was told is still
+// recognized as what was decided, though generations are told with the epoch in them.
+func TestAppliedInAnotherEpoch(t *testing.T) {
+	for _, epoch := range []uint64{0, 1, 7} {
+		table := newToldSidecars(10, time.Hour, time.Hour)
+		a := &commandpb.Assignment{SidecarId: "s", PipelineId: "p", Generation: 5, ModRevision: 9}
+		e := table.first("s", time.Unix(1, 0))
+		e.pipelines = map[string]toldPipeline{"p": {generation: router.Ordered(epoch, 5), telling: 1}}
+		e.tellings, e.confirmed = 1, 1
+		if !table.hasApplied(a, epoch) {
+			t.Errorf("epoch %d: it is not known to have applied what it was told", epoch)
+		}
+		if table.hasApplied(a, epoch+1) {
+			t.Errorf("what was told in epoch %d counts in the next one", epoch)
+		}
 	}
 }

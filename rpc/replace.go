@@ -152,7 +152,7 @@ func (a *clusterAPI) preflight(ctx context.Context, st raftnode.Status, from, to
 	case nextErr != nil:
 		check("members", false, "%v: start it with --join first", nextErr)
 	case !slices.Contains(voters, from):
-		check("members", false, "node %d does not vote: 'router cluster member remove' is enough", from)
+		check("members", false, "node %d does not vote: 'router member remove %d' is enough", from, from)
 	default:
 		check("members", true, "node %d is a voter, node %d a member", old.ID, next.ID)
 	}
@@ -176,6 +176,12 @@ func (a *clusterAPI) preflight(ctx context.Context, st raftnode.Status, from, to
 	}
 	need := (len(others)+1)/2 + 1
 	check("quorum", alive >= need, "%d of the %d voters after the exchange answer, %d are needed", alive, len(others)+1, need)
+	// A node that votes already brings no vote: then the exchange is a removal, and
+	// three voters would become two, of which none may fail.
+	if before, after := spare(len(voters)), spare(len(others)+1); after < before {
+		check("strength", false, "node %d votes already, so that %d voters would be left, of which %d may fail instead of %d: "+
+			"let one more node join first; if that is meant, 'router member remove %d' does it", to, len(others)+1, after, before, from)
+	}
 
 	asked := a.cfg.Now()
 	info, err := a.askPreflight(ctx, to, others)
@@ -196,6 +202,9 @@ func (a *clusterAPI) preflight(ctx context.Context, st raftnode.Status, from, to
 	check("clock", skew <= maxClockSkew, "the clock of node %d differs by %v, at most %v is allowed", to, max(0, skew).Round(time.Millisecond), maxClockSkew)
 	return checks
 }
+
+// spare is how many of n voters may fail.
+func spare(n int) int { return (n - 1) / 2 }
 
 func answers(st raftnode.Status, id uint64) bool {
 	for _, p := range st.Peers {

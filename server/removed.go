@@ -2,13 +2,17 @@ package server
 
 import (
 	"fmt"
+	"path/filepath"
 
 	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/raftnode"
 )
 
 func removedError(node uint64, dir string) error {
-	return fmt.Errorf("%w: node %d is no member any more, and %s is of no use: move it away; "+
+	if full, err := filepath.Abs(dir); err == nil {
+		dir = full // a bare "data" reads as a word of the sentence
+	}
+	return fmt.Errorf("%w: node %d is no member any more, and the directory %s is of no use: move it away; "+
 		"to add a new node, start it on an empty directory with --join and without --node-id", ErrRemoved, node, dir)
 }
 

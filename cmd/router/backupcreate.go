@@ -82,6 +82,14 @@ On an error, and after Ctrl-C, nothing is left in the store.`,
 }
 
 func (a *app) snapshot(cmd *cobra.Command, c *client.Client, id string) (*backuppb.CreateSnapshotResponse, error) {
+	// The snapshot may take minutes, and as long would the call be repeated while
+	// nobody leads: whether a leader answers at all is asked within --timeout.
+	ask, cancel := a.quick(cmd.Context())
+	_, err := c.Backup().GetStateMetadata(ask, &backuppb.GetStateMetadataRequest{})
+	cancel()
+	if err != nil {
+		return nil, err
+	}
 	ctx, cancel := a.slow(cmd, cmd.Context())
 	defer cancel()
 	return c.Backup().CreateSnapshot(ctx, &backuppb.CreateSnapshotRequest{SnapshotId: id})

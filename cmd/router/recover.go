@@ -188,7 +188,11 @@ func printPlan(w io.Writer, p *offline.Plan) {
 		if c.FromImage != "" {
 			state += " (from image " + c.FromImage + ")"
 		}
-		g.Add(mark, c.NodeID, c.Dir, state, fmt.Sprintf("%d-%d", c.FirstIndex, c.LastIndex), c.LastTerm, c.CommitIndex)
+		log := fmt.Sprintf("%d-%d", c.FirstIndex, c.LastIndex)
+		if c.LastIndex < c.FirstIndex {
+			log = "empty"
+		}
+		g.Add(mark, c.NodeID, c.Dir, state, log, c.LastTerm, c.CommitIndex)
 	}
 	_ = g.Write(w)
 	if p.Chosen().Problem != "" {

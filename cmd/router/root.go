@@ -86,12 +86,41 @@ The exit codes are the same for every command: 'router help exit-codes'.`,
 	}
 	// Without something to run it is a topic of the help.
 	root.AddCommand(&cobra.Command{Use: "exit-codes", Short: "The exit codes of every command", Long: exitCodesHelp})
+	root.SetHelpCommand(newHelpCommand(root))
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, err} })
 	strictGroups(root)
 	return root
+}
+
+// newHelpCommand is cobra's help, which answers an unknown name with the help of
+// everything and exit code 0.
+func newHelpCommand(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Describe a command, or a topic such as exit-codes",
+		ValidArgsFunction: func(_ *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
+			var out []string
+			if cmd, rest, err := root.Find(args); err == nil && len(rest) == 0 {
+				for _, sub := range cmd.Commands() {
+					if strings.HasPrefix(sub.Name(), begun) && !sub.Hidden {
+						out = append(out, sub.Name()+"\t"+sub.Short)
+					}
+				}
+			}
+			return out, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			cmd, rest, err := root.Find(args)
+			if cmd == nil || err != nil || len(rest) > 0 {
+				return usageError{root, fmt.Errorf("there is no command or help topic %q", strings.Join(args, " "))}
+			}
+			cmd.InitDefaultHelpFlag()
+			return cmd.Help()
+		},
+	}
 }
 
 // strictGroups makes a command that only groups others refuse unknown names.
