@@ -117,8 +117,10 @@ const digestPart = 4096
 func (l *Liveness) digest(term uint64) Digest {
 	l.mu.Lock()
 	d := Digest{Term: term, Epoch: l.epoch, Revision: l.revision}
+	// A new reign puts others in their place.
+	sidecars, services := l.sidecars, l.services
 	l.mu.Unlock()
-	d.Sidecars, d.Services = l.late(l.sidecars), l.late(l.services)
+	d.Sidecars, d.Services = l.late(sidecars), l.late(services)
 	return d
 }
 

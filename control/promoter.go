@@ -167,7 +167,12 @@ func (p *Promoter) look(ctx context.Context, st raftnode.Status, m raftnode.Memb
 		p.show(ctx, st, m, peer, f)
 		return
 	}
-	if f.looks++; f.looks < p.c.Looks || f.quiet || p.c.Held(m.ID) {
+	if f.looks++; f.looks < p.c.Looks || p.c.Held(m.ID) {
+		return
+	}
+	// A quiet one may have fallen behind and been sent an image meanwhile, whose
+	// operation is another.
+	if f.quiet && f.looks%tidyEvery != 0 {
 		return
 	}
 	newest, _, err := p.ops.newest(m)
@@ -183,6 +188,9 @@ func (p *Promoter) look(ctx context.Context, st raftnode.Status, m raftnode.Memb
 		return
 	}
 	if m.ReadReplica || !p.c.Promote {
+		if f.quiet && !running(newest) {
+			return
+		}
 		f.quiet = true
 		p.end(ctx, m, f, st.Commit, "caught up; it stays a learner")
 		return

@@ -174,9 +174,10 @@ func selfOf(m raftnode.Member) []byte { return fmt.Appendf(nil, "%016x", m.Disk)
 
 // rejoining returns the running operation, "" when there is none, that remembers
 // across changes of leader that this self of a member was, or is about to be, taken
-// out only to come back. One that an operator has cancelled is ended. With which directory it comes back does not matter: that
-// of a node whose disk lasts no longer than its process is another at each start,
-// and one that dies in the middle must not be locked out for ever.
+// out only to come back. One that an operator has cancelled is ended. With which
+// directory it comes back does not matter: that of a node whose disk lasts no longer
+// than its process is another at each start, and one that dies in the middle must
+// not be locked out for ever.
 func (a *clusterAPI) rejoining(ctx context.Context, m raftnode.Member) (string, error) {
 	var found *commandpb.Operation
 	v := a.cfg.State.Latest()
@@ -192,6 +193,25 @@ func (a *clusterAPI) rejoining(ctx context.Context, m raftnode.Member) (string, 
 		return "", a.noteRejoin(ctx, m, found.OperationId, commandpb.OperationState_OPERATION_STATE_CANCELLED)
 	}
 	return found.GetOperationId(), err
+}
+
+// endRejoins ends what would let node id come back: it is to go for good.
+func (a *clusterAPI) endRejoins(ctx context.Context, id uint64) error {
+	var left []*commandpb.Operation
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	err := v.Operations(func(op *commandpb.Operation) bool {
+		if op.Kind == "rejoin" && op.NodeId == id && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
+			left = append(left, op)
+		}
+		return true
+	})
+	for _, op := range left {
+		if err == nil {
+			err = a.noteRejoin(ctx, raftnode.Member{ID: id}, op.OperationId, commandpb.OperationState_OPERATION_STATE_CANCELLED)
+		}
+	}
+	return err
 }
 
 // noteRejoin records the beginning or the end of the rejoin of m.

@@ -175,6 +175,26 @@ func TestRemovedDoesNotRejoin(t *testing.T) {
 		noError(t, err)
 		refused(t, leader, g)
 	})
+	t.Run("removed after a rejoin that came to nothing", func(t *testing.T) {
+		g := newGroup(1, 2, 3)
+		leader, _ := serveMembers(t, g)
+		lose(leader)
+		g.fail = func(c raftnode.Change) error {
+			return fmt.Errorf("%w: leadership was lost", raftnode.ErrAmbiguous)
+		}
+		_, err := leader.cluster.JoinMember(leader.ctx(), rejoinRequest(3, 77))
+		wantCode(t, err, codes.Unknown)
+		if ops := rejoins(t, leader); len(ops) != 1 {
+			t.Fatal(ops)
+		}
+		g.fail = nil // and the member comes back with the directory it had
+		_, err = leader.cluster.RemoveMember(leader.ctx(), &clusterpb.RemoveMemberRequest{NodeId: 3})
+		noError(t, err)
+		if ops := rejoins(t, leader); len(ops) != 0 {
+			t.Error(ops)
+		}
+		refused(t, leader, g)
+	})
 	t.Run("removed after a rejoin whose end was not recorded", func(t *testing.T) {
 		g := newGroup(1, 2, 3)
 		leader, _ := serveMembers(t, g)

@@ -279,6 +279,10 @@ func (a *clusterAPI) RemoveMember(ctx context.Context, req *clusterpb.RemoveMemb
 		return nil, err
 	}
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		// One that was begun and came to nothing would let the node back in.
+		if err := a.endRejoins(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.Remove, ID: req.NodeId})
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
 		return c.RemoveMember(ctx, req)
