@@ -81,7 +81,7 @@ func stallAPI(t *testing.T) (*api, backuppb.BackupServiceClient, *handTimers) {
 		_, err := rand.Read(data)
 		noError(t, err)
 		node.must(t, &commandpb.Command{Op: &commandpb.Command_SaveCheckpoint{SaveCheckpoint: &commandpb.SaveCheckpoint{
-			ServiceId: "s", CheckpointId: fmt.Sprint(i), Data: data,
+			ServiceId: fmt.Sprint("s", i), CheckpointId: "c", Data: data,
 		}}})
 	}
 	a := serveAPI(t, node, func(c *ServerConfig) { c.Recovery = rec })
@@ -105,12 +105,17 @@ func TestStalledDownload(t *testing.T) {
 		return stream
 	}
 	slow := open()
-	for last := false; !last; {
+	// Every chunk has its own time: all together take longer than one may. Some are
+	// on their way at once, so that one of them sees several steps of the clock.
+	step, took := a.cfg.TransferIdle/8, time.Duration(0)
+	for last := false; !last; took += step {
 		chunk, err := slow.Recv()
 		noError(t, err)
 		last = chunk.IsLast
-		// Every chunk has its own time.
-		timers.advance(a.cfg.TransferIdle - 1)
+		timers.advance(step)
+	}
+	if took <= a.cfg.TransferIdle {
+		t.Fatalf("the download took %v only, %v are allowed to each chunk", took, a.cfg.TransferIdle)
 	}
 	if _, err := slow.Recv(); err != io.EOF {
 		t.Fatal(err)
