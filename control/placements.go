@@ -4,7 +4,6 @@ import (
 	"sync"
 
 	"conveyor.etl/router/placement"
-	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
 
@@ -28,16 +27,6 @@ type Explainer struct {
 // NewExplainer indexes in once for many pipelines.
 func NewExplainer(in Input) *Explainer {
 	return &Explainer{e: placement.NewEngine(viewOf(in))}
-}
-
-// Placements reads v and tells where the stages of p run, in the order p
-// declares them. Use an Explainer for more than a few pipelines.
-func Placements(v *router.View, p *commandpb.Pipeline) ([]Placement, error) {
-	in, err := ReadInput(v)
-	if err != nil {
-		return nil, err
-	}
-	return NewExplainer(in).Placements(p), nil
 }
 
 // Placements tells where the stages of p run, in the order p declares them.

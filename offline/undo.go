@@ -2,7 +2,6 @@ package offline
 
 import (
 	"errors"
-	"fmt"
 	"path/filepath"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -40,10 +39,9 @@ func (d *Directory) undo(epoch uint64) string {
 	return UndoLost
 }
 
-// undoSnapshot says whether a running node has put it among its snapshots. The name
-// is that of package recovery.
+// undoSnapshot says whether a running node has put it among its snapshots.
 func (d *Directory) undoSnapshot(epoch uint64) bool {
-	_, err := d.fs.Stat(filepath.Join(d.Path, datadir.BackupsName, fmt.Sprintf("undo-%d.json", epoch)))
+	_, err := d.fs.Stat(filepath.Join(d.Path, datadir.BackupsName, router.UndoID(epoch)+".json"))
 	return err == nil
 }
 

@@ -105,25 +105,25 @@ func contains(list []uint64, v uint64) bool {
 func (r *Recovery) prepare(ctx context.Context, id string, reported bool) {
 	start := time.Now()
 	err := r.c.State.Prepare(ctx, id)
-	if ctx.Err() != nil || errors.Is(err, router.ErrNotStaged) {
+	if ctx.Err() != nil {
 		return
 	}
-	v := r.c.State.View()
-	stage, rerr := v.Stage()
-	if rerr = errors.Join(rerr, v.Close()); rerr != nil || stage.GetOperationId() != id {
-		return
-	}
-	sealed := stage.Phase == commandpb.StagePhase_STAGE_PHASE_SEALED
-	r.mu.Lock()
-	clear(r.prepared) // there is one restore at a time
-	r.prepared[id] = preparation{done: err == nil, failed: time.Now(), sealed: sealed}
-	r.mu.Unlock()
-	if err == nil && reported {
-		return
-	}
-	if err != nil && !r.staged(id) {
+	stage, serr := r.staged(id)
+	switch {
+	case serr != nil:
+		return // the state is closed, or cannot be read, which others say
+	case stage == nil && err != nil:
 		// A node that was away catches up on a restore that did not wait for it.
 		r.log.Info("the restore has ended without this node having prepared for it", "event", "restore_unprepared", "operation", id)
+		return
+	case stage == nil || errors.Is(err, router.ErrNotStaged):
+		return // swapped in, or in another database now: the next look begins again
+	}
+	r.mu.Lock()
+	clear(r.prepared) // there is one restore at a time
+	r.prepared[id] = preparation{done: err == nil, failed: time.Now(), sealed: stage.Phase == commandpb.StagePhase_STAGE_PHASE_SEALED}
+	r.mu.Unlock()
+	if err == nil && reported {
 		return
 	}
 	report := &commandpb.ReportRestore{OperationId: id, NodeId: r.c.NodeID}
@@ -139,13 +139,14 @@ func (r *Recovery) prepare(ctx context.Context, id string, reported bool) {
 	}
 }
 
-// staged reports whether the stage of operation id is there and waits for the
-// replicas to prepare.
-func (r *Recovery) staged(id string) bool {
+// staged returns the stage of operation id, nil when there is none any more.
+func (r *Recovery) staged(id string) (*commandpb.RestoreStage, error) {
 	v := r.c.State.Latest()
-	defer v.Close()
 	stage, err := v.Stage()
-	return err != nil || stage.GetOperationId() == id
+	if err = errors.Join(err, v.Close()); err != nil || stage.GetOperationId() != id {
+		return nil, err
+	}
+	return stage, nil
 }
 
 // forget ends a backup that an earlier process of this node had begun. What it

@@ -234,9 +234,6 @@ func (r *Recovery) drop(id string) {
 	}
 }
 
-// undoID is the name the undo point of an epoch's beginning is kept under.
-func undoID(epoch uint64) string { return fmt.Sprintf("undo-%d", epoch) }
-
 // keepUndo puts the undo point of the last restore among the snapshots of this
 // node, where it can be looked at, downloaded and restored, and lets go of the
 // one before it.
@@ -247,7 +244,7 @@ func (r *Recovery) keepUndo(ctx context.Context) error {
 	if !ok {
 		return nil
 	}
-	id := undoID(undo.Epoch + 1)
+	id := router.UndoID(undo.Epoch + 1)
 	if _, err := r.c.Shelf.Get(id); err == nil {
 		return nil
 	}
@@ -276,7 +273,7 @@ func (r *Recovery) UndoID(ctx context.Context) (string, error) {
 	if err := r.keepUndo(ctx); err != nil {
 		return "", err
 	}
-	id := undoID(epoch)
+	id := router.UndoID(epoch)
 	if _, err := r.c.Shelf.Get(id); err != nil {
 		return "", fmt.Errorf("%w: node %d does not have the state before the last restore", ErrNoUndo, r.c.NodeID)
 	}

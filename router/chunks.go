@@ -13,9 +13,9 @@ import (
 // A chunk is a run of records in the order of their keys, each as the length of
 // the key, the key, the length of the value and the value, compressed with S2 as a
 // whole: the backup is packed once and unpacked on every node, in the time of
-// clients that wait, and is gone from the disk afterwards. zstd makes chunks of
-// two thirds of the size in four times the time. Apply keeps chunks as they are
-// and does not look into them.
+// clients that wait, and is gone from the disk afterwards; zstd makes them smaller
+// and takes several times as long. Apply keeps chunks as they are and does not look
+// into them.
 
 const (
 	// chunkBytes is where a chunk is ended, before compression. One record that

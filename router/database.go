@@ -199,10 +199,8 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 			RewriteMinimumAge: time.Minute, TargetGarbageRatio: 0.5,
 		}
 	}
-	// MinLZ where the processor has an assembly of it: Pebble's default is Snappy,
-	// which takes longer for larger tables.
-	// Not the large values, which are chunks for the most part and compressed.
-	profile := *sstable.FastestCompression
+	// Large values are chunks for the most part, and compressed already.
+	profile := *sstable.SnappyCompression
 	profile.ValueBlocks = sstable.NoCompression.ValueBlocks
 	po.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.UniformDBCompressionSettings(&profile) })
 	// Most reads ask whether a key exists, and for a new one the answer is no.

@@ -68,6 +68,7 @@ func (s *FSM) Install(dir string) (Position, error) {
 		return Position{}, fmt.Errorf("router: install %s: %w", dir, err)
 	}
 	s.broken = nil
+	s.stage.outdated(s, d)
 	s.replaced(old)
 	if _, err := s.performSwap(); err != nil {
 		// The image was taken between the entry of a restore and its effect.

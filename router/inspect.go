@@ -65,6 +65,10 @@ func UndoDirs(f vfs.FS, root string) ([]string, error) {
 	return out, nil
 }
 
+// UndoID is what the undo point of a state of an epoch is called among the snapshots
+// of a node.
+func UndoID(epoch uint64) string { return fmt.Sprintf("undo-%d", epoch) }
+
 // UndoDir returns the directory below the state directory root that holds the
 // state which the last restore of a state of an epoch replaced, "" when there is
 // none or it cannot be opened.

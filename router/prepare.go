@@ -182,6 +182,23 @@ func (g *staging) abandoned(s *FSM) {
 	}
 }
 
+// outdated removes what was built from a stage that d, which has just come into
+// force, does not hold. The same stage is kept: it has been reported as prepared.
+// A Prepare that is running finds out by itself.
+func (g *staging) outdated(s *FSM, d *database) {
+	if !g.mu.TryLock() {
+		return
+	}
+	defer g.mu.Unlock()
+	if g.ready == nil {
+		return
+	}
+	rec, err := readStage(d.db, metaStage)
+	if err == nil && (rec == nil || identityOf(rec) != g.ready.identity) {
+		g.discard(s)
+	}
+}
+
 // build makes the database of a stage, unless it is there, and waits for chunks
 // until the stage is sealed. s.stage.mu is held.
 func (s *FSM) build(ctx context.Context, d *database, rec *commandpb.RestoreStage) (*prepared, error) {

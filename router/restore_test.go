@@ -410,6 +410,38 @@ func TestPrepareFollowsStaging(t *testing.T) {
 	}
 }
 
+// TestInstallAndWhatIsPrepared: an image that does not hold the stage leaves nothing
+// of what was built from it; one that holds it leaves it, for the node has said
+// that it is prepared.
+func TestInstallAndWhatIsPrepared(t *testing.T) {
+	fs := vfs.NewMem()
+	withBackup(t, fs, &commands{r: randomness(t), time: 1_000_000}, 100)
+	other := open(t, fs, "other")
+	_, err := other.Image("plain")
+	noError(t, err)
+	noError(t, other.Close())
+	for image, want := range map[string]int{"plain": 1, "staged": 2} {
+		s := open(t, fs, "state "+image)
+		accepted(t, s, stageCommands(t, fs, "image", "op")...)
+		noError(t, s.Prepare(t.Context(), "op"))
+		if image == "staged" {
+			_, err := s.Image(image)
+			noError(t, err)
+		}
+		_, err := s.Install(image)
+		noError(t, err)
+		s.retiring.Wait()
+		if left := must(databases(fs, "state "+image)); len(left) != want {
+			t.Errorf("%s: databases %v, want %d", image, left, want)
+		}
+		if want == 2 {
+			accepted(t, s, report("op", 1), swap("op"))
+			sound(t, s)
+		}
+		noError(t, s.Close())
+	}
+}
+
 func must[T any](v T, err error) T {
 	if err != nil {
 		panic(err)

@@ -94,8 +94,12 @@ pipelines are applied all the same.`,
 					r, err := a.apply(cmd, ctx, c, p.Config, expected, epoch, dryRun)
 					if err != nil {
 						errs = append(errs, err)
-						if left := len(set.Pipelines) - i - 1; left > 0 && clusterFailed(err) {
-							errs = append(errs, fmt.Errorf("%d more pipelines were not sent", left))
+						done = append(done, applied{Pipeline: p.Config.GetId(), Result: "failed", Error: explain(err)})
+						if left := set.Pipelines[i+1:]; len(left) > 0 && clusterFailed(err) {
+							errs = append(errs, fmt.Errorf("%d more pipelines were not sent", len(left)))
+							for _, p := range left {
+								done = append(done, applied{Pipeline: p.Config.GetId(), Result: "not sent"})
+							}
 							break
 						}
 						continue
@@ -125,8 +129,10 @@ pipelines are applied all the same.`,
 // applied is what became of one pipeline.
 type applied struct {
 	Pipeline string `json:"pipeline"`
-	// Result is valid, created, unchanged or changed.
-	Result  string `json:"result"`
+	// Result is valid, created, unchanged, changed, failed or not sent.
+	Result string `json:"result"`
+	// Error says of a failed one why, and whether it was done.
+	Error   string `json:"error,omitempty"`
 	Version uint64 `json:"version,omitempty"`
 	// Epoch is the restore epoch the version is of.
 	Epoch uint64 `json:"epoch,omitempty"`
@@ -163,7 +169,7 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 	id := p.GetId()
 	before, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: id})
 	if err != nil {
-		return applied{}, readError{about("pipeline "+id+" was not applied", err)}
+		return applied{}, toChange{readError{about("pipeline "+id+" was not applied", err)}}
 	}
 	if epoch == nil && (expected == nil || *expected == 0) {
 		epoch = &before.Epoch

@@ -77,6 +77,9 @@ func (a *app) awaitConverged(cmd *cobra.Command, talk context.Context, c *client
 	began := time.Now()
 	var errs []error
 	for i := range done {
+		if done[i].Version == 0 {
+			continue // failed, or not sent
+		}
 		r, err := untilConverged(ctx, c, done[i].Pipeline)
 		if r != nil {
 			r.Seconds = time.Since(began).Seconds()

@@ -171,6 +171,12 @@ func about(subject string, err error) error {
 	return err
 }
 
+// toChange is a failed read on the way to a change, for which it is of no use to read
+// what a single node has.
+type toChange struct{ readError }
+
+func (e toChange) Unwrap() error { return e.readError }
+
 // readError is the failure of a command that changes nothing.
 type readError struct{ err error }
 
@@ -279,7 +285,12 @@ func parts(err error) []error {
 func plain(err error) string {
 	text := err.Error()
 	if st, ok := status.FromError(err); ok {
-		text = strings.ReplaceAll(st.Message(), "read with metadata "+rpc.MetadataConsistency+": stale", "give --stale to read what one node has")
+		text = st.Message()
+		stale := "read with metadata " + rpc.MetadataConsistency + ": stale"
+		if errors.As(err, new(toChange)) {
+			text = strings.ReplaceAll(text, ", or "+stale, "")
+		}
+		text = strings.ReplaceAll(text, stale, "give --stale to read what one node has")
 	}
 	return rpc.Plain(text)
 }
