@@ -74,6 +74,7 @@ type leases struct {
 
 	expiry  []time.Duration // when holders were let expire lately, ascending
 	holding time.Time       // since when expiries are held back; zero = not
+	calm    time.Time       // since when they would no longer be held back; zero = they would
 	due     int             // how many are held back
 	drained time.Time       // until when the slow release has been used up
 }
@@ -90,6 +91,11 @@ type massLimits struct {
 	// hold is how long expiries are held back before they are let through
 	// slowly.
 	hold time.Duration
+	// settle is for how long the share has to have been small again before the rest
+	// of a mass expiry is let go: the time in which everybody who is back beats. The
+	// first to come back of a cut zone would otherwise take the share below the
+	// fraction and so have all the others expire, a moment before they beat.
+	settle time.Duration
 }
 
 func newLeases(what string, suspectAfter, expireAfter time.Duration, limits massLimits) *leases {
@@ -345,7 +351,7 @@ func (l *leases) admit(now time.Time, due int) int {
 	l.expiry = l.expiry[old:]
 	l.due = 0
 	if due == 0 {
-		l.holding = time.Time{}
+		l.holding, l.calm = time.Time{}, time.Time{}
 		return 0
 	}
 	present := l.present + len(l.expiry) // those that were there at the window's start
@@ -354,9 +360,17 @@ func (l *leases) admit(now time.Time, due int) int {
 	// a whole heartbeat interval, and the first half of it would be moved before
 	// the due ones alone were too many.
 	if len(l.expiry)+max(due, l.silent) <= window {
-		l.holding = time.Time{}
+		if l.calm.IsZero() {
+			l.calm = now
+		}
+		if !l.holding.IsZero() && now.Sub(l.calm) < l.limits.settle {
+			l.due = due
+			return 0
+		}
+		l.holding, l.calm = time.Time{}, time.Time{}
 		return due
 	}
+	l.calm = time.Time{}
 	if l.holding.IsZero() {
 		l.holding = now
 	}

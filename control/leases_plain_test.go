@@ -28,6 +28,7 @@ type plainLeases struct {
 	all     map[string]*plainLease
 	expiry  []time.Time // when holders were let expire lately
 	holding time.Time   // since when expiries are held back; zero = not
+	calm    time.Time   // since when they would no longer be held back; zero = they would
 	due     int         // how many are held back
 	drained time.Time   // until when the slow release has been used up
 	grace   time.Time   // nobody is judged before
@@ -141,7 +142,7 @@ func (l *plainLeases) admit(now time.Time, due int) int {
 	l.expiry = slices.DeleteFunc(l.expiry, func(t time.Time) bool { return now.Sub(t) >= l.expireAfter })
 	l.due = 0
 	if due == 0 {
-		l.holding = time.Time{}
+		l.holding, l.calm = time.Time{}, time.Time{}
 		return 0
 	}
 	present := len(l.expiry) // those that were there at the window's start
@@ -156,9 +157,17 @@ func (l *plainLeases) admit(now time.Time, due int) int {
 	}
 	window := max(l.limits.floor, int(l.limits.fraction*float64(present)))
 	if len(l.expiry)+max(due, silent) <= window {
-		l.holding = time.Time{}
+		if l.calm.IsZero() {
+			l.calm = now
+		}
+		if !l.holding.IsZero() && now.Sub(l.calm) < l.limits.settle {
+			l.due = due
+			return 0
+		}
+		l.holding, l.calm = time.Time{}, time.Time{}
 		return due
 	}
+	l.calm = time.Time{}
 	if l.holding.IsZero() {
 		l.holding = now
 	}

@@ -2,6 +2,7 @@ package control
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -198,6 +199,46 @@ func TestMassExpiryIsHeld(t *testing.T) {
 	ts := l.sweep(at)
 	if len(ts) != 100 || ts[0].to != alive || l.due != 0 {
 		t.Fatalf("%d transitions, first %v, %d held", len(ts), show(ts[:1]), l.due)
+	}
+}
+
+// The first to come back of a fleet that was cut off does not have the others
+// expire a moment before they beat; who stays away does expire.
+func TestMassExpirySettles(t *testing.T) {
+	const settle = 10 * time.Second
+	l, now := testLeases(100)
+	l.limits.settle = settle
+	for i := range 49 {
+		l.touch(now.Add(testSuspect), fmt.Sprintf("pod%03d", i))
+	}
+	if got := expireAll(l, now, 3); slices.Max(got) != 0 || l.due != 51 {
+		t.Fatalf("%v expired of 51 silent, %d held", got, l.due)
+	}
+	gone := func(from, upTo time.Duration) (n int) {
+		for at := from; at < upTo; at += time.Second {
+			ts := l.sweep(now.Add(at))
+			l.settleAll(now.Add(at), ts)
+			for _, tr := range ts {
+				if tr.to == expired {
+					n++
+				}
+			}
+		}
+		return n
+	}
+	for i := range 49 {
+		l.touch(now.Add(50*time.Second), fmt.Sprintf("pod%03d", i))
+	}
+	back := 50 * time.Second
+	l.touch(now.Add(back), "pod060") // 50 of 100 are left: no mass any more
+	if n := gone(back, back+settle); n != 0 {
+		t.Fatalf("%d expired within the time they have to come back too", n)
+	}
+	for i := 61; i < 90; i++ {
+		l.touch(now.Add(back+settle), fmt.Sprintf("pod%03d", i))
+	}
+	if n := gone(back+settle, back+settle+2*time.Second); n != 21 || l.due != 0 {
+		t.Fatalf("%d of the 21 that stayed away expired, %d held", n, l.due)
 	}
 }
 

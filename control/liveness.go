@@ -230,7 +230,7 @@ func (l *Liveness) reign(ctx context.Context, term uint64) {
 	if !caughtUp(ctx, l.c.Node, retry) {
 		return
 	}
-	limits := massLimits{fraction: l.c.MassFraction, floor: l.c.MassFloor, hold: l.c.MassHold}
+	limits := massLimits{fraction: l.c.MassFraction, floor: l.c.MassFloor, hold: l.c.MassHold, settle: l.c.Period}
 	l.mu.Lock()
 	l.sidecars = newLeases("sidecars", l.c.SuspectAfter, l.c.ExpireAfter, limits)
 	l.services = newLeases("services", 0, l.c.ExpireAfter, limits)

@@ -76,7 +76,7 @@ func TestLeasesEqualThePlainWay(t *testing.T) {
 		if round%2 == 1 {
 			suspectAfter = 0 // services
 		}
-		limits := massLimits{fraction: 0.3, floor: 3, hold: 2 * testExpire}
+		limits := massLimits{fraction: 0.3, floor: 3, hold: 2 * testExpire, settle: testSuspect / 2}
 		l := newLeases("sidecars", suspectAfter, testExpire, limits)
 		p := newPlainLeases("sidecars", suspectAfter, testExpire, limits)
 		now := time.Unix(1_000_000, 0)
