@@ -114,7 +114,7 @@ func settings() []*setting {
 			bind: func(c *Config) value { return bytesI{&c.Raft.TailBytes, 1 << 20, 1 << 34} }},
 		{key: "raft.max_append_bytes", flag: "raft-max-append-bytes", def: "1MiB", usage: "bound of one message of entries to a follower",
 			bind: func(c *Config) value { return bytesU{&c.Raft.MaxAppendBytes, 64 << 10, 64 << 20} }},
-		{key: "raft.segment_bytes", flag: "raft-segment-bytes", def: "64MiB", usage: "size of one file of the log",
+		{key: "raft.segment_bytes", flag: "raft-segment-bytes", def: "16MiB", usage: "size of one file of the log",
 			bind: func(c *Config) value { return bytesI{&c.Raft.SegmentBytes, 1 << 20, 1 << 30} }},
 
 		{key: "store.memtable_bytes", flag: "store-memtable-bytes", def: "32MiB", usage: "memory that gathers changes before they become a file",

@@ -39,14 +39,17 @@
 //  9. After a failed write or fsync the Log is failed for good: the kernel may
 //     have dropped the dirty pages, so a second fsync that succeeds proves
 //     nothing. Every later call returns the first error.
+//  10. A segment to come holds nothing but zeros, written ones if it can be (see
+//     spares); what a crash left of one that had begun is removed by Open.
 //
 // # Goroutines
 //
 // Append and InstallSnapshot belong to one goroutine (the appender), Compact to
 // another (the truncator); a mutex orders their writes, and Compact holds it
 // for at most one fsync. The readers of raft.Storage may run anywhere; they take
-// only the lock of the tail, which is never held across IO. Each Log has one
-// further goroutine, of etcd's package, that preallocates the next segment.
+// only the lock of the tail, which is never held across IO. Each Log has two
+// further goroutines: one of etcd's package, that preallocates the next segment,
+// and one that has written the one after it before.
 //
 // # Metadata
 //

@@ -35,6 +35,7 @@ type Log struct {
 	// unsynced is true while records were written that no fsync followed.
 	unsynced bool
 	lock     *os.File
+	spares   *spares
 
 	tail tail
 }
@@ -109,6 +110,8 @@ func (l *Log) save(hs *raftpb.HardState, ents []*raftpb.Entry, bytes int64, sync
 			return l.fail("append", err)
 		}
 		l.unsynced = true
+		// About: what a record takes beside its payload is less than that.
+		l.spares.appended(bytes + int64(len(ents))*entryOverhead)
 	}
 	if sync && !synced && l.unsynced {
 		// The underlying Save does not sync a commit that moved alone, but
@@ -263,6 +266,7 @@ func (l *Log) Close() error {
 		return nil
 	}
 	l.closed = true
+	l.spares.close()
 	if l.err != nil {
 		// No fsync may come after one that failed; without it the underlying
 		// Close just gives the files back.

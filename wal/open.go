@@ -101,7 +101,7 @@ func (l *Log) open(id Identity, start Start) (Recovered, error) {
 			return rec, &CorruptError{File: torn.path, Offset: torn.off, Reason: "the end cannot be repaired: " + torn.reason}
 		}
 	}
-	if err := l.removeStray(s); err != nil {
+	if err := errors.Join(l.removeStray(s), removeLeftovers(l.dir, l.opts.SegmentBytes)); err != nil {
 		return rec, err
 	}
 	return rec, l.load(s, id, &rec)
@@ -136,6 +136,9 @@ func (l *Log) create(id Identity, start Start) error {
 		}
 	}
 	if err := errors.Join(err, w.Close()); err != nil {
+		return wrap(err)
+	}
+	if err := prefill(staging, l.opts.SegmentBytes); err != nil {
 		return wrap(err)
 	}
 	if err := l.opts.FailPoint(PointCreateStaged); err != nil {
@@ -265,6 +268,7 @@ func (l *Log) load(s *scanResult, id Identity, rec *Recovered) error {
 		cs = &raftpb.ConfState{}
 	}
 	l.w = w
+	l.spares = startSpares(l.dir, l.opts.SegmentBytes, l.lg)
 	l.tail.reset(at.GetIndex(), at.GetTerm(), hs, cs)
 	l.tail.append(nil, ents)
 

@@ -11,7 +11,8 @@ import (
 )
 
 // DefaultSegmentBytes is the size of a segment file unless Options say otherwise.
-const DefaultSegmentBytes = 64 << 20
+// A new log writes two of them in full before it is there (see spares).
+const DefaultSegmentBytes = 16 << 20
 
 // Points at which Options.FailPoint is called. What is on disk at "written but
 // not synced" needs no point of its own: it is any mixture of the bytes before
