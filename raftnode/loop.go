@@ -60,6 +60,7 @@ type loop struct {
 	sincePublish  int
 	lastTick      time.Time
 	tickLag       time.Duration
+	awake         time.Time // when the process last ran again after it had stood still
 	stalled       bool
 	contacts      contacts
 

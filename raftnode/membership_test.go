@@ -289,6 +289,29 @@ func TestDiskStall(t *testing.T) {
 	}
 }
 
+// A process that stood still did not hear its disk, which is no reason to give it
+// up: it does when the disk stays silent afterwards.
+func TestPauseIsNoDiskStall(t *testing.T) {
+	g := newGroup(t, func(c *Config) { c.StallTransfer, c.StallFail = 300*time.Millisecond, 3*time.Second }, 1, 2, 3)
+	h := g.elect(1)
+	h.propose("x")
+	h.turn(true) // the append waits from here on
+	h.clock.advance(time.Hour)
+	if err := h.loop.turn(true); err != nil {
+		t.Fatalf("after an hour away: %v", err)
+	}
+	for range 3 * time.Second / h.Node.cfg.TickInterval {
+		h.clock.advance(h.Node.cfg.TickInterval)
+		if err := h.loop.turn(true); err != nil {
+			if !errors.Is(err, ErrDiskStalled) {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatal("the disk stayed silent for three seconds and nobody noticed")
+}
+
 // A tick is one tick, however long the process was away.
 func TestTicksAreNotReplayed(t *testing.T) {
 	h := newHarness(t, 1, nil, 1, 2, 3)

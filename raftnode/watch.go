@@ -12,12 +12,20 @@ import (
 // up, which ends the process: a disk that has not answered for so long is not
 // trusted to remember what it was told.
 //
-// Waiting for a received image is not waiting for the disk of the log.
+// Waiting for a received image is not waiting for the disk of the log. Nor is the
+// time in which the whole process stood still: the disk could not be heard then,
+// so it gets its full time once the process runs again.
 func (l *loop) checkDisk() error {
+	if l.tickLag >= l.cfg.StallTransfer/2 {
+		l.awake = l.now
+	}
+	age := l.appendQ.age(l.now)
+	if !l.awake.IsZero() {
+		age = min(age, l.now.Sub(l.awake))
+	}
 	if l.diskBusy() {
 		return nil
 	}
-	age := l.appendQ.age(l.now)
 	if age < l.cfg.StallTransfer {
 		l.stalled = false
 		return nil
