@@ -45,6 +45,10 @@ type Engine struct {
 	totals figures // of all pipelines
 	// over are the pipelines that brought a sidecar above its share.
 	over map[int32]bool
+	// shifts counts the layouts that came out otherwise than before; dropped is
+	// what the pipeline that is being laid out held before.
+	shifts  uint64
+	dropped []holding
 
 	fits  []fit // scratch
 	masks masks

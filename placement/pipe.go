@@ -22,7 +22,8 @@ type pipe struct {
 	dirty bool
 	// circular: nothing of it is handed out, since every layout goes round.
 	circular bool
-	step     int32 // of the plan that is being made, -1 = none
+	step     int32  // of the plan that is being made, -1 = none
+	shifts   uint64 // Engine.shifts when it was laid out
 
 	// What came of the newest layout: its figures, and which stages have a place.
 	figures figures
