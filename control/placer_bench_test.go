@@ -176,3 +176,43 @@ func BenchmarkWidePipeline(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkMassReassignment lets 10,000 of 40,000 sidecars expire, with no limit to
+// how many may go at once, and measures from the first expiry in the state until
+// all they ran has been given to others in the state. Leases, whose end
+// BenchmarkMassExpiry measures, and the log are left out.
+func BenchmarkMassReassignment(b *testing.B) {
+	const fleet, lost, pipelines = 40_000, 10_000, 4000
+	r := bigFleet(b, fleet, pipelines, 5)
+	defer r.fsm.Close()
+	w := watch(b, r)
+	w.step(b)
+	var expire, plan, after time.Duration
+	changes, round := 0, 0
+	turn := func(to commandpb.SidecarState) {
+		for i := range lost {
+			r.turn(b, i*fleet/lost+round%4, to)
+		}
+	}
+	for b.Loop() {
+		start := spent(b)
+		turn(commandpb.SidecarState_SIDECAR_STATE_EXPIRED)
+		expired := spent(b)
+		changes += w.step(b)
+		planned := spent(b)
+		expire += expired - start
+		plan += planned - expired
+		w.step(b)
+		after += spent(b) - planned
+		b.StopTimer()
+		turn(commandpb.SidecarState_SIDECAR_STATE_ALIVE)
+		w.step(b)
+		round++
+		b.StartTimer()
+	}
+	per := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 / float64(round) }
+	b.ReportMetric(per(expire), "expire-cpu-ms")
+	b.ReportMetric(per(plan), "plan-and-apply-cpu-ms")
+	b.ReportMetric(per(after), "again-cpu-ms")
+	b.ReportMetric(float64(changes)/float64(round), "changes")
+}
