@@ -56,6 +56,7 @@ type Engine struct {
 	// what the pipeline that is being laid out held before.
 	shifts  uint64
 	dropped []holding
+	round   uint64 // of Rebalance, from 1
 
 	fits  []fit // scratch
 	masks masks
@@ -80,6 +81,7 @@ type host struct {
 	// turn says of which layout slot is its node.
 	turn  uint32
 	slot  int32
+	tried uint64  // the newest round of Rebalance that has looked at it
 	pipes []int32 // pipelines of which it has a table
 	names []int32 // it offers
 }
@@ -126,6 +128,7 @@ func NewEngine(v View) *Engine {
 		hosts:     make([]host, 0, len(v.Sidecars)),
 	}
 	e.l.e = e
+	e.round = 1
 	e.building = true
 	for _, t := range [...]StageType{SourceStage, TransformStage, SinkStage} {
 		id, _ := e.wantOf(&Stage{Type: t})
