@@ -72,6 +72,7 @@ func (l *layout) rank(i, n int32) rank {
 	switch {
 	case x.bound.has(i) && !l.letGo:
 		r.tie = bound
+	case l.shunned >= 0: // for balance, nobody goes back to where there is no room
 	case x.former || x.bound.has(i):
 		r.tie, r.since = former, x.since
 	}
@@ -254,32 +255,6 @@ func (l *layout) missing() (m uint64) {
 // each has few members.
 const manyProfiles = 64
 
-// pick finds the best sidecar for stage i among those that run nothing of the
-// pipeline.
-func (l *layout) pick(i int32) (rank, bool) {
-	if !l.able[i] {
-		return rank{}, false
-	}
-	l.setAside()
-	in := l.e.wants[l.x.stages[i].want].in
-	around := l.anchors(i)
-	var best rank
-	found := false
-	for _, pl := range in {
-		r, ok := l.bestOf(i, pl, around)
-		if ok && (!found || l.compareRanks(r, best) < 0) {
-			best, found = r, true
-		}
-	}
-	if found && best.open && best.far > 1 {
-		// Somebody on the very node of a neighbour, if as good otherwise.
-		if r, ok := l.beside(i, around, best); ok {
-			best = r
-		}
-	}
-	return best, found
-}
-
 // bestOf finds the best member of a profile for stage i.
 func (l *layout) bestOf(i int32, pl place, around []int32) (rank, bool) {
 	if pl.fit != fresh || l.kept[i] || l.x.rival(&l.x.stages[i], pl.standIn) || (len(l.shut) > 0 && l.closed(pl.profile)) {
@@ -359,10 +334,18 @@ func (l *layout) gives(i, profile int32) bool {
 // maxAnchors bounds how many neighbours a new instance is looked for around.
 const maxAnchors = 16
 
-// anchors lists the sidecars near which an instance of stage i is of use: those
-// that run a neighbouring stage, first who has no instance to hand over to or
-// only a distant one.
+// anchors lists the sidecars near which an instance of stage i is of use, at most
+// maxAnchors of them; see neighbours.
 func (l *layout) anchors(i int32) []int32 {
+	l.around = l.neighbours(i, l.around[:0])
+	l.around = l.around[:min(maxAnchors, len(l.around))]
+	return l.around
+}
+
+// neighbours appends to out the sidecars near which an instance of stage i is of
+// use: those that run a neighbouring stage, first who has no instance to hand over
+// to or only a distant one.
+func (l *layout) neighbours(i int32, out []int32) []int32 {
 	l.near = l.near[:0]
 	s := &l.x.stages[i]
 	for _, u := range s.up {
@@ -391,12 +374,14 @@ func (l *layout) anchors(i int32) []int32 {
 			l.near = append(l.near, anchor{x.host, far})
 		}
 	}
-	slices.SortStableFunc(l.near, func(a, b anchor) int { return -cmp.Compare(a.far, b.far) })
-	l.around = l.around[:0]
-	for _, a := range l.near[:min(maxAnchors, len(l.near))] {
-		l.around = append(l.around, a.host)
+	for far := int8(4); far >= 0; far-- {
+		for _, a := range l.near {
+			if a.far == far {
+				out = append(out, a.host)
+			}
+		}
 	}
-	return l.around
+	return out
 }
 
 // anchor is a neighbour and how far away who serves it is.

@@ -12,16 +12,23 @@ type Engine struct {
 	freeHosts []int32
 	hostID    map[string]int32
 
-	nodes  []machine
-	nodeID map[machineKey]int32
-	zoneID map[string]int32
+	nodes     []machine // 0 is none
+	freeNodes []int32
+	nodeID    map[machineKey]int32
+	zones     []zone // 0 is none
+	freeZones []int32
+	zoneID    map[string]int32
 
-	names  []name // 0 is none
-	nameID map[string]int32
+	names     []name // 0 is none
+	freeNames []int32
+	nameID    map[string]int32
 
-	wants  []want
-	wantID map[string]int32
-	typed  []int32 // wants that go by type
+	wants     []want
+	freeWants []int32
+	wantID    map[string]int32
+	typed     []int32 // wants that go by type
+	// unasked are wants and unused names that nobody may need any more; see sweep.
+	unasked, unused []int32
 
 	profiles     []profile
 	freeProfiles []int32
@@ -45,6 +52,11 @@ type Engine struct {
 	totals figures // of all pipelines
 	// over are the pipelines that brought a sidecar above its share.
 	over map[int32]bool
+	// shifts counts the layouts that came out otherwise than before; dropped is
+	// what the pipeline that is being laid out held before.
+	shifts  uint64
+	dropped []holding
+	round   uint64 // of Rebalance, from 1
 
 	fits  []fit // scratch
 	masks masks
@@ -69,6 +81,7 @@ type host struct {
 	// turn says of which layout slot is its node.
 	turn  uint32
 	slot  int32
+	tried uint64  // the newest round of Rebalance that has looked at it
 	pipes []int32 // pipelines of which it has a table
 	names []int32 // it offers
 }
@@ -84,8 +97,12 @@ type resident struct{ host, profile int32 }
 
 type machineKey struct{ zone, node string }
 
+// zone is where sidecars run; members counts them.
+type zone struct{ members int }
+
 // name is the name of a service.
 type name struct {
+	text   string
 	hosts  []int32 // that offer it
 	wants  []int32 // that ask for it
 	offers [4]int32
@@ -105,14 +122,17 @@ func NewEngine(v View) *Engine {
 		profileID: make(map[string]int32),
 		pipeID:    make(map[string]int32, len(v.Pipelines)),
 		nodes:     make([]machine, 1),
+		zones:     make([]zone, 1),
 		orphans:   make(map[string][]int32),
 		over:      make(map[int32]bool),
 		hosts:     make([]host, 0, len(v.Sidecars)),
 	}
 	e.l.e = e
+	e.round = 1
 	e.building = true
 	for _, t := range [...]StageType{SourceStage, TransformStage, SinkStage} {
-		e.wantOf(&Stage{Type: t}) // always there, or the first to ask would make all profiles anew
+		id, _ := e.wantOf(&Stage{Type: t})
+		e.wants[id].fixed = true // always there, or the first to ask would make all profiles anew
 	}
 	sidecars := sorted(v.Sidecars, func(s *Sidecar) string { return s.ID })
 	for i, s := range sidecars {
@@ -201,17 +221,17 @@ func (e *Engine) locate(h int32) {
 	if z := x.s.Zone; z != "" {
 		id, ok := e.zoneID[z]
 		if !ok {
-			id = int32(len(e.zoneID) + 1)
+			id = vacant(&e.zones, &e.freeZones)
 			e.zoneID[z] = id
 		}
 		x.zone = id
+		e.zones[id].members++
 	}
 	if n := x.s.Node; n != "" {
 		k := machineKey{x.s.Zone, n}
 		id, ok := e.nodeID[k]
 		if !ok {
-			id = int32(len(e.nodes))
-			e.nodes = append(e.nodes, machine{})
+			id = vacant(&e.nodes, &e.freeNodes)
 			e.nodeID[k] = id
 		}
 		x.node = id
@@ -219,10 +239,36 @@ func (e *Engine) locate(h int32) {
 	}
 }
 
-// unlocate takes h out of its node.
+// vacant returns the position of an unused element of all, appended if none is
+// free.
+func vacant[T any](all *[]T, free *[]int32) int32 {
+	if n := len(*free); n > 0 {
+		id := (*free)[n-1]
+		*free = (*free)[:n-1]
+		return id
+	}
+	var none T
+	*all = append(*all, none)
+	return int32(len(*all) - 1)
+}
+
+// unlocate takes h out of its zone and node, which are forgotten with the last
+// sidecar: nodes come and go under ever new names.
 func (e *Engine) unlocate(h int32) {
-	if n := e.hosts[h].node; n != 0 {
+	x := &e.hosts[h]
+	if n := x.node; n != 0 {
 		e.nodes[n].hosts = slices.DeleteFunc(e.nodes[n].hosts, func(r resident) bool { return r.host == h })
+		if len(e.nodes[n].hosts) == 0 {
+			delete(e.nodeID, machineKey{x.s.Zone, x.s.Node})
+			e.nodes[n] = machine{}
+			e.freeNodes = append(e.freeNodes, n)
+		}
+	}
+	if z := x.zone; z != 0 {
+		if e.zones[z].members--; e.zones[z].members == 0 {
+			delete(e.zoneID, x.s.Zone)
+			e.freeZones = append(e.freeZones, z)
+		}
 	}
 }
 
@@ -252,8 +298,8 @@ func remove(s []int32, x int32) []int32 {
 func (e *Engine) nameOf(s string) int32 {
 	id, ok := e.nameID[s]
 	if !ok {
-		id = int32(len(e.names))
-		e.names = append(e.names, name{})
+		id = vacant(&e.names, &e.freeNames)
+		e.names[id] = name{text: s}
 		e.nameID[s] = id
 	}
 	return id
@@ -280,6 +326,9 @@ func (e *Engine) unoffer(h int32) (turned []int32) {
 	e.hosts[h].s.eachName(func(s string, same []Offer) {
 		n := e.nameID[s]
 		e.names[n].hosts = remove(e.names[n].hosts, h)
+		if len(e.names[n].hosts) == 0 {
+			e.unused = append(e.unused, n)
+		}
 		if e.countOffers(n, same, -1) {
 			turned = append(turned, n)
 		}

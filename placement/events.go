@@ -16,6 +16,7 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 		e.match([]int32{h})
 		e.touchHost(h)
 		e.offerTo(h)
+		e.sweep()
 		return
 	}
 	x := &e.hosts[h]
@@ -48,6 +49,7 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 	if s.takes() && (!old.takes() || other) {
 		e.offerTo(h)
 	}
+	e.sweep()
 }
 
 func sameOffer(a, b Offer) bool {
@@ -84,6 +86,7 @@ func (e *Engine) RemoveSidecar(id string) {
 	x.pipes, x.names = nil, nil
 	e.buried = append(e.buried, h)
 	e.turn(turned)
+	e.sweep()
 }
 
 // PutPipeline takes over a pipeline that is new or has changed.
@@ -99,6 +102,7 @@ func (e *Engine) PutPipeline(p *Pipeline) {
 	e.resolve(x)
 	e.drift += int64(len(old) + len(x.stages))
 	e.touch(i)
+	e.sweep()
 }
 
 // RemovePipeline forgets a pipeline; what is assigned of it is revoked by the
@@ -111,6 +115,7 @@ func (e *Engine) RemovePipeline(id string) {
 	e.drift += int64(len(e.pipes[i].stages))
 	e.unspec(&e.pipes[i])
 	e.touch(i)
+	e.sweep()
 }
 
 // PutAssignment takes over what a sidecar has been told.

@@ -75,12 +75,18 @@ func (e *Engine) Explain(pipeline string, candidates bool) []StageStatus {
 			out[k].Candidates, out[k].Strangers = l.candidates(int32(k), out[k].Sidecars)
 		}
 	}
+	l.release()
+	return out
+}
+
+// release lets go of the sidecars the layout has looked at by itself, without
+// taking over what it has come to.
+func (l *layout) release() {
 	for n := range l.nodes {
 		h := l.nodes[n].host
-		e.hosts[h].held = false
-		e.refresh(h)
+		l.e.hosts[h].held = false
+		l.e.refresh(h)
 	}
-	return out
 }
 
 // pending says why stage i has no place.

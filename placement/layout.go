@@ -19,8 +19,10 @@ type layout struct {
 	circular bool
 	// keepDraining: what drains may keep its stages, since nothing else works.
 	keepDraining bool
-	// suspectsLetGo: see forget.
+	// letGo: what is only suspect keeps nothing; see solve.
 	letGo bool
+	// shunned is a host that is to run nothing of the pipeline, -1 = none.
+	shunned int32
 
 	at    [][]int32 // per stage: nodes that run it, in the order they were added
 	gap   []int32   // per stage: a stage downstream that cannot run, or -1
@@ -43,6 +45,9 @@ type layout struct {
 
 	near   []anchor
 	around []int32
+	supply supply
+	// indexes find the instances of stages that have many; see stale.
+	indexes []index
 }
 
 // node is one sidecar's part of the pipeline.
@@ -86,7 +91,7 @@ const (
 // reset prepares l for x.
 func (l *layout) reset(x *pipe) {
 	l.x = x
-	l.circular, l.keepDraining, l.letGo, l.apart = false, false, false, false
+	l.circular, l.keepDraining, l.letGo, l.apart, l.shunned = false, false, false, false, -1
 	n := len(x.stages)
 	l.words = (n + 63) / 64
 	for len(l.at) < n {
@@ -98,6 +103,7 @@ func (l *layout) reset(x *pipe) {
 	for i := range n {
 		l.at[i] = l.at[i][:0]
 		l.gap[i], l.kept[i], l.able[i] = -1, false, false
+		l.stale(int32(i))
 	}
 	l.shut, l.shutS = l.shut[:0], l.shutS[:0]
 	l.nodes, l.undo = l.nodes[:0], l.undo[:0]
@@ -260,6 +266,7 @@ func (l *layout) clear() {
 	l.undo = l.undo[:0]
 	for i := range l.x.stages {
 		l.at[i] = l.at[i][:0]
+		l.stale(int32(i))
 	}
 }
 
@@ -271,17 +278,21 @@ func (l *layout) clear() {
 func (l *layout) place(stg, h int32, careful bool) bool {
 	mark := len(l.undo)
 	s := &l.x.stages[stg]
+	first := len(l.at[stg]) == 0
 	if to, ok := l.nodes[h].next(stg); ok {
 		l.unroute(h, stg, to)
 	}
 	l.nodes[h].local.add(stg)
 	l.at[stg] = append(l.at[stg], h)
+	l.stale(stg)
 	l.undo = append(l.undo, step{stepPlace, h, stg, 0})
-	for _, u := range s.up {
-		for _, from := range l.at[u] {
-			if !l.route(from, stg, careful) {
-				l.rollback(mark)
-				return false
+	if first { // whoever hands over to another one already goes on doing so
+		for _, u := range s.up {
+			for _, from := range l.at[u] {
+				if !l.route(from, stg, careful) {
+					l.rollback(mark)
+					return false
+				}
 			}
 		}
 	}
@@ -293,10 +304,6 @@ func (l *layout) place(stg, h int32, careful bool) bool {
 	}
 	return true
 }
-
-// window is how many instances of a stage are compared for one hand-over. More
-// would make a stage of n instances behind another one cost n squared.
-const window = 64
 
 // route makes sure that from can hand over to stage stg if that runs anywhere.
 func (l *layout) route(from, stg int32, careful bool) bool {
@@ -311,22 +318,23 @@ func (l *layout) route(from, stg int32, careful bool) bool {
 		return true
 	}
 	best := int32(-1)
-	begin := 0
 	if len(at) > window {
 		if i := find(l.nodes[from].was, stg); i >= 0 && l.nodes[l.nodes[from].was[i].to].local.has(stg) {
 			if to := l.nodes[from].was[i].to; !l.reaches(to, from, careful) {
 				best = to
 			}
 		}
-		begin = int(l.weight(from, stg, from) % uint64(len(at)))
-	}
-	for i := 0; i < len(at) && (i < window || best < 0); i++ {
-		to := at[(begin+i)%len(at)]
-		if best >= 0 && l.compareTargets(from, stg, to, best) >= 0 {
-			continue
+		if best < 0 {
+			best = l.nearest(from, stg, careful)
 		}
-		if !l.reaches(to, from, careful) {
-			best = to
+	} else {
+		for _, to := range at {
+			if best >= 0 && l.compareTargets(from, stg, to, best) >= 0 {
+				continue
+			}
+			if !l.reaches(to, from, careful) {
+				best = to
+			}
 		}
 	}
 	if best < 0 {
@@ -350,6 +358,7 @@ func (l *layout) rollback(mark int) {
 		case stepPlace:
 			l.nodes[st.node].local.del(st.stg)
 			l.at[st.stg] = l.at[st.stg][:len(l.at[st.stg])-1]
+			l.stale(st.stg)
 		case stepRoute:
 			l.delHop(st.node, st.stg, st.to)
 		case stepUnroute:
@@ -437,6 +446,15 @@ func (l *layout) compareTargets(from, stg, a, b int32) int {
 	if c := cmp.Compare(e.distance(f.host, x.host), e.distance(f.host, y.host)); c != 0 {
 		return c
 	}
+	return l.compareEqual(from, stg, a, b, false)
+}
+
+// compareEqual orders two nodes that are equally well and near, as the strategy of
+// the stage has it. With first set, a that is no better in what the strategy goes
+// by counts as worse: whoever is found first is as good as anybody.
+func (l *layout) compareEqual(from, stg, a, b int32, first bool) int {
+	x, y := &l.nodes[a], &l.nodes[b]
+	e := l.e
 	switch l.x.stages[stg].Strategy {
 	case ConsistentHash:
 		return cmp.Or(-cmp.Compare(l.weight(from, stg, a), l.weight(from, stg, b)), e.compareIDs(x.host, y.host))
@@ -451,7 +469,10 @@ func (l *layout) compareTargets(from, stg, a, b int32) int {
 			return c
 		}
 	}
-	return cmp.Or(cmp.Compare(x.fanIn(stg), y.fanIn(stg)), -cmp.Compare(l.weight(from, stg, a), l.weight(from, stg, b)), e.compareIDs(x.host, y.host))
+	if c := cmp.Compare(x.fanIn(stg), y.fanIn(stg)); c != 0 || first {
+		return c
+	}
+	return cmp.Or(-cmp.Compare(l.weight(from, stg, a), l.weight(from, stg, b)), e.compareIDs(x.host, y.host))
 }
 
 // steady is 0 for a sidecar that is well, 1 for one that may soon be gone.

@@ -16,6 +16,7 @@ type want struct {
 	group  string
 	// byType: nobody known offers the name, so that the type decides.
 	byType bool
+	fixed  bool // there even when nobody asks for it
 
 	stages int // stages that ask for it, of all pipelines
 	// in lists the profiles that can meet it.

@@ -134,11 +134,15 @@ func (m *model) runs(pipeline string) map[string][]string {
 // check fails on a table that no plan may produce.
 func (m *model) check(t fataler) {
 	t.Helper()
+	running := make(map[string]map[string][]string)
+	for id := range m.pipelines {
+		running[id] = m.runs(id)
+	}
 	for _, a := range m.sorted() {
 		if a.Revoked {
 			continue
 		}
-		p, runs := m.pipelines[a.Pipeline], m.runs(a.Pipeline)
+		p, runs := m.pipelines[a.Pipeline], running[a.Pipeline]
 		if p == nil || !p.Enabled {
 			t.Fatalf("%s holds %s, which is gone or disabled", a.Sidecar, a.Pipeline)
 		}

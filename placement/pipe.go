@@ -22,7 +22,8 @@ type pipe struct {
 	dirty bool
 	// circular: nothing of it is handed out, since every layout goes round.
 	circular bool
-	step     int32 // of the plan that is being made, -1 = none
+	step     int32  // of the plan that is being made, -1 = none
+	shifts   uint64 // Engine.shifts when it was laid out
 
 	// What came of the newest layout: its figures, and which stages have a place.
 	figures figures
@@ -192,9 +193,9 @@ func (e *Engine) wantOf(st *Stage) (id int32, made bool) {
 	if id, ok := e.wantID[key]; ok {
 		return id, false
 	}
-	id = int32(len(e.wants))
+	id = vacant(&e.wants, &e.freeWants)
 	w.short = make(map[int32]bool)
-	e.wants = append(e.wants, w)
+	e.wants[id] = w
 	e.wantID[key] = id
 	if w.byType {
 		e.typed = append(e.typed, id)
@@ -215,7 +216,7 @@ func (e *Engine) resolve(x *pipe) {
 		if id != s.want {
 			if s.want >= 0 {
 				e.fill(x, s)
-				e.wants[s.want].stages--
+				e.unask(s.want)
 			}
 			s.want = id
 			e.wants[id].stages++
@@ -266,11 +267,13 @@ func (e *Engine) unspec(x *pipe) {
 		s := &x.stages[k]
 		e.fill(x, s)
 		if s.want >= 0 {
-			e.wants[s.want].stages--
+			e.unask(s.want)
 		}
 		if s.name != 0 {
 			n := &e.names[s.name]
-			n.stages--
+			if n.stages--; n.stages == 0 {
+				e.unused = append(e.unused, s.name)
+			}
 			if n.pipes[x.index]--; n.pipes[x.index] == 0 {
 				delete(n.pipes, x.index)
 			}

@@ -41,11 +41,13 @@ const (
 	Evacuate
 	// Rearrange moves what could not stay because of others.
 	Rearrange
+	// Balance moves what runs well elsewhere; see Engine.Rebalance.
+	Balance
 )
 
 // String returns the name of u.
 func (u Urgency) String() string {
-	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange"}[u]
+	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange", "balance"}[u]
 }
 
 // Change is what one sidecar is to be told of one pipeline.
@@ -60,7 +62,7 @@ type Change struct {
 	// After lists sidecars that must have confirmed their change, or be out of
 	// time, before this one is told: it takes a source that they have yet to let
 	// go of, and two of them must not read one source at a time.
-	After []string
+	After []string // in order; shared between changes
 }
 
 // Compute plans v as a whole. It is a pure function: equal views, in any order,
@@ -108,28 +110,31 @@ func (e *Engine) Plan() Plan {
 
 // level lays pipelines out again that were given stages in this plan on sidecars
 // that got more than their share in the end. The first come take what is near to
-// them, and the last may find the room that is left on too few sidecars.
+// them, and the last may find the room that is left on too few sidecars. A
+// pipeline is not laid out again when nobody else has changed anything since:
+// that would come to the same.
 func (e *Engine) level(todo []int32, steps []Step) {
 	for range rounds {
 		if len(e.over) == 0 {
 			return
 		}
 		clear(e.over)
-		moved := false
+		before := e.shifts
 		for _, i := range todo {
 			x := &e.pipes[i]
 			if x.step < 0 || !x.crowds(e) {
 				continue
 			}
-			if step, ok := e.lay(x); ok {
-				steps[x.step] = step
-				moved = true
+			if x.shifts != e.shifts {
+				if step, ok := e.lay(x); ok {
+					steps[x.step] = step
+				}
 			}
 			if x.crowds(e) {
 				e.over[i] = true
 			}
 		}
-		if !moved {
+		if e.shifts == before {
 			return
 		}
 	}
@@ -150,6 +155,13 @@ func (e *Engine) lay(x *pipe) (Step, bool) {
 	if x.spec != nil && x.spec.Enabled {
 		l.solve()
 	}
+	return e.adopt(x)
+}
+
+// adopt takes over what has been laid out for x and returns the step that leads
+// there; false when it is there already.
+func (e *Engine) adopt(x *pipe) (Step, bool) {
+	l := &e.l
 	x.circular = l.circular
 	step, changed := l.step()
 	e.totals.add(x.figures, -1)
@@ -166,6 +178,7 @@ func (e *Engine) lay(x *pipe) (Step, bool) {
 
 // drop takes back what x adds to the load of sidecars.
 func (e *Engine) drop(x *pipe) {
+	e.dropped = append(e.dropped[:0], x.held...)
 	for _, c := range x.held {
 		h := &e.hosts[c.host]
 		h.load -= c.n
@@ -202,6 +215,10 @@ func (e *Engine) hold(x *pipe, l *layout) {
 			e.refresh(n.host)
 		}
 	}
+	if !slices.EqualFunc(x.held, e.dropped, func(a, b holding) bool { return a.host == b.host && a.n == b.n && a.in == b.in }) {
+		e.shifts++
+	}
+	x.shifts = e.shifts
 }
 
 // shorten tells the wants of x which of them are short of instances.
@@ -311,13 +328,22 @@ func (l *layout) order(st *Step) {
 	if leaving == nil {
 		return
 	}
+	// They are in order, as the changes are. Sidecars that take the same source
+	// wait for the same ones and share the list: 10,000 lists of 10,000 would be
+	// more than there is memory.
 	for i := range st.Changes {
 		c := &st.Changes[i]
 		for _, id := range c.Takes {
-			c.After = append(c.After, leaving[id]...)
+			switch before := leaving[id]; {
+			case len(before) == 0:
+			case c.After == nil:
+				c.After = slices.Clip(before)
+			default:
+				c.After = slices.Concat(c.After, before)
+				slices.Sort(c.After)
+				c.After = slices.Compact(c.After)
+			}
 		}
-		slices.Sort(c.After)
-		c.After = slices.Compact(c.After)
 	}
 }
 

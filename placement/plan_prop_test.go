@@ -36,6 +36,9 @@ func TestPlanHolds(t *testing.T) {
 				t.Fatalf("the engine has more to change: %+v", more.Steps)
 			}
 			afresh := NewEngine(m.view())
+			if now, want := m.engine.sizes(), afresh.sizes(); now != want {
+				t.Fatalf("the engine keeps %v names, wants, nodes and zones, afresh it would be %v", now, want)
+			}
 			afresh.Plan()
 			now, want := m.engine.Measure(), afresh.Measure()
 			if now.Placed != want.Placed || now.Pending != want.Pending || now.Highest != want.Highest || now.Edges != want.Edges {

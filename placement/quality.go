@@ -21,15 +21,20 @@ type Quality struct {
 	// that Highest could be, whatever the edges: that of the sidecars that must
 	// carry most, rounded up to whole stages.
 	Highest, Mean, Bound float64
+	// Together is the least that Highest could be in any plan that keeps as many
+	// edges of each pipeline within pods: what hangs together is load of one
+	// sidecar. Where there are more sidecars than stages it says what Mean, a
+	// fraction of a stage then, does not.
+	Together float64
 }
 
-// MaxOverMean is Highest by Mean, or by Bound where Mean cannot be reached. 1 is
-// perfect.
+// MaxOverMean is Highest by Mean, or by Bound or Together where Mean cannot be
+// reached. 1 is perfect.
 func (q *Quality) MaxOverMean() float64 {
 	if q.Highest == 0 {
 		return 1
 	}
-	return q.Highest / max(q.Mean, q.Bound)
+	return q.Highest / max(q.Mean, q.Bound, q.Together)
 }
 
 // LocalShare is the share of edges that stay within a pod.
@@ -73,6 +78,7 @@ func (e *Engine) Measure() Quality {
 		q.Bound = max(q.Bound, math.Ceil(float64(p.share)/unit*c-1e-3)/c)
 	}
 	var load, capacity int64
+	largest := int64(1)
 	for i := range e.hosts {
 		x := &e.hosts[i]
 		if x.profile < 0 || (!wanted[x.profile] && x.load == 0) {
@@ -83,13 +89,65 @@ func (e *Engine) Measure() Quality {
 		if x.takes {
 			load += int64(x.load)
 			capacity += c
+			largest = max(largest, c)
 		}
+	}
+	for i := range e.pipes {
+		q.Together = max(q.Together, float64(e.pipes[i].together())/float64(largest))
 	}
 	q.Bound = min(q.Bound, q.Highest) // rounding goes by the mean capacity
 	if capacity > 0 {
 		q.Mean = float64(load) / float64(capacity)
 	}
 	return q
+}
+
+// together is how many stages of x at least one sidecar has to run in any layout
+// with as many instances and as many edges within pods.
+//
+// Among k stages of a graph there are at most k-1 edges and one more for each edge
+// that closes a ring in it, so that on sidecars with at most m stages each, p
+// instances have at most p times the best ratio of edges to stages up to m.
+func (x *pipe) together() int {
+	edges := 0
+	for i := range x.stages {
+		edges += len(x.stages[i].down)
+	}
+	rings := edges - len(x.stages) + x.parts()
+	best := 0.0
+	for m := 1; m < len(x.stages); m++ {
+		best = max(best, float64(min(m*(m-1)/2, m-1+rings))/float64(m))
+		if best*float64(x.figures.placed) >= float64(x.figures.pod) {
+			return min(m, x.figures.placed)
+		}
+	}
+	return min(len(x.stages), x.figures.placed)
+}
+
+// parts counts the parts of x that no edge connects.
+func (x *pipe) parts() (n int) {
+	seen := make([]bool, len(x.stages))
+	var way []int32
+	for i := range x.stages {
+		if seen[i] {
+			continue
+		}
+		n++
+		seen[i] = true
+		for way = append(way, int32(i)); len(way) > 0; {
+			s := &x.stages[way[len(way)-1]]
+			way = way[:len(way)-1]
+			for _, next := range [...][]int32{s.up, s.down} {
+				for _, d := range next {
+					if !seen[d] {
+						seen[d] = true
+						way = append(way, d)
+					}
+				}
+			}
+		}
+	}
+	return n
 }
 
 // evaluate computes the figures of the layout.

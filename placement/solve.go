@@ -165,14 +165,14 @@ func (l *layout) fit(i, h int32) fitness {
 // mayTake is true when node n may be given stage i.
 func (l *layout) mayTake(i, n int32) bool {
 	h := l.nodes[n].host
-	return !l.kept[i] && l.e.hosts[h].takes && l.fit(i, h) == fresh
+	return !l.kept[i] && h != l.shunned && l.e.hosts[h].takes && l.fit(i, h) == fresh
 }
 
 // mayKeep is true when node n may keep stage i, which it runs until now.
 func (l *layout) mayKeep(i, n int32) bool {
 	h := l.nodes[n].host
 	s := l.e.hosts[h].s
-	if l.kept[i] || s.lost() || l.fit(i, h) == unfit {
+	if l.kept[i] || h == l.shunned || s.lost() || l.fit(i, h) == unfit {
 		return false
 	}
 	if s.Draining && l.able[i] && !l.keepDraining {
@@ -199,6 +199,7 @@ func (l *layout) keep() bool {
 			l.nodes[h].local.add(i)
 			l.at[i] = append(l.at[i], h)
 		}
+		l.stale(i)
 	}
 	return l.keepRoutes()
 }
@@ -359,7 +360,8 @@ func (l *layout) search(careful bool) bool {
 			return true
 		}
 		for _, r := range l.choices(open[k]) {
-			if steps--; steps < 0 {
+			// Whoever hands over to the stage is looked at with each step.
+			if steps -= 1 + l.upstream(open[k])/window; steps < 0 {
 				return false
 			}
 			mark := len(l.undo)
@@ -374,6 +376,14 @@ func (l *layout) search(careful bool) bool {
 		return false
 	}
 	return visit(0)
+}
+
+// upstream counts the instances of the stages above stage i.
+func (l *layout) upstream(i int32) (n int) {
+	for _, u := range l.x.stages[i].up {
+		n += len(l.at[u])
+	}
+	return n
 }
 
 // grow adds instances until every stage has as many as asked for, as far as
@@ -402,7 +412,9 @@ func (l *layout) add() bool {
 			continue
 		}
 		for _, careful := range [...]bool{true, false} {
-			changed = l.addStage(i, careful) || changed
+			if len(l.at[i]) < int(l.x.stages[i].count) {
+				changed = l.addStage(i, careful) || changed
+			}
 		}
 	}
 	return changed
@@ -425,10 +437,14 @@ func (l *layout) addStage(i int32, careful bool) bool {
 			}
 		}
 	}
-	stuck := false
+	stuck, begun := !l.able[i], false
 	fresh := func(open bool) {
 		for !stuck && len(l.at[i]) < want {
-			r, ok := l.pick(i)
+			if !begun {
+				l.supply.begin(l, i)
+				begun = true
+			}
+			r, ok := l.supply.next()
 			if !ok || (open && !r.open) {
 				return
 			}
@@ -438,6 +454,7 @@ func (l *layout) addStage(i int32, careful bool) bool {
 				stuck = true
 				return
 			}
+			l.supply.served()
 			changed = true
 		}
 	}
@@ -447,107 +464,4 @@ func (l *layout) addStage(i int32, careful bool) bool {
 	fresh(false)
 	take(func(*rank) bool { return true })
 	return changed
-}
-
-// spread balances the hand-overs to the instances of stage stg. Those that
-// existed before stay, unless an instance would get nothing while another gets
-// from several; hence every instance spread to is one less to come.
-func (l *layout) spread(stg int32) bool {
-	var idle []int32
-	for _, n := range l.at[stg] {
-		if l.nodes[n].fanIn(stg) == 0 && !l.fed(stg, n) {
-			idle = append(idle, n)
-		}
-	}
-	froms := l.handers(stg)
-	changed := false
-	for _, from := range froms {
-		to, _ := l.nodes[from].next(stg)
-		n := &l.nodes[from]
-		if k := find(n.was, stg); k < 0 || n.was[k].to != to {
-			l.reroute(from, stg, to)
-			n = &l.nodes[from]
-			now, _ := n.next(stg)
-			n.setWas(stg, now)
-			changed = changed || now != to
-		}
-	}
-	if changed { // who is idle may be so no more
-		idle = idle[:0]
-		for _, n := range l.at[stg] {
-			if l.nodes[n].fanIn(stg) == 0 && !l.fed(stg, n) {
-				idle = append(idle, n)
-			}
-		}
-	}
-	slices.SortFunc(idle, func(a, b int32) int { return l.e.compareIDs(l.nodes[a].host, l.nodes[b].host) })
-	for _, n := range idle {
-		if l.feed(stg, n, froms, true) || l.feed(stg, n, froms, false) {
-			changed = true
-		}
-	}
-	return changed
-}
-
-func (n *node) setWas(stg, to int32) {
-	if k := find(n.was, stg); k >= 0 {
-		n.was[k].to = to
-	} else {
-		n.was = append(n.was, hop{stg, to})
-	}
-}
-
-// feed lets one of froms hand over to idle that now hands over to an instance
-// others hand over to as well: one that is as near to idle if there is any.
-func (l *layout) feed(stg, idle int32, froms []int32, careful bool) bool {
-	for _, near := range [...]bool{true, false} {
-		for _, from := range froms {
-			to, _ := l.nodes[from].next(stg)
-			if l.nodes[to].fanIn(stg) < 2 {
-				continue
-			}
-			h := l.nodes[from].host
-			if near && l.e.distance(h, l.nodes[idle].host) > l.e.distance(h, l.nodes[to].host) {
-				continue
-			}
-			if l.reaches(idle, from, careful) {
-				continue
-			}
-			l.unroute(from, stg, to)
-			l.addHop(from, stg, idle)
-			l.nodes[from].setWas(stg, idle)
-			return true
-		}
-	}
-	return false
-}
-
-// reroute chooses anew where from hands stage stg over to.
-func (l *layout) reroute(from, stg, to int32) {
-	l.unroute(from, stg, to)
-	if !l.route(from, stg, true) && !l.route(from, stg, false) {
-		l.rollback(len(l.undo) - 1)
-	}
-}
-
-// handers lists the nodes that hand stage stg over, by id.
-func (l *layout) handers(stg int32) []int32 {
-	var out []int32
-	for n := range l.nodes {
-		if _, ok := l.nodes[n].next(stg); ok {
-			out = append(out, int32(n))
-		}
-	}
-	slices.SortFunc(out, func(a, b int32) int { return l.e.compareIDs(l.nodes[a].host, l.nodes[b].host) })
-	return out
-}
-
-// fed is true when node n gets records for stage stg from a stage of its own.
-func (l *layout) fed(stg, n int32) bool {
-	for _, u := range l.x.stages[stg].up {
-		if l.nodes[n].local.has(u) {
-			return true
-		}
-	}
-	return false
 }
