@@ -145,7 +145,7 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 		}
 	}
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c.PlannedRevision) {
+		if !t.applyChange(ch, c) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -160,8 +160,13 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	if r := first(checkID("sidecar id", ch.GetSidecarId()), checkID("pipeline id", ch.GetPipelineId())); r != nil {
 		return r
 	}
-	if len(ch.Stages) > maxStageAssignments {
-		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", len(ch.Stages), maxStageAssignments)
+	if n := max(len(ch.Stages), len(ch.Releases)); n > maxStageAssignments {
+		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", n, maxStageAssignments)
+	}
+	for _, s := range ch.Releases {
+		if r := checkID("stage id", s); r != nil {
+			return r
+		}
 	}
 	for _, s := range ch.Stages {
 		if r := first(
@@ -175,7 +180,8 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 }
 
 // applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments) bool {
+	planned := c.PlannedRevision
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
 	newer := func(created uint64) bool { return planned != 0 && created > planned }
@@ -184,11 +190,13 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
 		if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
 			return false
 		}
+		letGo := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
+		t.release(ch.SidecarId, ch.PipelineId, letGo, ch.ReleaseTimeoutMs)
 		return true
 	}
 	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
-		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.GraceUntilMs == 0 {
 		return false
 	}
 	var p commandpb.Pipeline
@@ -205,6 +213,27 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
 		slices.EqualFunc(prev.Stages, next.Stages, func(a, b *commandpb.StageAssignment) bool { return proto.Equal(a, b) }) {
 		return true
 	}
+	had, has := local(prev), local(next)
+	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
+	if c.Handovers && len(takes) > 0 && !t.mayTake(ch.SidecarId, &p, takes) {
+		return false
+	}
+	letGo := released(ch, prev, has)
 	t.saveAssignment(prev, next)
+	t.retake(ch.SidecarId, ch.PipelineId, takes)
+	t.release(ch.SidecarId, ch.PipelineId, letGo, ch.ReleaseTimeoutMs)
 	return true
+}
+
+// released returns those of a change's releases that the sidecar did run and does
+// not run any more.
+func released(ch *commandpb.AssignmentChange, prev *commandpb.Assignment, has []string) []string {
+	var out []string
+	had := local(prev)
+	for _, s := range ch.Releases {
+		if slices.Contains(had, s) && !slices.Contains(has, s) && !slices.Contains(out, s) {
+			out = append(out, s)
+		}
+	}
+	return out
 }
