@@ -1,6 +1,7 @@
 package router
 
 import (
+	"cmp"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -85,18 +86,23 @@ func (t *tx) revoke(sidecar, pipeline string) bool {
 	return true
 }
 
-// forgetOldest drops a sidecar's oldest revocation.
+// forgetOldest drops a sidecar's oldest revocation. One that somebody waits for
+// stays: a node that has never spoken to the sidecar could not tell it any more.
 func (t *tx) forgetOldest(sidecar string) {
-	var oldest *commandpb.Assignment
+	var revoked []*commandpb.Assignment
 	t.scan(t.buf.group(prefixAssignment, sidecar), func(_, v []byte) {
 		a := &commandpb.Assignment{}
 		t.fail(a.UnmarshalVT(v))
-		if a.Revoked && (oldest == nil || a.Generation < oldest.Generation) {
-			oldest = a
+		if a.Revoked {
+			revoked = append(revoked, a)
 		}
 	})
-	if oldest != nil {
-		t.forget(oldest)
+	slices.SortFunc(revoked, func(a, b *commandpb.Assignment) int { return cmp.Compare(a.Generation, b.Generation) })
+	for _, a := range revoked {
+		if t.handover(a.PipelineId, a.SidecarId) == nil {
+			t.forget(a)
+			return
+		}
 	}
 }
 
@@ -108,8 +114,9 @@ func (t *tx) forget(a *commandpb.Assignment) {
 	t.emit(TableAssignments, AssignmentKey(a.SidecarId, a.PipelineId), a, nil)
 }
 
-// purgeRevoked drops revocations that are too old or too many. The commands
-// that make revocations call it, a bounded step each.
+// purgeRevoked drops revocations that are too old or too many, up to one that
+// somebody waits for. The commands that make revocations call it, a bounded step
+// each.
 func (t *tx) purgeRevoked() {
 	c := t.clock
 	for range revokedPerPurge {
@@ -121,8 +128,13 @@ func (t *tx) purgeRevoked() {
 			if t.now <= ref.TimeMs+revokedRetentionMS && c.RevokedTail-c.RevokedHead <= maxRevoked {
 				return
 			}
-			t.remove(k)
-			if a := t.assignment(ref.SidecarId, ref.PipelineId); a != nil && a.Revoked && a.Generation == ref.Generation {
+			a := t.assignment(ref.SidecarId, ref.PipelineId)
+			stands := a != nil && a.Revoked && a.Generation == ref.Generation
+			if stands && t.handover(ref.PipelineId, ref.SidecarId) != nil {
+				return
+			}
+			t.remove(t.buf.sequence(prefixRevokedQueue, c.RevokedHead))
+			if stands {
 				t.forget(a)
 			}
 		}
@@ -160,10 +172,10 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	if r := first(checkID("sidecar id", ch.GetSidecarId()), checkID("pipeline id", ch.GetPipelineId())); r != nil {
 		return r
 	}
-	if n := max(len(ch.Stages), len(ch.Releases)); n > maxStageAssignments {
+	if n := max(len(ch.Stages), len(ch.Releases)+len(ch.SharedReleases)); n > maxStageAssignments {
 		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", n, maxStageAssignments)
 	}
-	for _, s := range ch.Releases {
+	for _, s := range slices.Concat(ch.Releases, ch.SharedReleases) {
 		if r := checkID("stage id", s); r != nil {
 			return r
 		}
@@ -190,9 +202,9 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 		if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
 			return false
 		}
-		letGo := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
+		letGo, shared := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
-		t.release(ch.SidecarId, ch.PipelineId, letGo, ch.ReleaseTimeoutMs)
+		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 		return true
 	}
 	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
@@ -218,22 +230,25 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 	if c.Handovers && len(takes) > 0 && !t.mayTake(ch.SidecarId, &p, takes) {
 		return false
 	}
-	letGo := released(ch, prev, has)
+	letGo, shared := released(ch, prev, has)
 	t.saveAssignment(prev, next)
 	t.retake(ch.SidecarId, ch.PipelineId, takes)
-	t.release(ch.SidecarId, ch.PipelineId, letGo, ch.ReleaseTimeoutMs)
+	t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 	return true
 }
 
 // released returns those of a change's releases that the sidecar did run and does
-// not run any more.
-func released(ch *commandpb.AssignmentChange, prev *commandpb.Assignment, has []string) []string {
-	var out []string
+// not run any more, and the same of its shared ones.
+func released(ch *commandpb.AssignmentChange, prev *commandpb.Assignment, has []string) (releases, shared []string) {
 	had := local(prev)
-	for _, s := range ch.Releases {
-		if slices.Contains(had, s) && !slices.Contains(has, s) && !slices.Contains(out, s) {
-			out = append(out, s)
+	pick := func(stages, without []string) (out []string) {
+		for _, s := range stages {
+			if slices.Contains(had, s) && !slices.Contains(has, s) && !slices.Contains(out, s) && !slices.Contains(without, s) {
+				out = append(out, s)
+			}
 		}
+		return out
 	}
-	return out
+	releases = pick(ch.Releases, nil)
+	return releases, pick(ch.SharedReleases, releases)
 }

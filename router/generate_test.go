@@ -109,7 +109,8 @@ func (g *commands) changes() *pb.ApplyAssignments {
 			Stages: []*pb.StageAssignment{{StageId: g.pick("stage", 2), LocalEndpoint: fmt.Sprint(g.r.Intn(2))}},
 		})
 		if c := a.Changes[len(a.Changes)-1]; g.r.Intn(2) == 0 {
-			c.Releases, c.ReleaseTimeoutMs = []string{"stage-0", "stage-1"}, uint64(g.r.Intn(60_000))
+			c.Releases, c.ReleaseTimeoutMs = []string{"stage-0"}, uint64(g.r.Intn(60_000))
+			c.SharedReleases = []string{"stage-1"}
 		}
 	}
 	return a

@@ -76,9 +76,9 @@ func (t *tx) saveHandover(prev, next *commandpb.Handover) {
 
 // release notes that a sidecar was told by this command to let go of stages. The
 // caller has made sure that it ran them. Nobody waits for a sidecar that is
-// expired or gone.
-func (t *tx) release(sidecar, pipeline string, stages []string, timeoutMS uint64) {
-	if len(stages) == 0 {
+// expired or gone. Of shared ones it is only kept that they were told.
+func (t *tx) release(sidecar, pipeline string, stages, shared []string, timeoutMS uint64) {
+	if len(stages)+len(shared) == 0 {
 		return
 	}
 	if sc := t.sidecar(sidecar); sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
@@ -87,13 +87,13 @@ func (t *tx) release(sidecar, pipeline string, stages []string, timeoutMS uint64
 	prev := t.handover(pipeline, sidecar)
 	next := &commandpb.Handover{PipelineId: pipeline, SidecarId: sidecar}
 	for _, r := range prev.GetReleases() {
-		if !slices.Contains(stages, r.StageId) {
+		if !slices.Contains(stages, r.StageId) && !slices.Contains(shared, r.StageId) {
 			next.Releases = append(next.Releases, r)
 		}
 	}
-	for _, s := range stages {
+	for i, s := range slices.Concat(stages, shared) {
 		next.Releases = append(next.Releases, &commandpb.Release{
-			StageId: s, Revision: t.revision, DeadlineMs: t.now + min(timeoutMS, maxReleaseMS),
+			StageId: s, Revision: t.revision, DeadlineMs: t.now + min(timeoutMS, maxReleaseMS), Shared: i >= len(stages),
 		})
 	}
 	slices.SortFunc(next.Releases, func(a, b *commandpb.Release) int { return strings.Compare(a.StageId, b.StageId) })
@@ -127,7 +127,7 @@ func (t *tx) mayTake(sidecar string, p *commandpb.Pipeline, stages []string) boo
 	t.scan(t.buf.group(prefixHandover, id), func(_, v []byte) {
 		h := &commandpb.Handover{}
 		t.fail(h.UnmarshalVT(v))
-		if h.SidecarId != sidecar && slices.ContainsFunc(h.Releases, func(r *commandpb.Release) bool { return slices.Contains(stages, r.StageId) }) {
+		if h.SidecarId != sidecar && slices.ContainsFunc(h.Releases, func(r *commandpb.Release) bool { return !r.Shared && slices.Contains(stages, r.StageId) }) {
 			free = false
 		}
 	})

@@ -2327,8 +2327,11 @@ type AssignmentChange struct {
 	// change, or release_timeout_ms have passed.
 	Releases         []string `protobuf:"bytes,8,rep,name=releases,proto3" json:"releases,omitempty"`
 	ReleaseTimeoutMs uint64   `protobuf:"varint,9,opt,name=release_timeout_ms,json=releaseTimeoutMs,proto3" json:"release_timeout_ms,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Others it lets go of. Nobody waits for these, but a sidecar that drains is not
+	// done before it has.
+	SharedReleases []string `protobuf:"bytes,10,rep,name=shared_releases,json=sharedReleases,proto3" json:"shared_releases,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *AssignmentChange) Reset() {
@@ -2422,6 +2425,13 @@ func (x *AssignmentChange) GetReleaseTimeoutMs() uint64 {
 		return x.ReleaseTimeoutMs
 	}
 	return 0
+}
+
+func (x *AssignmentChange) GetSharedReleases() []string {
+	if x != nil {
+		return x.SharedReleases
+	}
+	return nil
 }
 
 // PutOperation creates an operation, or moves it on.
@@ -3370,7 +3380,7 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x10ApplyAssignments\x12<\n" +
 	"\achanges\x18\x01 \x03(\v2\".conveyor.command.AssignmentChangeR\achanges\x12)\n" +
 	"\x10planned_revision\x18\x02 \x01(\x04R\x0fplannedRevision\x12\x1c\n" +
-	"\thandovers\x18\x03 \x01(\bR\thandovers\"\xf0\x02\n" +
+	"\thandovers\x18\x03 \x01(\bR\thandovers\"\x99\x03\n" +
 	"\x10AssignmentChange\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
@@ -3382,7 +3392,9 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x06stages\x18\x06 \x03(\v2!.conveyor.command.StageAssignmentR\x06stages\x12%\n" +
 	"\x0elocal_complete\x18\a \x01(\bR\rlocalComplete\x12\x1a\n" +
 	"\breleases\x18\b \x03(\tR\breleases\x12,\n" +
-	"\x12release_timeout_ms\x18\t \x01(\x04R\x10releaseTimeoutMs\"a\n" +
+	"\x12release_timeout_ms\x18\t \x01(\x04R\x10releaseTimeoutMs\x12'\n" +
+	"\x0fshared_releases\x18\n" +
+	" \x03(\tR\x0esharedReleases\"a\n" +
 	"\fPutOperation\x129\n" +
 	"\toperation\x18\x01 \x01(\v2\x1b.conveyor.command.OperationR\toperation\x12\x16\n" +
 	"\x06create\x18\x02 \x01(\bR\x06create\"4\n" +

@@ -2389,6 +2389,15 @@ func (m *AssignmentChange) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if len(m.SharedReleases) > 0 {
+		for iNdEx := len(m.SharedReleases) - 1; iNdEx >= 0; iNdEx-- {
+			i -= len(m.SharedReleases[iNdEx])
+			copy(dAtA[i:], m.SharedReleases[iNdEx])
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.SharedReleases[iNdEx])))
+			i--
+			dAtA[i] = 0x52
+		}
+	}
 	if m.ReleaseTimeoutMs != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ReleaseTimeoutMs))
 		i--
@@ -4219,6 +4228,12 @@ func (m *AssignmentChange) SizeVT() (n int) {
 	}
 	if m.ReleaseTimeoutMs != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.ReleaseTimeoutMs))
+	}
+	if len(m.SharedReleases) > 0 {
+		for _, s := range m.SharedReleases {
+			l = len(s)
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
 	}
 	n += len(m.unknownFields)
 	return n
@@ -9554,6 +9569,38 @@ func (m *AssignmentChange) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 10:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SharedReleases", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.SharedReleases = append(m.SharedReleases, string(dAtA[iNdEx:postIndex]))
+			iNdEx = postIndex
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

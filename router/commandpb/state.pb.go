@@ -2057,6 +2057,7 @@ type Release struct {
 	StageId       string                 `protobuf:"bytes,1,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
 	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`                       // that told it; having applied this one, it has let go
 	DeadlineMs    uint64                 `protobuf:"varint,3,opt,name=deadline_ms,json=deadlineMs,proto3" json:"deadline_ms,omitempty"` // when it counts as let go in any case
+	Shared        bool                   `protobuf:"varint,4,opt,name=shared,proto3" json:"shared,omitempty"`                           // others may run the stage meanwhile: it only shows whether a drain is over
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2110,6 +2111,13 @@ func (x *Release) GetDeadlineMs() uint64 {
 		return x.DeadlineMs
 	}
 	return 0
+}
+
+func (x *Release) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
 }
 
 type GroupMember struct {
@@ -3441,12 +3449,13 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"sidecar_id\x18\x02 \x01(\tR\tsidecarId\x125\n" +
 	"\breleases\x18\x03 \x03(\v2\x19.conveyor.command.ReleaseR\breleases\x12'\n" +
 	"\x0fcreate_revision\x18\x04 \x01(\x04R\x0ecreateRevision\x12!\n" +
-	"\fmod_revision\x18\x05 \x01(\x04R\vmodRevision\"a\n" +
+	"\fmod_revision\x18\x05 \x01(\x04R\vmodRevision\"y\n" +
 	"\aRelease\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1f\n" +
 	"\vdeadline_ms\x18\x03 \x01(\x04R\n" +
-	"deadlineMs\"\x9b\x01\n" +
+	"deadlineMs\x12\x16\n" +
+	"\x06shared\x18\x04 \x01(\bR\x06shared\"\x9b\x01\n" +
 	"\vGroupMember\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12\x1e\n" +
