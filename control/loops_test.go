@@ -33,6 +33,8 @@ type replica struct {
 	refuse  error         // next submissions fail with it
 	before  func()        // runs once before the next submission
 	closed  chan struct{} // made outside of the bubble
+	check   func()        // runs after each command
+	most    map[[2]string]int
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -99,6 +101,9 @@ func (r *replica) apply(cmd *commandpb.Command) (*commandpb.Result, error) {
 	res, err := r.fsm.Apply([]router.Entry{e})
 	if err != nil {
 		return nil, err
+	}
+	if r.check != nil {
+		r.check()
 	}
 	return res[0][0], nil
 }

@@ -1,7 +1,6 @@
 package router
 
 import (
-	"cmp"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -89,20 +88,16 @@ func (t *tx) revoke(sidecar, pipeline string) bool {
 // forgetOldest drops a sidecar's oldest revocation. One that somebody waits for
 // stays: a node that has never spoken to the sidecar could not tell it any more.
 func (t *tx) forgetOldest(sidecar string) {
-	var revoked []*commandpb.Assignment
+	var oldest *commandpb.Assignment
 	t.scan(t.buf.group(prefixAssignment, sidecar), func(_, v []byte) {
 		a := &commandpb.Assignment{}
 		t.fail(a.UnmarshalVT(v))
-		if a.Revoked {
-			revoked = append(revoked, a)
+		if a.Revoked && (oldest == nil || a.Generation < oldest.Generation) {
+			oldest = a
 		}
 	})
-	slices.SortFunc(revoked, func(a, b *commandpb.Assignment) int { return cmp.Compare(a.Generation, b.Generation) })
-	for _, a := range revoked {
-		if t.handover(a.PipelineId, a.SidecarId) == nil {
-			t.forget(a)
-			return
-		}
+	if oldest != nil && t.handover(oldest.PipelineId, sidecar) == nil {
+		t.forget(oldest)
 	}
 }
 
