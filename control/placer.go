@@ -258,7 +258,7 @@ func foreign(changes []router.Change, own map[uint64]bool) bool {
 // on meanwhile. It returns the revisions of its commands.
 func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, w *waits) (own map[uint64]bool, err error) {
 	own = make(map[uint64]bool)
-	for {
+	for pause := p.c.Quiet; ; pause = min(2*pause, time.Second) {
 		start := time.Now()
 		// What this placer's commands did is there once they are answered: a
 		// plan that did not know of it could send records round.
@@ -305,7 +305,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		if info.Stale == 0 {
 			return own, nil
 		}
-		if !sleep(ctx, p.c.Quiet) {
+		if !sleep(ctx, pause) {
 			return nil, ctx.Err()
 		}
 	}
