@@ -43,8 +43,10 @@ type Config struct {
 	Raft     Raft
 	Store    Store
 	Liveness Liveness
-	Backup   Backup
-	Check    Check
+	// Placement is how stages move between sidecars.
+	Placement Placement
+	Backup    Backup
+	Check     Check
 	// ShutdownTimeout bounds an orderly stop as a whole.
 	ShutdownTimeout time.Duration
 }
@@ -83,6 +85,17 @@ type Store struct {
 	RecordBytes int64
 	// HistoryBytes bounds the changes kept for watches that resume.
 	HistoryBytes int64
+}
+
+// Placement holds how stages move between sidecars.
+type Placement struct {
+	// HandoverTimeout is how long a sidecar is waited for that was told to let go of
+	// a stage which must not run twice; zero is Liveness.ExpireAfter.
+	HandoverTimeout time.Duration
+	// MovesPerMinute bounds the moves that nothing forces; 0 = no bound.
+	MovesPerMinute uint64
+	// FlapGrace is how long a sidecar that expires again soon keeps its stages.
+	FlapGrace time.Duration
 }
 
 // Liveness holds what the leader expects of sidecars and services.

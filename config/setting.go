@@ -147,6 +147,17 @@ func settings() []*setting {
 				return span{&c.Liveness.MassExpiryHold, time.Nanosecond, 0, 240 * time.Hour}
 			}},
 
+		{key: "placement.handover_timeout", flag: "placement-handover-timeout", def: "0s", usage: "how long a sidecar that drains or loses a source has to confirm that it let go of it, before another one is given it; 0s = liveness.expire_after, at most 1h",
+			bind: func(c *Config) value {
+				return span{&c.Placement.HandoverTimeout, time.Nanosecond, 0, time.Hour}
+			}},
+		{key: "placement.moves_per_minute", flag: "placement-moves-per-minute", def: "600", usage: "stages that may be moved in a minute although nothing forces it; what is lost or drained is not held back; 0 = no limit",
+			bind: func(c *Config) value { return unsigned{&c.Placement.MovesPerMinute, 0, 1_000_000} }},
+		{key: "placement.flap_grace", flag: "placement-flap-grace", def: "1m", usage: "how long a sidecar keeps its stages that expires again within ten times this of the last time",
+			bind: func(c *Config) value {
+				return span{&c.Placement.FlapGrace, time.Nanosecond, time.Second, time.Hour}
+			}},
+
 		{key: "backup.keep_snapshots", flag: "backup-keep-snapshots", def: "16", usage: "snapshots of the state a node keeps; the oldest goes when one more is made",
 			bind: func(c *Config) value { return unsigned{&c.Backup.KeepSnapshots, 1, 10_000} }},
 		{key: "backup.max_bytes", flag: "backup-max-bytes", def: "64GiB", usage: "bound of all snapshots of a node together; one more is refused",

@@ -14,6 +14,9 @@ type Input struct {
 	// Assignments holds current and revoked ones. Revoked ones tell where a
 	// pipeline used to run, which decides between otherwise equal sidecars.
 	Assignments []*commandpb.Assignment
+	// Handovers are what sidecars have yet to let go of. They decide when a plan is
+	// carried out, not what it is.
+	Handovers []*commandpb.Handover
 }
 
 // pageSize bounds how many records one scan of a View holds its iterator for.
@@ -29,6 +32,9 @@ func ReadInput(v *router.View) (Input, error) {
 		return Input{}, err
 	}
 	if err := eachService(v, func(s *commandpb.Service) { in.Services = append(in.Services, s) }); err != nil {
+		return Input{}, err
+	}
+	if err := v.Handovers(func(h *commandpb.Handover) bool { in.Handovers = append(in.Handovers, h); return true }); err != nil {
 		return Input{}, err
 	}
 	// Assignments of sidecars that are gone are reached through the pipelines,

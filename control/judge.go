@@ -178,7 +178,7 @@ func (p *proposer) propose(ctx context.Context, kind string, t transition) {
 	}
 	epoch := l.epoch
 	l.mu.Unlock()
-	cmd := transitionCommand(l.c.Now(), kind, t)
+	cmd := transitionCommand(l.c.Now(), kind, t, l.c.FlapGrace)
 	// A state restored since may have a record that looks the same, and a leader
 	// elected since has heard what this one has not.
 	cmd.ExpectedEpoch, cmd.ExpectedTerm = &epoch, &p.term
@@ -220,7 +220,7 @@ func (s *LivenessStats) count(to condition) {
 	}
 }
 
-func transitionCommand(now time.Time, kind string, t transition) *commandpb.Command {
+func transitionCommand(now time.Time, kind string, t transition, grace time.Duration) *commandpb.Command {
 	cmd := &commandpb.Command{TimeMs: uint64(now.UnixMilli())}
 	if kind == "service" {
 		state := commandpb.ServiceState_SERVICE_STATE_ALIVE
@@ -242,5 +242,8 @@ func transitionCommand(now time.Time, kind string, t transition) *commandpb.Comm
 	cmd.Op = &commandpb.Command_TransitionSidecar{TransitionSidecar: &commandpb.TransitionSidecar{
 		SidecarId: t.id, ExpectedGeneration: t.generation, State: state,
 	}}
+	if t.to == expired {
+		cmd.GetTransitionSidecar().GraceMs = uint64(grace.Milliseconds())
+	}
 	return cmd
 }

@@ -48,6 +48,9 @@ type LivenessConfig struct {
 	// MassHold is how long a mass expiry is held back. Default ten times
 	// ExpireAfter.
 	MassHold time.Duration
+	// FlapGrace is how long a sidecar keeps what it has, expired, that expired less
+	// than ten times this ago already. Default 1 min, at most an hour.
+	FlapGrace time.Duration
 	// InFlight bounds the transitions on their way at once. Default 256.
 	InFlight int
 	// Transitioned is told about every transition that was replicated; may be
@@ -98,6 +101,9 @@ func (c *LivenessConfig) EnsureDefaults() {
 	if c.MassHold == 0 {
 		c.MassHold = 10 * c.ExpireAfter
 	}
+	if c.FlapGrace == 0 {
+		c.FlapGrace = time.Minute
+	}
 	if c.InFlight == 0 {
 		c.InFlight = 256
 	}
@@ -118,8 +124,8 @@ func (c *LivenessConfig) Validate() error {
 	if c.Beat < 0 || c.Period < c.Beat {
 		errs = append(errs, fmt.Errorf("liveness: a period of %v must not be shorter than the %v between two beats, and both positive", c.Period, c.Beat))
 	}
-	if c.Sweep < 0 || c.MassFloor < 0 || c.MassHold < 0 || c.InFlight < 0 {
-		errs = append(errs, errors.New("liveness: sweep, mass floor, mass hold and in-flight limit must not be negative"))
+	if c.Sweep < 0 || c.MassFloor < 0 || c.MassHold < 0 || c.InFlight < 0 || c.FlapGrace < 0 {
+		errs = append(errs, errors.New("liveness: sweep, mass floor, mass hold, flap grace and in-flight limit must not be negative"))
 	}
 	return errors.Join(errs...)
 }

@@ -33,6 +33,8 @@ type replica struct {
 	refuse  error         // next submissions fail with it
 	before  func()        // runs once before the next submission
 	closed  chan struct{} // made outside of the bubble
+	check   func()        // runs after each command
+	most    map[[2]string]int
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -47,7 +49,7 @@ func newReplica(t *testing.T, o router.Options) *replica {
 	}
 	// What it does right after opening has to end outside as well: Close, inside,
 	// would wait for it.
-	for deadline := time.Now().Add(10 * time.Second); stacksHold("collectTableStats"); runtime.Gosched() {
+	for deadline := time.Now().Add(10 * time.Second); stacksHold("collectTableStats", "(*DB).flush", "(*DB).compact"); runtime.Gosched() {
 		if time.Now().After(deadline) {
 			t.Fatal("the state does not come to rest")
 		}
@@ -55,9 +57,10 @@ func newReplica(t *testing.T, o router.Options) *replica {
 	return &replica{t: t, fsm: fsm, closed: make(chan struct{})}
 }
 
-func stacksHold(function string) bool {
+func stacksHold(functions ...string) bool {
 	buf := make([]byte, 1<<20)
-	return bytes.Contains(buf[:runtime.Stack(buf, true)], []byte(function))
+	stacks := buf[:runtime.Stack(buf, true)]
+	return slices.ContainsFunc(functions, func(f string) bool { return bytes.Contains(stacks, []byte(f)) })
 }
 
 func (r *replica) enter() { r.changed = make(chan struct{}) }
@@ -99,6 +102,9 @@ func (r *replica) apply(cmd *commandpb.Command) (*commandpb.Result, error) {
 	res, err := r.fsm.Apply([]router.Entry{e})
 	if err != nil {
 		return nil, err
+	}
+	if r.check != nil {
+		r.check()
 	}
 	return res[0][0], nil
 }

@@ -1,6 +1,8 @@
 package control
 
 import (
+	"slices"
+
 	"conveyor.etl/router/placement"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
@@ -16,6 +18,13 @@ type mirror struct {
 	// services are the registrations on each sidecar, by id. They may come
 	// before their sidecar does.
 	services map[string]map[string]*commandpb.Service
+	// handovers are what sidecars have yet to let go of, by pipeline and sidecar.
+	handovers map[string]map[string]*commandpb.Handover
+	// timed are the sidecars with whom something is due at a time: they leave, or
+	// their grace ends.
+	timed map[string]bool
+	// draining and graced are the sidecars that are.
+	draining, graced map[string]bool
 }
 
 // newMirror reads v. It does not close it.
@@ -26,11 +35,19 @@ func newMirror(v *router.View) (*mirror, error) {
 	}
 	m := &mirror{
 		engine: placement.NewEngine(viewOf(in)), revision: v.Revision(), epoch: v.Epoch(),
-		sidecars: make(map[string]*commandpb.Sidecar, len(in.Sidecars)),
-		services: make(map[string]map[string]*commandpb.Service),
+		sidecars:  make(map[string]*commandpb.Sidecar, len(in.Sidecars)),
+		services:  make(map[string]map[string]*commandpb.Service),
+		handovers: make(map[string]map[string]*commandpb.Handover),
+		timed:     make(map[string]bool),
+		draining:  make(map[string]bool),
+		graced:    make(map[string]bool),
 	}
 	for _, s := range in.Sidecars {
 		m.sidecars[s.SidecarId] = s
+		m.clock(s)
+	}
+	for _, h := range in.Handovers {
+		m.putHandover(h)
 	}
 	for _, s := range in.Services {
 		m.putService(s)
@@ -57,9 +74,11 @@ func (m *mirror) change(c *router.Change) {
 	case router.TableSidecars:
 		if s, ok := c.Next.(*commandpb.Sidecar); ok {
 			m.sidecars[s.SidecarId] = s
+			m.clock(s)
 			m.putSidecar(s.SidecarId)
 		} else {
 			delete(m.sidecars, c.Key)
+			m.clock(&commandpb.Sidecar{SidecarId: c.Key})
 			m.engine.RemoveSidecar(c.Key)
 		}
 	case router.TableServices:
@@ -81,7 +100,55 @@ func (m *mirror) change(c *router.Change) {
 		} else if a, ok := c.Prev.(*commandpb.Assignment); ok {
 			m.engine.RemoveAssignment(a.SidecarId, a.PipelineId)
 		}
+	case router.TableHandovers:
+		// Pipelines that wait for one are planned each time, so the engine need not
+		// know.
+		if h, ok := c.Next.(*commandpb.Handover); ok {
+			m.putHandover(h)
+		} else if h, ok := c.Prev.(*commandpb.Handover); ok {
+			delete(m.handovers[h.PipelineId], h.SidecarId)
+			if len(m.handovers[h.PipelineId]) == 0 {
+				delete(m.handovers, h.PipelineId)
+			}
+		}
 	}
+}
+
+func (m *mirror) putHandover(h *commandpb.Handover) {
+	if m.handovers[h.PipelineId] == nil {
+		m.handovers[h.PipelineId] = make(map[string]*commandpb.Handover)
+	}
+	m.handovers[h.PipelineId][h.SidecarId] = h
+}
+
+// clock notes what there is to watch of s.
+func (m *mirror) clock(s *commandpb.Sidecar) {
+	set := func(in map[string]bool, is bool) {
+		if is {
+			in[s.SidecarId] = true
+		} else {
+			delete(in, s.SidecarId)
+		}
+	}
+	set(m.timed, s.Draining && s.Leaves || s.GraceUntilMs > 0)
+	set(m.draining, s.Draining)
+	set(m.graced, s.GraceUntilMs > 0)
+}
+
+// busy is true when somebody other than sidecar has yet to let go of a stage of a pipeline.
+func (m *mirror) busy(pipeline, stage, sidecar string) bool {
+	for id, h := range m.handovers[pipeline] {
+		if id != sidecar && slices.ContainsFunc(h.Releases, func(r *commandpb.Release) bool { return !r.Shared && r.StageId == stage }) {
+			return true
+		}
+	}
+	return false
+}
+
+// gone is true for a sidecar nobody waits for.
+func (m *mirror) gone(id string) bool {
+	s := m.sidecars[id]
+	return s == nil || s.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED
 }
 
 func (m *mirror) putService(s *commandpb.Service) {

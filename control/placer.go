@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -34,6 +35,15 @@ type PlacerConfig struct {
 	// ChunkChanges and ChunkBytes bound one command. Defaults 1,000 changes
 	// and 512 KiB.
 	ChunkChanges, ChunkBytes int
+	// HandoverTimeout is how long a sidecar is waited for that was told to let go of
+	// a stage only so many may run, unless its drain has a deadline. After it the
+	// stage is given to another one, and the late one is fenced by the generation of
+	// the assignment alone. Default 45 s, at most an hour.
+	HandoverTimeout time.Duration
+	// MovesPerMinute bounds how many stages are moved that could run where they are:
+	// plans for the sake of others (placement.Rearrange). What is lost or drained is
+	// not held back. 0 = no bound.
+	MovesPerMinute int
 	// Planned is told about every plan that was carried out; may be nil.
 	Planned func(PlanInfo)
 }
@@ -44,6 +54,9 @@ type PlanInfo struct {
 	Took     time.Duration // reading and planning
 	Changes  int
 	Stale    int // skipped, because the state had moved on; planned again
+	// Held counts the stages whose move waits for the budget, Waiting those that wait
+	// for a sidecar that has yet to let go of them.
+	Held, Waiting int
 	// Quality tells how good the placement is that the plan leads to; its load
 	// figures are not filled in.
 	Quality placement.Quality
@@ -72,6 +85,9 @@ func (c *PlacerConfig) EnsureDefaults() {
 	if c.ChunkBytes <= 0 {
 		c.ChunkBytes = 512 << 10
 	}
+	if c.HandoverTimeout <= 0 {
+		c.HandoverTimeout = 45 * time.Second
+	}
 	if c.Planned == nil {
 		c.Planned = func(PlanInfo) {}
 	}
@@ -79,7 +95,37 @@ func (c *PlacerConfig) EnsureDefaults() {
 
 // Placer keeps the assignments in step with pipelines, sidecars and services
 // while this node leads.
-type Placer struct{ c PlacerConfig }
+type Placer struct {
+	c PlacerConfig
+	// budget is of the reign. A new leader begins with a full one: what was moved
+	// before is not worth a record.
+	budget *budget
+	term   uint64
+
+	mu    sync.Mutex
+	stats PlacerStats
+}
+
+// PlacerStats tells what placement waits for; all zero while another node leads.
+type PlacerStats struct {
+	Held      int // stages whose move waits for the movement budget
+	Handovers int // sidecars, per pipeline, that have yet to let go of a stage
+	Draining  int // sidecars
+	Graced    int // sidecars that expired again soon and keep what they have for now
+}
+
+// Stats returns what placement waits for.
+func (p *Placer) Stats() PlacerStats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stats
+}
+
+func (p *Placer) setStats(s PlacerStats) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stats = s
+}
 
 // NewPlacer returns a Placer; Run makes it work.
 func NewPlacer(c PlacerConfig) *Placer {
@@ -89,11 +135,13 @@ func NewPlacer(c PlacerConfig) *Placer {
 
 // Run works until ctx is done.
 func (p *Placer) Run(ctx context.Context) {
-	whileLeading(ctx, p.c.Node, p.reign)
+	eachReign(ctx, p.c.Node, p.reign)
 }
 
 // reign follows the state for as long as ctx lasts.
-func (p *Placer) reign(ctx context.Context) {
+func (p *Placer) reign(ctx context.Context, term uint64) {
+	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
+	defer p.setStats(PlacerStats{})
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
 	}
@@ -118,27 +166,37 @@ func (p *Placer) follow(ctx context.Context) error {
 		return err
 	}
 	sub, err := p.c.State.Hub().Subscribe(m.revision,
-		router.TablePipelines, router.TableSidecars, router.TableServices, router.TableAssignments)
+		router.TablePipelines, router.TableSidecars, router.TableServices, router.TableAssignments, router.TableHandovers)
 	if err != nil {
 		return err
 	}
 	defer sub.Close()
+	w := newWaits()
 	for {
-		own, err := p.plan(ctx, m, sub)
+		own, err := p.plan(ctx, m, sub, w)
 		if err != nil {
 			return err
 		}
-		if err := p.settled(ctx, m, sub, own); err != nil {
+		if err := p.settled(ctx, m, sub, own, w); err != nil {
 			return err
 		}
 	}
 }
 
 // settled returns when something changed that the placer did not do itself,
-// and things have calmed down. own holds the revisions of its own commands.
-func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscription, own map[uint64]bool) error {
+// and things have calmed down, or when something is due by w. own holds the
+// revisions of its own commands.
+func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscription, own map[uint64]bool, w *waits) error {
+	due, cancel := context.WithCancel(ctx)
+	if at := w.next; !at.IsZero() {
+		due, cancel = context.WithDeadline(ctx, at)
+	}
+	defer cancel()
 	for {
-		changes, at, err := sub.Next(ctx)
+		changes, at, err := sub.Next(due)
+		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
@@ -189,7 +247,7 @@ func drain(m *mirror, sub *router.Subscription) error {
 // foreign is true when any of changes is not of the placer's own making.
 func foreign(changes []router.Change, own map[uint64]bool) bool {
 	for _, c := range changes {
-		if c.Table != router.TableAssignments || !own[c.Revision] {
+		if c.Table != router.TableAssignments && c.Table != router.TableHandovers || !own[c.Revision] {
 			return true
 		}
 	}
@@ -198,33 +256,33 @@ func foreign(changes []router.Change, own map[uint64]bool) bool {
 
 // plan makes the assignments what they should be, and again if the state moved
 // on meanwhile. It returns the revisions of its commands.
-func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) (own map[uint64]bool, err error) {
+func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, w *waits) (own map[uint64]bool, err error) {
 	own = make(map[uint64]bool)
-	for {
+	for pause := p.c.Quiet; ; pause = min(2*pause, time.Second) {
 		start := time.Now()
 		// What this placer's commands did is there once they are answered: a
 		// plan that did not know of it could send records round.
 		if err := drain(m, sub); err != nil {
 			return nil, err
 		}
+		if err := p.tidy(ctx, m, w); err != nil {
+			return nil, err
+		}
+		if err := drain(m, sub); err != nil {
+			return nil, err
+		}
 		plan := m.engine.Plan()
-		changes := changesOf(plan.Steps)
-		info := PlanInfo{Revision: m.revision, Took: time.Since(start), Changes: len(changes), Quality: plan.Quality}
+		info := PlanInfo{Revision: m.revision, Quality: plan.Quality}
+		changes := p.now(m, plan.Steps, w, &info)
+		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
-			res, err := p.c.Submit.Submit(ctx, &commandpb.Command{
-				TimeMs: uint64(p.c.Now().UnixMilli()),
-				// A state restored meanwhile may have the very generations and
-				// versions the plan was made from.
-				ExpectedEpoch: &m.epoch,
+			res, err := p.submit(ctx, m, 0, &commandpb.Command{
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
-					Changes: chunk, PlannedRevision: m.revision,
+					Changes: chunk, PlannedRevision: m.revision, Handovers: true,
 				}},
 			})
 			if err != nil {
 				return nil, err
-			}
-			if res.GetRejection().GetCode() == commandpb.Code_CODE_EPOCH {
-				return nil, router.ErrResync
 			}
 			if r := res.GetRejection(); r != nil {
 				return nil, errors.New("the state refused a plan: " + r.Reason)
@@ -232,15 +290,22 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) 
 			own[res.GetRevision()] = true
 			info.Stale += int(res.GetStale())
 		}
+		if err := drain(m, sub); err != nil {
+			return nil, err
+		}
+		if err := p.watchClock(m, w); err != nil {
+			return nil, err
+		}
+		p.setStats(m.stats(info.Held))
 		p.c.Planned(info)
 		if len(changes) > 0 {
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
-				"least", plan.Quality.Least, "revision", info.Revision, "took", info.Took)
+				"least", plan.Quality.Least, "held", info.Held, "waiting", info.Waiting, "revision", info.Revision, "took", info.Took)
 		}
 		if info.Stale == 0 {
 			return own, nil
 		}
-		if !sleep(ctx, p.c.Quiet) {
+		if !sleep(ctx, pause) {
 			return nil, ctx.Err()
 		}
 	}

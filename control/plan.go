@@ -29,7 +29,7 @@ func changesOf(steps []placement.Step) []*commandpb.AssignmentChange {
 			c := &steps[i].Changes[k]
 			ch := &commandpb.AssignmentChange{
 				SidecarId: c.Sidecar, PipelineId: steps[i].Pipeline, SidecarGeneration: c.Generation,
-				PipelineVersion: steps[i].Version, Revoke: c.Revoke, LocalComplete: c.LocalComplete,
+				PipelineVersion: steps[i].Version, Revoke: c.Revoke, LocalComplete: c.LocalComplete, Releases: c.Confirm,
 			}
 			for _, s := range c.Stages {
 				ch.Stages = append(ch.Stages, &commandpb.StageAssignment{

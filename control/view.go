@@ -62,6 +62,8 @@ func pipelineOf(p *commandpb.Pipeline) *placement.Pipeline {
 func sidecarOf(s *commandpb.Sidecar, registered []*commandpb.Service) *placement.Sidecar {
 	out := &placement.Sidecar{
 		ID: s.SidecarId, Endpoint: s.Endpoint, Generation: s.Generation,
+		Zone: s.Zone, Node: s.Node, Capacity: min(s.Capacity, router.MaxCapacity),
+		Draining: s.Draining, Grace: s.GraceUntilMs > 0,
 		Offers: make([]placement.Offer, 0, len(s.Services)),
 	}
 	switch s.State {
@@ -79,8 +81,24 @@ func sidecarOf(s *commandpb.Sidecar, registered []*commandpb.Service) *placement
 	slices.SortFunc(registered, func(a, b *commandpb.Service) int { return cmp.Compare(a.ServiceId, b.ServiceId) })
 	for _, r := range registered {
 		register(out, r)
+		locate(out, r)
 	}
 	return out
+}
+
+// locate takes from the labels of a service where its sidecar runs and how much it
+// can take, as far as the sidecar does not say so itself: those in the field send
+// no labels, and the services behind them may.
+func locate(out *placement.Sidecar, s *commandpb.Service) {
+	if out.Zone == "" {
+		out.Zone = s.Labels[router.LabelZone]
+	}
+	if out.Node == "" {
+		out.Node = s.Labels[router.LabelNode]
+	}
+	if n, ok := router.Capacity(s.Labels[router.LabelCapacity]); ok && out.Capacity == 0 {
+		out.Capacity = n
+	}
 }
 
 // register adds a ServiceRegistry registration: to the offer of its name when

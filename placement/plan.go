@@ -59,6 +59,9 @@ type Change struct {
 	Stages        []Assigned // in the order of the spec; all of them
 	// Takes and Releases name the stages that it begins and ceases to run.
 	Takes, Releases []string
+	// Confirm names those of Releases that nobody else may begin before the sidecar
+	// has confirmed this change, or is out of time.
+	Confirm []string
 	// After lists sidecars that must have confirmed their change, or be out of
 	// time, before this one is told: it takes a source that they have yet to let
 	// go of, and two of them must not read one source at a time.
@@ -317,11 +320,13 @@ func (l *layout) order(st *Step) {
 			continue
 		}
 		for _, id := range c.Releases {
-			if k := l.x.stage(id, 0); k >= 0 && l.x.stages[k].entry {
+			// A stage that is no longer in the pipeline may be there again soon.
+			if k := l.x.stage(id, 0); k < 0 || l.x.stages[k].entry {
 				if leaving == nil {
 					leaving = make(map[string][]string)
 				}
 				leaving[id] = append(leaving[id], c.Sidecar)
+				c.Confirm = append(c.Confirm, id)
 			}
 		}
 	}

@@ -85,7 +85,8 @@ func (t *tx) revoke(sidecar, pipeline string) bool {
 	return true
 }
 
-// forgetOldest drops a sidecar's oldest revocation.
+// forgetOldest drops a sidecar's oldest revocation. One that somebody waits for
+// stays: a node that has never spoken to the sidecar could not tell it any more.
 func (t *tx) forgetOldest(sidecar string) {
 	var oldest *commandpb.Assignment
 	t.scan(t.buf.group(prefixAssignment, sidecar), func(_, v []byte) {
@@ -95,7 +96,7 @@ func (t *tx) forgetOldest(sidecar string) {
 			oldest = a
 		}
 	})
-	if oldest != nil {
+	if oldest != nil && t.handover(oldest.PipelineId, sidecar) == nil {
 		t.forget(oldest)
 	}
 }
@@ -108,8 +109,9 @@ func (t *tx) forget(a *commandpb.Assignment) {
 	t.emit(TableAssignments, AssignmentKey(a.SidecarId, a.PipelineId), a, nil)
 }
 
-// purgeRevoked drops revocations that are too old or too many. The commands
-// that make revocations call it, a bounded step each.
+// purgeRevoked drops revocations that are too old or too many, up to one that
+// somebody waits for. The commands that make revocations call it, a bounded step
+// each.
 func (t *tx) purgeRevoked() {
 	c := t.clock
 	for range revokedPerPurge {
@@ -121,8 +123,13 @@ func (t *tx) purgeRevoked() {
 			if t.now <= ref.TimeMs+revokedRetentionMS && c.RevokedTail-c.RevokedHead <= maxRevoked {
 				return
 			}
-			t.remove(k)
-			if a := t.assignment(ref.SidecarId, ref.PipelineId); a != nil && a.Revoked && a.Generation == ref.Generation {
+			a := t.assignment(ref.SidecarId, ref.PipelineId)
+			stands := a != nil && a.Revoked && a.Generation == ref.Generation
+			if stands && t.handover(ref.PipelineId, ref.SidecarId) != nil {
+				return
+			}
+			t.remove(t.buf.sequence(prefixRevokedQueue, c.RevokedHead))
+			if stands {
 				t.forget(a)
 			}
 		}
@@ -145,7 +152,7 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 		}
 	}
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c.PlannedRevision) {
+		if !t.applyChange(ch, c) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -160,8 +167,13 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	if r := first(checkID("sidecar id", ch.GetSidecarId()), checkID("pipeline id", ch.GetPipelineId())); r != nil {
 		return r
 	}
-	if len(ch.Stages) > maxStageAssignments {
-		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", len(ch.Stages), maxStageAssignments)
+	if n := max(len(ch.Stages), len(ch.Releases)+len(ch.SharedReleases)); n > maxStageAssignments {
+		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", n, maxStageAssignments)
+	}
+	for _, s := range slices.Concat(ch.Releases, ch.SharedReleases) {
+		if r := checkID("stage id", s); r != nil {
+			return r
+		}
 	}
 	for _, s := range ch.Stages {
 		if r := first(
@@ -175,7 +187,8 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 }
 
 // applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments) bool {
+	planned := c.PlannedRevision
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
 	newer := func(created uint64) bool { return planned != 0 && created > planned }
@@ -184,11 +197,13 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
 		if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
 			return false
 		}
+		letGo, shared := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
+		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 		return true
 	}
 	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
-		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.GraceUntilMs == 0 {
 		return false
 	}
 	var p commandpb.Pipeline
@@ -205,6 +220,30 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
 		slices.EqualFunc(prev.Stages, next.Stages, func(a, b *commandpb.StageAssignment) bool { return proto.Equal(a, b) }) {
 		return true
 	}
+	had, has := local(prev), local(next)
+	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
+	if c.Handovers && len(takes) > 0 && !t.mayTake(ch.SidecarId, &p, takes) {
+		return false
+	}
+	letGo, shared := released(ch, prev, has)
 	t.saveAssignment(prev, next)
+	t.retake(ch.SidecarId, ch.PipelineId, takes)
+	t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 	return true
+}
+
+// released returns those of a change's releases that the sidecar did run and does
+// not run any more, and the same of its shared ones.
+func released(ch *commandpb.AssignmentChange, prev *commandpb.Assignment, has []string) (releases, shared []string) {
+	had := local(prev)
+	pick := func(stages, without []string) (out []string) {
+		for _, s := range stages {
+			if slices.Contains(had, s) && !slices.Contains(has, s) && !slices.Contains(out, s) && !slices.Contains(without, s) {
+				out = append(out, s)
+			}
+		}
+		return out
+	}
+	releases = pick(ch.Releases, nil)
+	return releases, pick(ch.SharedReleases, releases)
 }

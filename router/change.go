@@ -18,6 +18,7 @@ const (
 	TableGroups
 	TableAssignments
 	TableOperations
+	TableHandovers
 	tableCount
 )
 
@@ -36,6 +37,8 @@ func (t Table) String() string {
 		return "assignments"
 	case TableOperations:
 		return "operations"
+	case TableHandovers:
+		return "handovers"
 	}
 	return fmt.Sprintf("table(%d)", uint8(t))
 }
@@ -45,7 +48,8 @@ func (t Table) String() string {
 type Change struct {
 	Revision uint64
 	Table    Table
-	// Key is the record's id; for an assignment AssignmentKey(sidecar, pipeline).
+	// Key is the record's id; for an assignment AssignmentKey(sidecar, pipeline),
+	// for a handover HandoverKey(pipeline, sidecar).
 	Key string
 	// Prev and Next are *commandpb.Pipeline, *commandpb.Sidecar and so on; a
 	// nil interface when the record did not or does not exist.
@@ -54,6 +58,9 @@ type Change struct {
 
 // AssignmentKey returns the Key of an assignment's changes.
 func AssignmentKey(sidecar, pipeline string) string { return sidecar + "\x00" + pipeline }
+
+// HandoverKey returns the Key of a handover's changes.
+func HandoverKey(pipeline, sidecar string) string { return pipeline + "\x00" + sidecar }
 
 // changeSet is everything one revision changed. It is handed out whole or not
 // at all.

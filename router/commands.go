@@ -63,6 +63,9 @@ func commandTable() map[reflect.Type]handler {
 		on(51, "DeregisterSidecar", func(w *commandpb.Command_DeregisterSidecar) *commandpb.DeregisterSidecar { return w.DeregisterSidecar }, (*tx).deregisterSidecar),
 		on(52, "TransitionSidecar", func(w *commandpb.Command_TransitionSidecar) *commandpb.TransitionSidecar { return w.TransitionSidecar }, (*tx).transitionSidecar),
 		on(53, "ApplyAssignments", func(w *commandpb.Command_ApplyAssignments) *commandpb.ApplyAssignments { return w.ApplyAssignments }, (*tx).applyAssignments),
+		on(54, "DrainSidecar", func(w *commandpb.Command_DrainSidecar) *commandpb.DrainSidecar { return w.DrainSidecar }, (*tx).drainSidecar),
+		on(55, "UndrainSidecar", func(w *commandpb.Command_UndrainSidecar) *commandpb.UndrainSidecar { return w.UndrainSidecar }, (*tx).undrainSidecar),
+		on(56, "EndHandovers", func(w *commandpb.Command_EndHandovers) *commandpb.EndHandovers { return w.EndHandovers }, (*tx).endHandovers),
 
 		on(60, "PutOperation", func(w *commandpb.Command_PutOperation) *commandpb.PutOperation { return w.PutOperation }, (*tx).putOperation),
 		on(61, "CancelOperation", func(w *commandpb.Command_CancelOperation) *commandpb.CancelOperation { return w.CancelOperation }, (*tx).cancelOperation),

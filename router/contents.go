@@ -12,7 +12,7 @@ import (
 // dataTables are the tables that are the content of a state, and so of a backup,
 // in the order of their keys. Position, clocks, operations and what is staged
 // belong to the cluster, not to the content.
-const dataTables = "GR" + "abcfgilmnopqrstvw"
+const dataTables = "GR" + "abcfghilmnopqrstvw"
 
 // isData reports whether a key is part of the content.
 func isData(k []byte) bool { return len(k) > 0 && dataTable(k[0]) }

@@ -19,8 +19,9 @@ import (
 // stateFormat is the version of the key layout. A release refuses a state with
 // a higher one. 2 keeps the membership apart from the position, which is written
 // with every batch: a group that has had many members would pay for all of them
-// each time.
-const stateFormat = 2
+// each time. 3 has the table of handovers, without which a stage could get two
+// owners.
+const stateFormat = 3
 
 // Position says which prefix of the log a state reflects and the group's
 // configuration there. ConfState and Members are kept for the caller as they

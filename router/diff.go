@@ -125,7 +125,7 @@ func idOf(k []byte) string {
 		if group, source, p, err := decodeGroupOffset(k); err == nil {
 			return fmt.Sprintf("%s/%s/%d", group, source, p)
 		}
-	case prefixAssignment:
+	case prefixAssignment, prefixHandover:
 		if sidecar, pipeline, err := decodePair(k); err == nil {
 			return sidecar + "/" + pipeline
 		}

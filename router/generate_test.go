@@ -25,7 +25,7 @@ func (g *commands) version() *uint64 {
 }
 
 func (g *commands) spec() *pb.PipelineSpec {
-	s := &pb.PipelineSpec{Id: g.pick("pipeline", 4), Enabled: g.r.Intn(3) > 0, Metadata: map[string]string{}}
+	s := &pb.PipelineSpec{Id: g.pick("pipeline", 4), Stages: []*pb.Stage{{Id: "stage-0"}, {Id: "stage-1", Type: pb.StageType_STAGE_TYPE_SOURCE}}, Enabled: g.r.Intn(3) > 0, Metadata: map[string]string{}}
 	for i := range g.r.Intn(5) {
 		s.Metadata[fmt.Sprint("k", i)] = fmt.Sprint(g.r.Intn(2))
 	}
@@ -101,15 +101,38 @@ func (g *commands) service() *pb.Service {
 }
 
 func (g *commands) changes() *pb.ApplyAssignments {
-	a := &pb.ApplyAssignments{PlannedRevision: uint64(g.r.Intn(3)) * 100}
+	a := &pb.ApplyAssignments{PlannedRevision: uint64(g.r.Intn(3)) * 100, Handovers: g.r.Intn(2) == 0}
 	for range g.r.Intn(6) {
 		a.Changes = append(a.Changes, &pb.AssignmentChange{
 			SidecarId: g.pick("sidecar", 4), PipelineId: g.pick("pipeline", 4), SidecarGeneration: uint64(1 + g.r.Intn(3)),
 			PipelineVersion: uint64(1 + g.r.Intn(3)), Revoke: g.r.Intn(4) == 0,
-			Stages: []*pb.StageAssignment{{StageId: "s", LocalEndpoint: fmt.Sprint(g.r.Intn(2))}},
+			Stages: []*pb.StageAssignment{{StageId: g.pick("stage", 2), LocalEndpoint: fmt.Sprint(g.r.Intn(2))}},
 		})
+		if c := a.Changes[len(a.Changes)-1]; g.r.Intn(2) == 0 {
+			c.Releases, c.ReleaseTimeoutMs = []string{"stage-0"}, uint64(g.r.Intn(60_000))
+			c.SharedReleases = []string{"stage-1"}
+		}
 	}
 	return a
+}
+
+// handover makes a command about draining or the end of a handover.
+func (g *commands) handover() *pb.Command {
+	switch g.r.Intn(4) {
+	case 0:
+		return &pb.Command{Op: &pb.Command_DrainSidecar{DrainSidecar: &pb.DrainSidecar{
+			SidecarId: g.pick("sidecar", 4), TimeoutMs: uint64(g.r.Intn(3)) * 10_000, Leaves: g.r.Intn(3) == 0,
+		}}}
+	case 1:
+		return &pb.Command{Op: &pb.Command_UndrainSidecar{UndrainSidecar: &pb.UndrainSidecar{SidecarId: g.pick("sidecar", 4)}}}
+	}
+	c := &pb.EndHandovers{}
+	for range g.r.Intn(4) {
+		c.Ended = append(c.Ended, &pb.EndedHandover{
+			SidecarId: g.pick("sidecar", 4), PipelineId: g.pick("pipeline", 4), Revision: uint64(g.r.Intn(1000)), End: pb.HandoverEnd(g.r.Intn(4)),
+		})
+	}
+	return &pb.Command{Op: &pb.Command_EndHandovers{EndHandovers: c}}
 }
 
 func (g *commands) preferences() []uint32 {
@@ -172,11 +195,13 @@ func (g *commands) next() *pb.Command {
 		term := uint64(g.r.Intn(2))
 		c.ExpectedTerm = &term
 	}
-	switch g.r.Intn(22) {
+	switch g.r.Intn(23) {
 	case 20:
 		c.Op = g.operation().Op
 	case 21:
 		c.Op = g.restore().Op
+	case 22:
+		c.Op = g.handover().Op
 	case 0:
 		c.Op = &pb.Command_RegisterService{RegisterService: &pb.RegisterService{Service: g.service()}}
 	case 1:
@@ -191,9 +216,13 @@ func (g *commands) next() *pb.Command {
 	case 4, 5:
 		c.Op = &pb.Command_PutPipeline{PutPipeline: &pb.PutPipeline{Spec: g.spec(), ExpectedVersion: g.version()}}
 	case 6:
-		c.Op = &pb.Command_DeletePipeline{DeletePipeline: &pb.DeletePipeline{PipelineId: g.pick("pipeline", 4)}}
+		c.Op = &pb.Command_DeletePipeline{DeletePipeline: &pb.DeletePipeline{
+			PipelineId: g.pick("pipeline", 4), ReleaseTimeoutMs: uint64(g.r.Intn(2)) * 20_000,
+		}}
 	case 7:
-		c.Op = &pb.Command_SetPipelineEnabled{SetPipelineEnabled: &pb.SetPipelineEnabled{PipelineId: g.pick("pipeline", 4), Enabled: g.r.Intn(2) == 0}}
+		c.Op = &pb.Command_SetPipelineEnabled{SetPipelineEnabled: &pb.SetPipelineEnabled{
+			PipelineId: g.pick("pipeline", 4), Enabled: g.r.Intn(2) == 0, Abrupt: g.r.Intn(2) == 0,
+		}}
 	case 8, 9:
 		c.Op = &pb.Command_CommitSourceOffset{CommitSourceOffset: g.sourceOffset()}
 	case 10:
@@ -221,7 +250,9 @@ func (g *commands) next() *pb.Command {
 		case 0:
 			c.Op = &pb.Command_DeregisterSidecar{DeregisterSidecar: &pb.DeregisterSidecar{SidecarId: g.pick("sidecar", 4)}}
 		case 1:
-			c.Op = &pb.Command_TransitionSidecar{TransitionSidecar: &pb.TransitionSidecar{SidecarId: g.pick("sidecar", 4), State: pb.SidecarState(g.r.Intn(4))}}
+			c.Op = &pb.Command_TransitionSidecar{TransitionSidecar: &pb.TransitionSidecar{
+				SidecarId: g.pick("sidecar", 4), State: pb.SidecarState(g.r.Intn(4)), GraceMs: uint64(g.r.Intn(2)) * 30_000,
+			}}
 		case 2:
 			c.Op = &pb.Command_AssignPartitions{AssignPartitions: &pb.AssignPartitions{GroupId: g.pick("group", 3), ExpectedGeneration: uint64(g.r.Intn(9))}}
 		}

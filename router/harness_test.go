@@ -141,6 +141,7 @@ func dump(t testing.TB, s *FSM) string {
 	}))
 	noError(t, v.Checkpoints("", 0, func(m *commandpb.Checkpoint) bool { return line("checkpoint", m) }))
 	noError(t, v.AllAssignments(func(m *commandpb.Assignment) bool { return line("assignment", m) }))
+	noError(t, v.Handovers(func(m *commandpb.Handover) bool { return line("handover", m) }))
 	noError(t, v.Operations(func(m *commandpb.Operation) bool { return line("operation", m) }))
 	stage, err := v.Stage()
 	noError(t, err)

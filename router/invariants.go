@@ -115,7 +115,7 @@ func (c *checker) tables() error {
 		prefixMeta: func(_, _ []byte) error { return nil }, prefixStage: func(_, _ []byte) error { return nil },
 		prefixPipeline: c.pipeline, prefixSidecar: c.sidecarRecord, prefixService: c.service, prefixGroup: c.group,
 		prefixGroupPast: c.groupPast, prefixSourceOffset: c.offset, prefixWatermark: c.watermark, prefixGroupOffset: c.groupOffset,
-		prefixCheckpoint: c.checkpoint, prefixAssignment: c.assignment, prefixRevokedCount: c.revokedCount,
+		prefixCheckpoint: c.checkpoint, prefixAssignment: c.assignment, prefixHandover: c.handover, prefixRevokedCount: c.revokedCount,
 		prefixRevokedQueue: c.revokedRef, prefixRequest: c.request, prefixRequestQueue: c.requestRef,
 		prefixOperation: c.operation, prefixOperationEnd: c.operationEnd,
 		prefixByPipeline: c.index, prefixByName: c.index, prefixBySidecar: c.index, prefixLocalName: c.index, prefixMembership: c.index,
@@ -364,6 +364,29 @@ func (c *checker) assignment(k, v []byte) error {
 	}
 	c.has(key(nil).pair(prefixByPipeline, pipeline, sidecar))
 	return errors.Join(legal(sidecar, a.SidecarId), legal(pipeline, a.PipelineId), c.made(a.ModRevision, a.ModRevision))
+}
+
+func (c *checker) handover(k, v []byte) error {
+	pipeline, sidecar, err := decodePair(k)
+	if err != nil {
+		return err
+	}
+	var h commandpb.Handover
+	if err := h.UnmarshalVT(v); err != nil {
+		return err
+	}
+	if len(h.Releases) == 0 {
+		return errors.New("it releases nothing")
+	}
+	for i, r := range h.Releases {
+		if err := legal(r.GetStageId()); err != nil {
+			return err
+		}
+		if i > 0 && h.Releases[i-1].StageId >= r.StageId {
+			return fmt.Errorf("its releases are not in order at %q", r.StageId)
+		}
+	}
+	return errors.Join(legal(sidecar, h.SidecarId), legal(pipeline, h.PipelineId), c.made(h.CreateRevision, h.ModRevision))
 }
 
 // endSidecar compares the revocations of a sidecar with their count.

@@ -20,6 +20,7 @@ const (
 	prefixGroupOffset   = 'f'
 	prefixCheckpoint    = 'c'
 	prefixAssignment    = 'a'
+	prefixHandover      = 'h'
 	prefixByPipeline    = 'b' // pipeline, sidecar -> nothing
 	prefixByName        = 'n' // normalised name, service -> nothing
 	prefixBySidecar     = 'i' // sidecar, service -> nothing

@@ -2,6 +2,7 @@ package router
 
 import (
 	"bytes"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -120,7 +121,17 @@ func (t *tx) deletePipeline(c *commandpb.DeletePipeline) *commandpb.Rejection {
 		sidecars = append(sidecars, sidecar)
 	})
 	for _, sidecar := range sidecars {
+		var letGo []string
+		if c.ReleaseTimeoutMs > 0 {
+			ran := local(t.assignment(sidecar, c.PipelineId))
+			for _, s := range prev.GetSpec().GetStages() {
+				if slices.Contains(ran, s.GetId()) && entryStage(prev.Spec, s) {
+					letGo = append(letGo, s.Id)
+				}
+			}
+		}
 		t.revoke(sidecar, c.PipelineId)
+		t.release(sidecar, c.PipelineId, letGo, nil, c.ReleaseTimeoutMs)
 	}
 	t.purgeRevoked()
 	return nil
@@ -146,7 +157,7 @@ func (t *tx) setPipelineEnabled(c *commandpb.SetPipelineEnabled) *commandpb.Reje
 	if prev.GetSpec().GetEnabled() == c.Enabled || !t.load(k, next) || next.Spec == nil {
 		return nil
 	}
-	next.Spec.Enabled = c.Enabled
+	next.Spec.Enabled, next.Abrupt = c.Enabled, c.Abrupt && !c.Enabled
 	next.Version++
 	next.UpdatedAtMs, next.ModRevision = t.now, t.revision
 	t.store(k, next)

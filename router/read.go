@@ -251,6 +251,22 @@ func (v *View) PipelineAssignments(pipeline string, fn func(*commandpb.Assignmen
 	}, fn)
 }
 
+// Handovers lists what sidecars have yet to let go of, by pipeline and sidecar.
+func (v *View) Handovers(fn func(*commandpb.Handover) bool) error {
+	return listRecords(v, key(nil).table(prefixHandover), nil, 0, func(_ []byte, h *commandpb.Handover) bool { return fn(h) })
+}
+
+// PipelineHandovers lists those of a pipeline by sidecar.
+func (v *View) PipelineHandovers(pipeline string, fn func(*commandpb.Handover) bool) error {
+	return listRecords(v, key(nil).group(prefixHandover, pipeline), nil, 0, func(_ []byte, h *commandpb.Handover) bool { return fn(h) })
+}
+
+// Handover returns what a sidecar has yet to let go of of a pipeline, nil when
+// there is nothing.
+func (v *View) Handover(pipeline, sidecar string) (*commandpb.Handover, error) {
+	return getRecord[commandpb.Handover](v, key(nil).pair(prefixHandover, pipeline, sidecar))
+}
+
 // Time returns the state machine's time at the view, Unix milliseconds.
 func (v *View) Time() (uint64, error) {
 	var ms uint64

@@ -53,7 +53,8 @@ func (t *tx) saveSidecar(prev, next *commandpb.Sidecar) {
 // registerSidecar creates or replaces a registration and keeps the sidecar's
 // assignments. The same one again only brings it back to life. The generation
 // moves when what placement decides by has changed: the endpoint or the
-// services.
+// services. An operator's drain outlasts a registration, since a pod that is
+// restarted comes back under its name; one that was about to leave has not.
 //
 // Rejections: INVALID (ids, texts), LIMIT.
 func (t *tx) registerSidecar(c *commandpb.RegisterSidecar) *commandpb.Rejection {
@@ -64,6 +65,7 @@ func (t *tx) registerSidecar(c *commandpb.RegisterSidecar) *commandpb.Rejection 
 	if r := first(
 		checkID("sidecar id", next.SidecarId), checkText("pod name", next.PodName),
 		checkText("namespace", next.Namespace), checkText("endpoint", next.Endpoint),
+		checkText("zone", next.Zone), checkText("node", next.Node),
 	); r != nil {
 		return r
 	}
@@ -80,6 +82,8 @@ func (t *tx) registerSidecar(c *commandpb.RegisterSidecar) *commandpb.Rejection 
 	next.Generation = 1
 	next.RegisteredAtMs, next.StateChangedAtMs = t.now, t.now
 	next.CreateRevision, next.ModRevision = t.revision, t.revision
+	next.Draining, next.Leaves, next.DrainSinceMs, next.DrainDeadlineMs = false, false, 0, 0
+	next.ExpiredAtMs, next.GraceUntilMs = 0, 0
 	prev := t.sidecar(next.SidecarId)
 	if prev != nil {
 		t.res.Existed = true
@@ -87,6 +91,10 @@ func (t *tx) registerSidecar(c *commandpb.RegisterSidecar) *commandpb.Rejection 
 		next.RegisteredAtMs, next.StateChangedAtMs = prev.RegisteredAtMs, prev.StateChangedAtMs
 		next.CreateRevision, next.ModRevision = prev.CreateRevision, prev.ModRevision
 		t.res.Generation = prev.Generation
+		next.ExpiredAtMs = prev.ExpiredAtMs
+		if prev.Draining && !prev.Leaves {
+			next.Draining, next.DrainSinceMs, next.DrainDeadlineMs = true, prev.DrainSinceMs, prev.DrainDeadlineMs
+		}
 		if proto.Equal(prev, next) {
 			return nil
 		}
@@ -109,7 +117,7 @@ func (t *tx) registerSidecar(c *commandpb.RegisterSidecar) *commandpb.Rejection 
 // deregisterSidecar removes a sidecar and revokes its assignments, which stay
 // as revocations for a while in case it is still running.
 //
-// Rejections: INVALID (id).
+// Rejections: INVALID (id), PRECONDITION (it does not leave any more).
 func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Rejection {
 	if r := checkID("sidecar id", c.SidecarId); r != nil {
 		return r
@@ -117,6 +125,9 @@ func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Reject
 	prev := t.sidecar(c.SidecarId)
 	if prev == nil {
 		return nil
+	}
+	if c.LeavingOnly && !(prev.Draining && prev.Leaves) {
+		return reject(commandpb.Code_CODE_PRECONDITION, "sidecar "+c.SidecarId, "it is not about to leave: it was undrained, or registered again, since")
 	}
 	for _, n := range localNames(prev) {
 		t.unmark(t.buf.pair(prefixLocalName, n, c.SidecarId))
@@ -138,7 +149,9 @@ func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Reject
 	return nil
 }
 
-// transitionSidecar records what the leader's liveness found out.
+// transitionSidecar records what the leader's liveness found out. One that expires
+// again soon after it did keeps what it has for a while: moving it there and back
+// each time would disturb more than its absence.
 //
 // Rejections: INVALID (id, state), NOT_FOUND, CONFLICT (registered again
 // since).
@@ -158,11 +171,25 @@ func (t *tx) transitionSidecar(c *commandpb.TransitionSidecar) *commandpb.Reject
 	if c.ExpectedGeneration != 0 && c.ExpectedGeneration != prev.Generation {
 		return conflict(subject, prev.Generation, "generation %d was expected, it registered again since and is at %d", c.ExpectedGeneration, prev.Generation)
 	}
+	expired := c.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED
 	if prev.State == c.State {
+		if !expired || c.GraceMs > 0 || prev.GraceUntilMs == 0 || t.now < prev.GraceUntilMs {
+			return nil
+		}
+		next := proto.Clone(prev).(*commandpb.Sidecar)
+		next.GraceUntilMs = 0
+		t.saveSidecar(prev, next)
 		return nil
 	}
 	next := proto.Clone(prev).(*commandpb.Sidecar)
 	next.State, next.StateChangedAtMs = c.State, t.now
+	next.GraceUntilMs = 0
+	if grace := min(c.GraceMs, maxReleaseMS); expired && grace > 0 {
+		if prev.ExpiredAtMs > 0 && t.now <= prev.ExpiredAtMs+flapFactor*grace {
+			next.GraceUntilMs = t.now + grace
+		}
+		next.ExpiredAtMs = t.now
+	}
 	t.saveSidecar(prev, next)
 	return nil
 }

@@ -40,6 +40,7 @@ const (
 	sumRequestQueue
 	sumOperations
 	sumOperationEnds
+	sumHandovers
 	sumKinds
 )
 
@@ -59,6 +60,7 @@ func sumTables() [sumKinds]struct {
 		{prefixRevokedCount, "revocation counts"}, {prefixRevokedQueue, "revocation queue"},
 		{prefixRequest, "requests"}, {prefixRequestQueue, "request queue"},
 		{prefixOperation, "operations"}, {prefixOperationEnd, "operation queue"},
+		{prefixHandover, "handovers"},
 	}
 }
 
@@ -95,6 +97,8 @@ func sumOf(prefix byte) (sumKind, bool) {
 		return sumOperations, true
 	case prefixOperationEnd:
 		return sumOperationEnds, true
+	case prefixHandover:
+		return sumHandovers, true
 	}
 	return 0, false
 }

@@ -249,7 +249,9 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 		}
 	}
 	res, err := a.submit(ctx, &commandpb.Command{ExpectedEpoch: fence, Op: &commandpb.Command_DeletePipeline{
-		DeletePipeline: &commandpb.DeletePipeline{PipelineId: id, ExpectedVersion: req.ExpectedVersion},
+		DeletePipeline: &commandpb.DeletePipeline{
+			PipelineId: id, ExpectedVersion: req.ExpectedVersion, ReleaseTimeoutMs: uint64(a.cfg.HandoverTimeout.Milliseconds()),
+		},
 	}})
 	if err != nil {
 		return nil, err
@@ -265,7 +267,7 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 
 // EnablePipeline lets a pipeline be placed.
 func (a *adminAPI) EnablePipeline(ctx context.Context, req *adminpb.EnablePipelineRequest) (*adminpb.EnablePipelineResponse, error) {
-	r, err := a.setEnabled(ctx, req.GetPipelineId(), true, comparison{req.ExpectedVersion, req.ExpectedEpoch})
+	r, err := a.setEnabled(ctx, req.GetPipelineId(), true, false, comparison{req.ExpectedVersion, req.ExpectedEpoch})
 	if err != nil {
 		return nil, err
 	}
@@ -274,10 +276,12 @@ func (a *adminAPI) EnablePipeline(ctx context.Context, req *adminpb.EnablePipeli
 	}, nil
 }
 
-// DisablePipeline takes a pipeline's stages from the sidecars, which finish what
-// they hold. The router sees no records, so it cannot count what is pending.
+// DisablePipeline takes a pipeline's stages from the sidecars. With drain they are
+// told to finish what they hold, without it to stop. Either way a source is not
+// started elsewhere, should the pipeline be enabled again, before its sidecar has let
+// go of it. The router sees no records, so it cannot count what is pending.
 func (a *adminAPI) DisablePipeline(ctx context.Context, req *adminpb.DisablePipelineRequest) (*adminpb.DisablePipelineResponse, error) {
-	r, err := a.setEnabled(ctx, req.GetPipelineId(), false, comparison{req.ExpectedVersion, req.ExpectedEpoch})
+	r, err := a.setEnabled(ctx, req.GetPipelineId(), false, !req.GetDrain(), comparison{req.ExpectedVersion, req.ExpectedEpoch})
 	if err != nil {
 		return nil, err
 	}
@@ -286,7 +290,7 @@ func (a *adminAPI) DisablePipeline(ctx context.Context, req *adminpb.DisablePipe
 	}, nil
 }
 
-func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled bool, c comparison) (*putResult, error) {
+func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled, abrupt bool, c comparison) (*putResult, error) {
 	if err := checkID("pipeline_id", id); err != nil {
 		return nil, err
 	}
@@ -307,7 +311,7 @@ func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled bool, c co
 		return &putResult{version: current.Version, revision: at.revision, epoch: at.epoch}, nil
 	}
 	res, err := a.submit(ctx, &commandpb.Command{ExpectedEpoch: fence, Op: &commandpb.Command_SetPipelineEnabled{
-		SetPipelineEnabled: &commandpb.SetPipelineEnabled{PipelineId: id, Enabled: enabled, ExpectedVersion: expected},
+		SetPipelineEnabled: &commandpb.SetPipelineEnabled{PipelineId: id, Enabled: enabled, ExpectedVersion: expected, Abrupt: abrupt},
 	}})
 	if err != nil {
 		return nil, err

@@ -28,6 +28,12 @@ type applied struct {
 	// lost, and over the address of the connection it went to.
 	unread uint64
 	over   string
+	// shown is the revision of the newest state that it was compared with, of
+	// shownEpoch, and shownTelling the number of the newest answer then: once that is
+	// read, the sidecar has applied what that state asks of it. proved is the newest
+	// one for which this is so.
+	shown, shownEpoch, shownTelling uint64
+	proved, provedEpoch             uint64
 	// says: the sidecar sends what it has applied, which is revision of epoch.
 	says            bool
 	revision, epoch uint64
@@ -61,6 +67,9 @@ func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.Si
 		}
 	case confirms:
 		e.confirmed = e.unread
+		if e.confirmed >= e.shownTelling {
+			e.proved, e.provedEpoch = e.shown, e.shownEpoch
+		}
 	}
 	e.unread = 0
 	done, upTo := !e.says && confirms && e.confirmed == e.tellings, e.revision
@@ -74,6 +83,17 @@ func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.Si
 		t.delay.observe(t.now().Sub(e.changedAt))
 		e.changed = 0
 	}
+}
+
+// upTo returns up to which revision the sidecar is known to have applied what it
+// was told, and the epoch of that; zero when nothing is known.
+func (e *told) upTo() (revision, epoch uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.says {
+		return e.revision, e.epoch
+	}
+	return e.proved, e.provedEpoch
 }
 
 // hasApplied says whether a sidecar is known here to have applied a, which is of a

@@ -210,9 +210,13 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 	}
 	telling := e.tellings + 1
 	defer func() {
+		if err != nil {
+			return
+		}
 		if len(cmds) > 0 {
 			e.tellings = telling
 		}
+		e.shown, e.shownEpoch, e.shownTelling = v.Revision(), v.Epoch(), e.tellings
 	}()
 	present := make(map[string]struct{})
 	err = v.Assignments(sidecar, func(a *commandpb.Assignment) bool {
@@ -267,8 +271,8 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 
 // drainFirst says whether a sidecar should finish what it holds of a pipeline
 // it loses: a pipeline that was moved or disabled, yes; one that is gone has
-// nowhere to deliver to.
+// nowhere to deliver to, and one that was disabled without a drain is to stop.
 func drainFirst(v *router.View, pipeline string) (bool, error) {
 	p, err := v.Pipeline(pipeline)
-	return p != nil, err
+	return p != nil && !p.Abrupt, err
 }

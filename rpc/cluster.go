@@ -69,8 +69,15 @@ func (a *clusterAPI) GetStateHash(ctx context.Context, _ *clusterpb.GetStateHash
 	}, nil
 }
 
-// sidecarInfo reads a sidecar's assignments and shows both.
-func sidecarInfo(v *router.View, s *commandpb.Sidecar) (*clusterpb.SidecarInfo, error) {
+// sidecarInfo reads a sidecar's assignments and shows both. releases are those of
+// all sidecars, nil to read them.
+func sidecarInfo(v *router.View, s *commandpb.Sidecar, releases map[string][]*clusterpb.PendingRelease) (*clusterpb.SidecarInfo, error) {
+	if releases == nil {
+		var err error
+		if releases, err = releasesBySidecar(v); err != nil {
+			return nil, err
+		}
+	}
 	var held []*commandpb.Assignment
 	err := v.Assignments(s.SidecarId, func(as *commandpb.Assignment) bool {
 		if !as.Revoked {
@@ -78,7 +85,9 @@ func sidecarInfo(v *router.View, s *commandpb.Sidecar) (*clusterpb.SidecarInfo, 
 		}
 		return true
 	})
-	return sidecarToAPI(s, held, v.Epoch()), err
+	out := sidecarToAPI(s, held, v.Epoch())
+	out.Releases = releases[s.SidecarId]
+	return out, err
 }
 
 // ListSidecars lists sidecars by id, in pages.
@@ -94,6 +103,10 @@ func (a *clusterAPI) ListSidecars(ctx context.Context, req *clusterpb.ListSideca
 		return nil, err
 	}
 	defer v.Close()
+	releases, err := releasesBySidecar(v)
+	if err != nil {
+		return nil, err
+	}
 	resp := &clusterpb.ListSidecarsResponse{Revision: v.Revision()}
 	limit := pageSize(req.GetPageSize())
 	var inner error
@@ -106,7 +119,7 @@ func (a *clusterAPI) ListSidecars(ctx context.Context, req *clusterpb.ListSideca
 			return false
 		}
 		var info *clusterpb.SidecarInfo
-		if info, inner = sidecarInfo(v, s); inner != nil {
+		if info, inner = sidecarInfo(v, s, releases); inner != nil {
 			return false
 		}
 		resp.Sidecars = append(resp.Sidecars, info)
@@ -138,29 +151,40 @@ func (a *clusterAPI) GetSidecar(ctx context.Context, req *clusterpb.GetSidecarRe
 	resp := &clusterpb.GetSidecarResponse{Revision: v.Revision()}
 	if s != nil {
 		resp.Found = true
-		if resp.Sidecar, err = sidecarInfo(v, s); err != nil {
+		if resp.Sidecar, err = sidecarInfo(v, s, nil); err != nil {
 			return nil, err
 		}
 	}
 	return resp, nil
 }
 
-// DeregisterSidecar removes a sidecar; its stages move elsewhere. An unknown one
-// is a success.
+// DeregisterSidecar removes a sidecar; its stages move elsewhere at once, since it
+// is gone by the caller's word. With graceful it drains first and is removed later.
+// An unknown one is a success.
 func (a *clusterAPI) DeregisterSidecar(ctx context.Context, req *clusterpb.DeregisterSidecarRequest) (*clusterpb.DeregisterSidecarResponse, error) {
 	if err := checkID("sidecar_id", req.GetSidecarId()); err != nil {
 		return nil, err
 	}
-	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_DeregisterSidecar{
+	cmd := &commandpb.Command{Op: &commandpb.Command_DeregisterSidecar{
 		DeregisterSidecar: &commandpb.DeregisterSidecar{SidecarId: req.SidecarId},
-	}})
+	}}
+	if req.GetGraceful() {
+		timeout, err := drainTimeout("drain_timeout_ms", req.GetDrainTimeoutMs(), true)
+		if err != nil {
+			return nil, err
+		}
+		cmd.Op = &commandpb.Command_DrainSidecar{DrainSidecar: &commandpb.DrainSidecar{SidecarId: req.SidecarId, TimeoutMs: timeout, Leaves: true}}
+	}
+	res, err := a.submit(ctx, cmd)
 	if err != nil {
 		return nil, err
 	}
 	if rej := res.GetRejection(); rej != nil && rej.Code != commandpb.Code_CODE_NOT_FOUND {
 		return nil, FromRejection(rej).Err()
 	}
-	return &clusterpb.DeregisterSidecarResponse{Existed: res.GetExisted(), Revision: res.GetRevision()}, nil
+	return &clusterpb.DeregisterSidecarResponse{
+		Existed: res.GetExisted(), Revision: res.GetRevision(), Draining: req.GetGraceful() && res.GetExisted(),
+	}, nil
 }
 
 // ListGroups lists consumer groups by id, in pages.
@@ -377,6 +401,10 @@ func summarizeSidecar(id string, prev, next *commandpb.Sidecar) string {
 		return fmt.Sprintf("sidecar %s registered again at %s with %d services", id, next.Endpoint, len(next.Services))
 	case prev.State != next.State:
 		return fmt.Sprintf("sidecar %s is %s, was %s", id, word(next.State), word(prev.State))
+	case next.Draining && !prev.Draining:
+		return fmt.Sprintf("sidecar %s drains", id)
+	case !next.Draining && prev.Draining:
+		return fmt.Sprintf("sidecar %s drains no more", id)
 	}
 	return fmt.Sprintf("sidecar %s registered again, unchanged", id)
 }

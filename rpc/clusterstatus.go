@@ -42,6 +42,7 @@ func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterSt
 	// The indexes stay those of the node that was asked.
 	own.LeaderId, own.Term = theirs.GetLeaderId(), max(theirs.GetTerm(), own.Term)
 	own.Health = theirs.GetHealth()
+	own.HeldMoves, own.PendingHandovers, own.DrainingSidecars = theirs.GetHeldMoves(), theirs.GetPendingHandovers(), theirs.GetDrainingSidecars()
 	for _, alarm := range theirs.GetAlarms() {
 		if !slices.Contains(own.Alarms, alarm) {
 			own.Alarms = append(own.Alarms, alarm)
@@ -93,6 +94,8 @@ func (a *adminAPI) clusterStatus(st raftnode.Status) *adminpb.GetClusterStatusRe
 		Revision:     a.cfg.State.Revision(),
 		Version:      a.cfg.Version,
 	}
+	held, handovers, draining := a.cfg.Waiting()
+	resp.HeldMoves, resp.PendingHandovers, resp.DrainingSidecars = uint32(held), uint32(handovers), uint32(draining)
 	for _, alarm := range slices.Concat(a.cfg.Alarms(), a.rivals.alarms(now)) {
 		resp.Alarms = append(resp.Alarms, Plain(alarm))
 	}

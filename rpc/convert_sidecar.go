@@ -54,6 +54,17 @@ func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment, epo
 		StateChangedAt: timestampMs(s.StateChangedAtMs),
 		Generation:     s.Generation,
 		ModRevision:    s.ModRevision,
+		Zone:           s.Zone,
+		Node:           s.Node,
+		Capacity:       max(s.Capacity, router.DefaultCapacity),
+		Draining:       s.Draining,
+		Leaves:         s.Leaves,
+	}
+	if s.DrainDeadlineMs > 0 {
+		out.DrainDeadline = timestampMs(s.DrainDeadlineMs)
+	}
+	if s.GraceUntilMs > 0 {
+		out.GraceUntil = timestampMs(s.GraceUntilMs)
 	}
 	for _, ls := range s.Services {
 		out.LocalServices = append(out.LocalServices, &sidecarpb.LocalService{

@@ -69,6 +69,8 @@ type feed struct {
 	onSidecar    func(sidecar string)
 	onReplaced   func(prev, next *commandpb.Sidecar)
 	onReset      func()
+	onHandover   func(prev, next *commandpb.Handover)
+	onLoad       func(v *router.View) error // also from load's caller
 
 	mu       sync.Mutex
 	sidecars bells                     // by sidecar id: its assignments changed
@@ -99,6 +101,8 @@ func newFeed(state *router.FSM, log *slog.Logger) *feed {
 		onSidecar:    func(string) {},
 		onReplaced:   func(_, _ *commandpb.Sidecar) {},
 		onReset:      func() {},
+		onHandover:   func(_, _ *commandpb.Handover) {},
+		onLoad:       func(*router.View) error { return nil },
 		sidecars:     make(bells),
 		services:     make(bells),
 	}
@@ -130,7 +134,7 @@ func (f *feed) follow(ctx context.Context, revision uint64) {
 // session follows the state from revision on until the hub cuts it off.
 func (f *feed) session(ctx context.Context, revision uint64) error {
 	sub, err := f.state.Hub().Subscribe(revision, router.TablePipelines, router.TableSidecars,
-		router.TableServices, router.TableGroups, router.TableAssignments)
+		router.TableServices, router.TableGroups, router.TableAssignments, router.TableHandovers)
 	if err != nil {
 		return err
 	}
@@ -179,6 +183,9 @@ func (f *feed) load() (uint64, error) {
 		}
 		return true
 	})
+	if err == nil {
+		err = f.onLoad(v)
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -203,6 +210,10 @@ func (f *feed) dispatch(changes []router.Change, reached uint64) {
 			if id := cmp.Or(next.GetSidecarId(), prev.GetSidecarId()); id != "" {
 				f.onAssignment(id, c.Revision)
 			}
+		case router.TableHandovers:
+			prev, _ := c.Prev.(*commandpb.Handover)
+			next, _ := c.Next.(*commandpb.Handover)
+			f.onHandover(prev, next)
 		case router.TableSidecars:
 			prev, _ := c.Prev.(*commandpb.Sidecar)
 			next, _ := c.Next.(*commandpb.Sidecar)

@@ -246,7 +246,7 @@ func checkRegisterSidecar(r *sidecarpb.RegisterSidecarRequest) error {
 			return err
 		}
 	}
-	return nil
+	return checkLabels("labels", r.GetLabels())
 }
 
 func checkRegister(r *registrypb.RegisterRequest) error {

@@ -3,6 +3,7 @@ package rpc
 import (
 	"fmt"
 	"slices"
+	"time"
 
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
@@ -53,10 +54,36 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 	if err != nil {
 		return nil, err
 	}
+	releasing := make(map[string][]*commandpb.Handover)
+	err = r.v.PipelineHandovers(p.GetSpec().GetId(), func(h *commandpb.Handover) bool {
+		for _, rel := range h.Releases {
+			if !rel.Shared {
+				releasing[rel.StageId] = append(releasing[rel.StageId], h)
+			}
+		}
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
 	for _, stage := range p.GetSpec().GetStages() {
 		placed := &adminpb.StagePlacement{StageId: stage.Id, SidecarIds: runs[stage.Id]}
 		slices.Sort(placed.SidecarIds)
-		if len(placed.SidecarIds) == 0 {
+		for _, id := range placed.SidecarIds {
+			s, err := r.v.Sidecar(id)
+			if err != nil {
+				return nil, err
+			}
+			if s.GetDraining() {
+				placed.Draining = append(placed.Draining, id)
+			}
+		}
+		for _, h := range releasing[stage.Id] {
+			placed.Releasing = append(placed.Releasing, h.SidecarId)
+		}
+		if len(placed.SidecarIds) == 0 && len(placed.Releasing) > 0 && st.Enabled {
+			placed.PendingReason = handoverReason(releasing[stage.Id], stage.Id)
+		} else if len(placed.SidecarIds) == 0 {
 			if placed.PendingReason, err = r.pending(p, stage); err != nil {
 				return nil, err
 			}
@@ -64,6 +91,21 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 		st.Placements = append(st.Placements, placed)
 	}
 	return st, nil
+}
+
+// handoverReason says whom a stage waits for, and how long at most.
+func handoverReason(from []*commandpb.Handover, stage string) string {
+	h := from[0]
+	var until uint64
+	for _, x := range from {
+		for _, r := range x.Releases {
+			if r.StageId == stage && r.DeadlineMs > until {
+				h, until = x, r.DeadlineMs
+			}
+		}
+	}
+	return fmt.Sprintf("sidecar %s was told to let go of it and has not confirmed that; another one is given it when it has, or at %s",
+		h.SidecarId, time.UnixMilli(int64(until)).UTC().Format(time.RFC3339))
 }
 
 // pending says in a sentence why nobody runs a stage.

@@ -100,6 +100,13 @@ type ServerConfig struct {
 	// recorded, while this node leads; it must not block. Optional.
 	Planned func() uint64
 
+	// Waiting returns what placement waits for while this node leads; it must not
+	// block. Optional.
+	Waiting func() (heldMoves, handovers, draining int)
+
+	// HandoverTimeout is how long a pipeline that is made again under the id of a
+	// deleted one waits for those who ran its entry stages.
+	HandoverTimeout time.Duration
 	// SidecarTTL is the silence after which a sidecar's stages move elsewhere;
 	// it is told to sidecars, the liveness loop enforces it.
 	SidecarTTL time.Duration
@@ -154,6 +161,7 @@ type ServerConfig struct {
 
 // EnsureDefaults fills every optional field that is zero.
 func (c *ServerConfig) EnsureDefaults() {
+	setDefault(&c.HandoverTimeout, 45*time.Second)
 	setDefault(&c.SidecarTTL, 30*time.Second)
 	setDefault(&c.HeartbeatInterval, 10*time.Second)
 	setDefault(&c.ServiceTTL, 30*time.Second)
@@ -186,6 +194,9 @@ func (c *ServerConfig) EnsureDefaults() {
 	}
 	if c.Reachable == nil {
 		c.Reachable = func(uint64) bool { return false }
+	}
+	if c.Waiting == nil {
+		c.Waiting = func() (int, int, int) { return 0, 0, 0 }
 	}
 	if c.Alarms == nil {
 		c.Alarms = func() []string { return nil }
@@ -243,10 +254,12 @@ type Server struct {
 	health *healthReporter
 	feed   *feed
 	told   *toldSidecars
-	rivals rivals
-	push   *pusher
-	relay  *leaderRelay
-	idle   idle
+	// handovers reports what sidecars have let go of.
+	handovers *handovers
+	rivals    rivals
+	push      *pusher
+	relay     *leaderRelay
+	idle      idle
 	// steering is held by whoever looks at the membership to change it.
 	steering chan struct{}
 
@@ -270,14 +283,15 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		cfg:    cfg,
-		log:    cfg.Logger,
-		reader: NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithEpochs(cfg.State),
-		feed:   newFeed(cfg.State, cfg.Logger),
-		told:   newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
-		push:   newPusher(),
-		relay:  newLeaderRelay(cfg),
-		idle:   idle{after: cfg.TransferIdle, timer: realTimer},
+		cfg:       cfg,
+		log:       cfg.Logger,
+		reader:    NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithEpochs(cfg.State),
+		feed:      newFeed(cfg.State, cfg.Logger),
+		handovers: newHandovers(),
+		told:      newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
+		push:      newPusher(),
+		relay:     newLeaderRelay(cfg),
+		idle:      idle{after: cfg.TransferIdle, timer: realTimer},
 
 		steering: make(chan struct{}, 1),
 	}
@@ -306,6 +320,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		return nil, err
 	}
 	s.feed.onAssignment = s.told.changed
+	s.feed.onHandover, s.feed.onLoad = s.handovers.changed, s.handovers.load
 	s.feed.onSidecar = s.told.forget
 	s.feed.onReplaced = s.rivals.replaced
 	s.feed.onReset = s.told.reset
@@ -316,6 +331,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	s.loops.Go(s.followGate)
 	s.push.start(s.run, &s.loops)
+	s.loops.Go(func() { s.handovers.report(s.run, cfg.Submitter, cfg.Now, s.log) })
 	s.loops.Add(2)
 	go func() { defer s.loops.Done(); s.feed.follow(s.run, revision) }()
 	go func() { defer s.loops.Done(); s.health.follow(s.run) }()

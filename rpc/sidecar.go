@@ -46,6 +46,7 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 			Name: localName(ls), Type: commandpb.ServiceType(ls.ServiceType), Endpoint: ls.LocalEndpoint,
 		})
 	}
+	warnings := placementLabels(rec, req.Labels)
 	// Before the command, so that no assignment made for it is missed.
 	b := newBell()
 	defer a.feed.watchSidecar(id, b)()
@@ -69,7 +70,7 @@ func (a *sidecarAPI) RegisterSidecar(ctx context.Context, req *sidecarpb.Registe
 		Revision:            res.GetRevision(),
 		HeartbeatIntervalMs: a.nextBeatMs(),
 		TtlMs:               uint64(a.cfg.SidecarTTL.Milliseconds()),
-		Warnings:            registrationWarnings(before, rec),
+		Warnings:            append(warnings, registrationWarnings(before, rec)...),
 	}
 	for _, w := range resp.Warnings {
 		a.log.Warn(w, "sidecar", id)
@@ -223,6 +224,9 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		entry, what = a.told.first(id, a.cfg.Now()), firstDue
 	}
 	a.told.heardBack(ctx, entry, req)
+	if revision, epoch := entry.upTo(); revision > 0 && epoch == a.cfg.State.Epoch() {
+		a.handovers.heard(id, revision, epoch)
+	}
 	if what != nothingDue {
 		if what == firstDue && !current {
 			if err := a.reader.Wait(ctx); err != nil {

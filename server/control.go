@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"conveyor.etl/router/control"
 )
@@ -26,7 +27,8 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "liveness"), Now: s.o.Now,
 		SuspectAfter: s.c.Liveness.SuspectAfter, ExpireAfter: s.c.Liveness.ExpireAfter, Beat: s.c.Liveness.HeartbeatInterval,
 		MassFraction: float64(s.c.Liveness.MassExpiryPercent) / 100, MassHold: s.c.Liveness.MassExpiryHold,
-		Share: s.shareLeases,
+		FlapGrace: s.c.Placement.FlapGrace,
+		Share:     s.shareLeases,
 	})
 	if err != nil {
 		return nil, err
@@ -34,6 +36,7 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	c := &controlLoops{liveness: liveness, checker: newChecker(s)}
 	c.placer = control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
+		HandoverTimeout: s.handoverTimeout(), MovesPerMinute: int(s.c.Placement.MovesPerMinute),
 		Planned: func(p control.PlanInfo) {
 			if p.Stale == 0 {
 				c.planned.Store(p.Revision)
@@ -50,6 +53,21 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 		Self: s.c.NodeID, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now, Position: s.disk.machine.Applied,
 	})
 	return c, nil
+}
+
+// handoverTimeout is how long a sidecar has to let go of a stage. One that is silent
+// for as long as its lease counts as gone anyway.
+func (s *Server) handoverTimeout() time.Duration {
+	if d := s.c.Placement.HandoverTimeout; d > 0 {
+		return d
+	}
+	return min(s.c.Liveness.ExpireAfter, time.Hour)
+}
+
+// waiting is what placement waits for, for GetClusterStatus.
+func (s *Server) waiting() (heldMoves, handovers, draining int) {
+	st := s.control.placer.Stats()
+	return st.Held, st.Handovers, st.Draining
 }
 
 // start runs the loops until ctx is done.

@@ -271,6 +271,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		StateBytes: s.stateBytes, Preflight: s.transport.Preflight,
 		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain, Planned: s.control.planned.Load,
+		Waiting: s.waiting, HandoverTimeout: s.handoverTimeout(),
 		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,

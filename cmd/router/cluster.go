@@ -58,6 +58,15 @@ func printStatus(a *app, st *adminpb.GetClusterStatusResponse) error {
 	head.Add("REVISION", st.GetRevision())
 	head.Add("ANSWERED BY", fmt.Sprintf("node %d, commit %d, applied %d, version %s",
 		st.GetNodeId(), st.GetCommitIndex(), st.GetAppliedIndex(), output.Clean(st.GetVersion())))
+	if n := st.GetDrainingSidecars(); n > 0 {
+		head.Add("DRAINING", fmt.Sprintf("%d sidecars", n))
+	}
+	if n := st.GetPendingHandovers(); n > 0 {
+		head.Add("HANDOVERS", fmt.Sprintf("%d wait for a sidecar to let go of a stage", n))
+	}
+	if n := st.GetHeldMoves(); n > 0 {
+		head.Add("HELD MOVES", fmt.Sprintf("%d stages wait for the movement budget (placement.moves_per_minute)", n))
+	}
 	for _, alarm := range st.GetAlarms() {
 		head.Add("ALARM", alarm)
 	}

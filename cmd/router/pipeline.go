@@ -77,6 +77,13 @@ func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus
 		where := strings.Join(placed[s.GetId()].GetSidecarIds(), ",")
 		if reason := placed[s.GetId()].GetPendingReason(); reason != "" {
 			where = "pending: " + reason
+		} else {
+			if d := placed[s.GetId()].GetDraining(); len(d) > 0 {
+				where += " (draining: " + strings.Join(d, ",") + ")"
+			}
+			if r := placed[s.GetId()].GetReleasing(); len(r) > 0 {
+				where += " (waits for " + strings.Join(r, ",") + ")"
+			}
 		}
 		stages.Add(s.GetId(), short(s.GetStageType().String(), "STAGE_TYPE_"),
 			s.GetServiceSelector().GetServiceName(), strings.Join(next[s.GetId()], ","), where)

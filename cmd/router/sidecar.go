@@ -12,8 +12,9 @@ import (
 )
 
 func newSidecarCommand(a *app) *cobra.Command {
-	cmd := &cobra.Command{Use: "sidecar", Aliases: []string{"sidecars"}, Short: "Show the sidecars and what they run"}
-	cmd.AddCommand(newSidecarListCommand(a), newSidecarGetCommand(a), newSidecarAssignmentsCommand(a))
+	cmd := &cobra.Command{Use: "sidecar", Aliases: []string{"sidecars"}, Short: "Show the sidecars and what they run, and drain them"}
+	cmd.AddCommand(newSidecarListCommand(a), newSidecarGetCommand(a), newSidecarAssignmentsCommand(a),
+		newSidecarDrainCommand(a), newSidecarUndrainCommand(a))
 	return cmd
 }
 
@@ -57,10 +58,10 @@ func newSidecarListCommand(a *app) *cobra.Command {
 					return err
 				}
 				return output.Print(a.stdout, a.format, output.Messages(all), func() *output.Grid {
-					g := &output.Grid{Header: []string{"ID", "STATE", "ENDPOINT", "SERVICES", "ASSIGNMENTS", "SINCE"}}
+					g := &output.Grid{Header: []string{"ID", "STATE", "ENDPOINT", "SERVICES", "ASSIGNMENTS", "SINCE", "ZONE"}}
 					for _, s := range all {
-						g.Add(s.GetSidecarId(), short(s.GetState().String(), "SIDECAR_STATE_"), s.GetEndpoint(),
-							len(s.GetLocalServices()), len(s.GetAssignments()), when(s.GetStateChangedAt()))
+						g.Add(s.GetSidecarId(), sidecarState(s), s.GetEndpoint(),
+							len(s.GetLocalServices()), len(s.GetAssignments()), when(s.GetStateChangedAt()), orDash(s.GetZone()))
 					}
 					return g
 				})
@@ -87,8 +88,16 @@ func newSidecarGetCommand(a *app) *cobra.Command {
 				}
 				head := &output.Grid{}
 				head.Add("ID", s.GetSidecarId())
-				head.Add("STATE", short(s.GetState().String(), "SIDECAR_STATE_")+" since "+when(s.GetStateChangedAt()))
+				head.Add("STATE", sidecarState(s)+" since "+when(s.GetStateChangedAt()))
+				if s.GetDrainDeadline() != nil {
+					head.Add("DRAINED BY", when(s.GetDrainDeadline()))
+				}
+				if s.GetGraceUntil() != nil {
+					head.Add("KEEPS ITS STAGES UNTIL", when(s.GetGraceUntil()))
+				}
 				head.Add("ENDPOINT", s.GetEndpoint())
+				head.Add("ZONE, NODE", orDash(s.GetZone())+", "+orDash(s.GetNode()))
+				head.Add("CAPACITY", s.GetCapacity())
 				head.Add("REGISTERED", when(s.GetRegisteredAt()))
 				if err := head.Write(a.stdout); err != nil {
 					return err
@@ -102,7 +111,15 @@ func newSidecarGetCommand(a *app) *cobra.Command {
 					return err
 				}
 				fmt.Fprintln(a.stdout)
-				return assignmentGrid([]*clusterpb.SidecarInfo{s}).Write(a.stdout)
+				if err := assignmentGrid([]*clusterpb.SidecarInfo{s}).Write(a.stdout); err != nil || len(s.GetReleases()) == 0 {
+					return err
+				}
+				releases := &output.Grid{Header: []string{"LETS GO OF PIPELINE", "STAGE", "SINCE REVISION", "AT THE LATEST"}}
+				for _, r := range s.GetReleases() {
+					releases.Add(r.GetPipelineId(), r.GetStageId(), r.GetRevision(), when(r.GetDeadline()))
+				}
+				fmt.Fprintln(a.stdout)
+				return releases.Write(a.stdout)
 			})
 		},
 	}

@@ -26,3 +26,11 @@ func yesNo(b bool) string {
 func short(enum, prefix string) string {
 	return strings.ToLower(strings.TrimPrefix(enum, prefix))
 }
+
+// orDash shows a text that may be empty.
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

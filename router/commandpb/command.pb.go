@@ -26,6 +26,58 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type HandoverEnd int32
+
+const (
+	HandoverEnd_HANDOVER_END_UNSPECIFIED HandoverEnd = 0
+	HandoverEnd_HANDOVER_END_APPLIED     HandoverEnd = 1 // the sidecar has applied what took the stages from it
+	HandoverEnd_HANDOVER_END_DEADLINE    HandoverEnd = 2 // refused before the deadline
+	HandoverEnd_HANDOVER_END_GONE        HandoverEnd = 3 // the sidecar is expired or not registered; refused otherwise
+)
+
+// Enum value maps for HandoverEnd.
+var (
+	HandoverEnd_name = map[int32]string{
+		0: "HANDOVER_END_UNSPECIFIED",
+		1: "HANDOVER_END_APPLIED",
+		2: "HANDOVER_END_DEADLINE",
+		3: "HANDOVER_END_GONE",
+	}
+	HandoverEnd_value = map[string]int32{
+		"HANDOVER_END_UNSPECIFIED": 0,
+		"HANDOVER_END_APPLIED":     1,
+		"HANDOVER_END_DEADLINE":    2,
+		"HANDOVER_END_GONE":        3,
+	}
+)
+
+func (x HandoverEnd) Enum() *HandoverEnd {
+	p := new(HandoverEnd)
+	*p = x
+	return p
+}
+
+func (x HandoverEnd) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (HandoverEnd) Descriptor() protoreflect.EnumDescriptor {
+	return file_conveyor_command_command_proto_enumTypes[0].Descriptor()
+}
+
+func (HandoverEnd) Type() protoreflect.EnumType {
+	return &file_conveyor_command_command_proto_enumTypes[0]
+}
+
+func (x HandoverEnd) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use HandoverEnd.Descriptor instead.
+func (HandoverEnd) EnumDescriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{0}
+}
+
 type Code int32
 
 const (
@@ -80,11 +132,11 @@ func (x Code) String() string {
 }
 
 func (Code) Descriptor() protoreflect.EnumDescriptor {
-	return file_conveyor_command_command_proto_enumTypes[0].Descriptor()
+	return file_conveyor_command_command_proto_enumTypes[1].Descriptor()
 }
 
 func (Code) Type() protoreflect.EnumType {
-	return &file_conveyor_command_command_proto_enumTypes[0]
+	return &file_conveyor_command_command_proto_enumTypes[1]
 }
 
 func (x Code) Number() protoreflect.EnumNumber {
@@ -93,7 +145,7 @@ func (x Code) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Code.Descriptor instead.
 func (Code) EnumDescriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{0}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{1}
 }
 
 // Command is one deterministic change of the state. Everything that depends on
@@ -124,6 +176,9 @@ type Command struct {
 	//	*Command_DeregisterSidecar
 	//	*Command_TransitionSidecar
 	//	*Command_ApplyAssignments
+	//	*Command_DrainSidecar
+	//	*Command_UndrainSidecar
+	//	*Command_EndHandovers
 	//	*Command_PutOperation
 	//	*Command_CancelOperation
 	//	*Command_BeginRestore
@@ -374,6 +429,33 @@ func (x *Command) GetApplyAssignments() *ApplyAssignments {
 	return nil
 }
 
+func (x *Command) GetDrainSidecar() *DrainSidecar {
+	if x != nil {
+		if x, ok := x.Op.(*Command_DrainSidecar); ok {
+			return x.DrainSidecar
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetUndrainSidecar() *UndrainSidecar {
+	if x != nil {
+		if x, ok := x.Op.(*Command_UndrainSidecar); ok {
+			return x.UndrainSidecar
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetEndHandovers() *EndHandovers {
+	if x != nil {
+		if x, ok := x.Op.(*Command_EndHandovers); ok {
+			return x.EndHandovers
+		}
+	}
+	return nil
+}
+
 func (x *Command) GetPutOperation() *PutOperation {
 	if x != nil {
 		if x, ok := x.Op.(*Command_PutOperation); ok {
@@ -544,6 +626,18 @@ type Command_ApplyAssignments struct {
 	ApplyAssignments *ApplyAssignments `protobuf:"bytes,53,opt,name=apply_assignments,json=applyAssignments,proto3,oneof"`
 }
 
+type Command_DrainSidecar struct {
+	DrainSidecar *DrainSidecar `protobuf:"bytes,54,opt,name=drain_sidecar,json=drainSidecar,proto3,oneof"`
+}
+
+type Command_UndrainSidecar struct {
+	UndrainSidecar *UndrainSidecar `protobuf:"bytes,55,opt,name=undrain_sidecar,json=undrainSidecar,proto3,oneof"`
+}
+
+type Command_EndHandovers struct {
+	EndHandovers *EndHandovers `protobuf:"bytes,56,opt,name=end_handovers,json=endHandovers,proto3,oneof"`
+}
+
 type Command_PutOperation struct {
 	PutOperation *PutOperation `protobuf:"bytes,60,opt,name=put_operation,json=putOperation,proto3,oneof"`
 }
@@ -615,6 +709,12 @@ func (*Command_DeregisterSidecar) isCommand_Op() {}
 func (*Command_TransitionSidecar) isCommand_Op() {}
 
 func (*Command_ApplyAssignments) isCommand_Op() {}
+
+func (*Command_DrainSidecar) isCommand_Op() {}
+
+func (*Command_UndrainSidecar) isCommand_Op() {}
+
+func (*Command_EndHandovers) isCommand_Op() {}
 
 func (*Command_PutOperation) isCommand_Op() {}
 
@@ -898,8 +998,11 @@ type DeletePipeline struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,2,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Above 0: one made again under this id is not given its entry stages before
+	// those who ran them have applied this, or so long has passed.
+	ReleaseTimeoutMs uint64 `protobuf:"varint,3,opt,name=release_timeout_ms,json=releaseTimeoutMs,proto3" json:"release_timeout_ms,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *DeletePipeline) Reset() {
@@ -946,11 +1049,19 @@ func (x *DeletePipeline) GetExpectedVersion() uint64 {
 	return 0
 }
 
+func (x *DeletePipeline) GetReleaseTimeoutMs() uint64 {
+	if x != nil {
+		return x.ReleaseTimeoutMs
+	}
+	return 0
+}
+
 type SetPipelineEnabled struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId      string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
 	Enabled         bool                   `protobuf:"varint,2,opt,name=enabled,proto3" json:"enabled,omitempty"`
 	ExpectedVersion *uint64                `protobuf:"varint,3,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
+	Abrupt          bool                   `protobuf:"varint,4,opt,name=abrupt,proto3" json:"abrupt,omitempty"` // when disabling: sidecars need not finish what they hold
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1004,6 +1115,13 @@ func (x *SetPipelineEnabled) GetExpectedVersion() uint64 {
 		return *x.ExpectedVersion
 	}
 	return 0
+}
+
+func (x *SetPipelineEnabled) GetAbrupt() bool {
+	if x != nil {
+		return x.Abrupt
+	}
+	return false
 }
 
 type CommitSourceOffset struct {
@@ -1789,6 +1907,7 @@ func (x *RegisterSidecar) GetSidecar() *Sidecar {
 type DeregisterSidecar struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	LeavingOnly   bool                   `protobuf:"varint,2,opt,name=leaving_only,json=leavingOnly,proto3" json:"leaving_only,omitempty"` // refused unless it drains in order to leave
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1830,13 +1949,23 @@ func (x *DeregisterSidecar) GetSidecarId() string {
 	return ""
 }
 
+func (x *DeregisterSidecar) GetLeavingOnly() bool {
+	if x != nil {
+		return x.LeavingOnly
+	}
+	return false
+}
+
 type TransitionSidecar struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId          string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
 	ExpectedGeneration uint64                 `protobuf:"varint,2,opt,name=expected_generation,json=expectedGeneration,proto3" json:"expected_generation,omitempty"` // the registration the decision was made about; 0 = any
 	State              SidecarState           `protobuf:"varint,3,opt,name=state,proto3,enum=conveyor.command.SidecarState" json:"state,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// To expired: one that expired less than ten times this ago keeps what it has
+	// for this long. 0 = it loses it; of one in its grace, that is over.
+	GraceMs       uint64 `protobuf:"varint,4,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TransitionSidecar) Reset() {
@@ -1890,6 +2019,233 @@ func (x *TransitionSidecar) GetState() SidecarState {
 	return SidecarState_SIDECAR_STATE_UNSPECIFIED
 }
 
+func (x *TransitionSidecar) GetGraceMs() uint64 {
+	if x != nil {
+		return x.GraceMs
+	}
+	return 0
+}
+
+// DrainSidecar takes from a sidecar what others can run, and gives it nothing
+// more.
+type DrainSidecar struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	TimeoutMs     uint64                 `protobuf:"varint,2,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"` // from now, how long it is waited for; 0 = as for any other release
+	Leaves        bool                   `protobuf:"varint,3,opt,name=leaves,proto3" json:"leaves,omitempty"`                        // remove it once it runs nothing, or at the deadline
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainSidecar) Reset() {
+	*x = DrainSidecar{}
+	mi := &file_conveyor_command_command_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainSidecar) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainSidecar) ProtoMessage() {}
+
+func (x *DrainSidecar) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainSidecar.ProtoReflect.Descriptor instead.
+func (*DrainSidecar) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *DrainSidecar) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *DrainSidecar) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *DrainSidecar) GetLeaves() bool {
+	if x != nil {
+		return x.Leaves
+	}
+	return false
+}
+
+// UndrainSidecar takes a drain back.
+type UndrainSidecar struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainSidecar) Reset() {
+	*x = UndrainSidecar{}
+	mi := &file_conveyor_command_command_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainSidecar) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainSidecar) ProtoMessage() {}
+
+func (x *UndrainSidecar) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainSidecar.ProtoReflect.Descriptor instead.
+func (*UndrainSidecar) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *UndrainSidecar) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+// EndHandovers frees stages that sidecars have let go of.
+type EndHandovers struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ended         []*EndedHandover       `protobuf:"bytes,1,rep,name=ended,proto3" json:"ended,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndHandovers) Reset() {
+	*x = EndHandovers{}
+	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndHandovers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndHandovers) ProtoMessage() {}
+
+func (x *EndHandovers) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndHandovers.ProtoReflect.Descriptor instead.
+func (*EndHandovers) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *EndHandovers) GetEnded() []*EndedHandover {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+type EndedHandover struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	PipelineId    string                 `protobuf:"bytes,2,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"` // releases up to it
+	End           HandoverEnd            `protobuf:"varint,4,opt,name=end,proto3,enum=conveyor.command.HandoverEnd" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndedHandover) Reset() {
+	*x = EndedHandover{}
+	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndedHandover) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndedHandover) ProtoMessage() {}
+
+func (x *EndedHandover) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndedHandover.ProtoReflect.Descriptor instead.
+func (*EndedHandover) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *EndedHandover) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *EndedHandover) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *EndedHandover) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *EndedHandover) GetEnd() HandoverEnd {
+	if x != nil {
+		return x.End
+	}
+	return HandoverEnd_HANDOVER_END_UNSPECIFIED
+}
+
 // ApplyAssignments records what the planner decided. Each change is checked
 // against what it was planned from; a stale one is skipped and counted.
 type ApplyAssignments struct {
@@ -1899,13 +2255,17 @@ type ApplyAssignments struct {
 	// created later makes a change stale even if its version looks the same: it
 	// was deleted and made anew. 0 = unchecked.
 	PlannedRevision uint64 `protobuf:"varint,2,opt,name=planned_revision,json=plannedRevision,proto3" json:"planned_revision,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// A change that gives a sidecar a stage which another has yet to let go of is
+	// stale, and so is one that would let more sidecars run an entry stage than its
+	// parallelism says.
+	Handovers     bool `protobuf:"varint,3,opt,name=handovers,proto3" json:"handovers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ApplyAssignments) Reset() {
 	*x = ApplyAssignments{}
-	mi := &file_conveyor_command_command_proto_msgTypes[21]
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1917,7 +2277,7 @@ func (x *ApplyAssignments) String() string {
 func (*ApplyAssignments) ProtoMessage() {}
 
 func (x *ApplyAssignments) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[21]
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1930,7 +2290,7 @@ func (x *ApplyAssignments) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyAssignments.ProtoReflect.Descriptor instead.
 func (*ApplyAssignments) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ApplyAssignments) GetChanges() []*AssignmentChange {
@@ -1947,6 +2307,13 @@ func (x *ApplyAssignments) GetPlannedRevision() uint64 {
 	return 0
 }
 
+func (x *ApplyAssignments) GetHandovers() bool {
+	if x != nil {
+		return x.Handovers
+	}
+	return false
+}
+
 type AssignmentChange struct {
 	state             protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId         string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
@@ -1956,13 +2323,20 @@ type AssignmentChange struct {
 	Revoke            bool                   `protobuf:"varint,5,opt,name=revoke,proto3" json:"revoke,omitempty"`
 	Stages            []*StageAssignment     `protobuf:"bytes,6,rep,name=stages,proto3" json:"stages,omitempty"`
 	LocalComplete     bool                   `protobuf:"varint,7,opt,name=local_complete,json=localComplete,proto3" json:"local_complete,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Stages it lets go of that nobody else is given before it has applied the
+	// change, or release_timeout_ms have passed.
+	Releases         []string `protobuf:"bytes,8,rep,name=releases,proto3" json:"releases,omitempty"`
+	ReleaseTimeoutMs uint64   `protobuf:"varint,9,opt,name=release_timeout_ms,json=releaseTimeoutMs,proto3" json:"release_timeout_ms,omitempty"`
+	// Others it lets go of. Nobody waits for these, but a sidecar that drains is not
+	// done before it has.
+	SharedReleases []string `protobuf:"bytes,10,rep,name=shared_releases,json=sharedReleases,proto3" json:"shared_releases,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *AssignmentChange) Reset() {
 	*x = AssignmentChange{}
-	mi := &file_conveyor_command_command_proto_msgTypes[22]
+	mi := &file_conveyor_command_command_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2348,7 @@ func (x *AssignmentChange) String() string {
 func (*AssignmentChange) ProtoMessage() {}
 
 func (x *AssignmentChange) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[22]
+	mi := &file_conveyor_command_command_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2361,7 @@ func (x *AssignmentChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentChange.ProtoReflect.Descriptor instead.
 func (*AssignmentChange) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AssignmentChange) GetSidecarId() string {
@@ -2039,6 +2413,27 @@ func (x *AssignmentChange) GetLocalComplete() bool {
 	return false
 }
 
+func (x *AssignmentChange) GetReleases() []string {
+	if x != nil {
+		return x.Releases
+	}
+	return nil
+}
+
+func (x *AssignmentChange) GetReleaseTimeoutMs() uint64 {
+	if x != nil {
+		return x.ReleaseTimeoutMs
+	}
+	return 0
+}
+
+func (x *AssignmentChange) GetSharedReleases() []string {
+	if x != nil {
+		return x.SharedReleases
+	}
+	return nil
+}
+
 // PutOperation creates an operation, or moves it on.
 type PutOperation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2050,7 +2445,7 @@ type PutOperation struct {
 
 func (x *PutOperation) Reset() {
 	*x = PutOperation{}
-	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	mi := &file_conveyor_command_command_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2062,7 +2457,7 @@ func (x *PutOperation) String() string {
 func (*PutOperation) ProtoMessage() {}
 
 func (x *PutOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	mi := &file_conveyor_command_command_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2075,7 +2470,7 @@ func (x *PutOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutOperation.ProtoReflect.Descriptor instead.
 func (*PutOperation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PutOperation) GetOperation() *Operation {
@@ -2102,7 +2497,7 @@ type CancelOperation struct {
 
 func (x *CancelOperation) Reset() {
 	*x = CancelOperation{}
-	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	mi := &file_conveyor_command_command_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2509,7 @@ func (x *CancelOperation) String() string {
 func (*CancelOperation) ProtoMessage() {}
 
 func (x *CancelOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	mi := &file_conveyor_command_command_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2522,7 @@ func (x *CancelOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperation.ProtoReflect.Descriptor instead.
 func (*CancelOperation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CancelOperation) GetOperationId() string {
@@ -2150,7 +2545,7 @@ type BeginRestore struct {
 
 func (x *BeginRestore) Reset() {
 	*x = BeginRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	mi := &file_conveyor_command_command_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2162,7 +2557,7 @@ func (x *BeginRestore) String() string {
 func (*BeginRestore) ProtoMessage() {}
 
 func (x *BeginRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	mi := &file_conveyor_command_command_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2175,7 +2570,7 @@ func (x *BeginRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginRestore.ProtoReflect.Descriptor instead.
 func (*BeginRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *BeginRestore) GetOperationId() string {
@@ -2220,7 +2615,7 @@ type StageRestore struct {
 
 func (x *StageRestore) Reset() {
 	*x = StageRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[26]
+	mi := &file_conveyor_command_command_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2232,7 +2627,7 @@ func (x *StageRestore) String() string {
 func (*StageRestore) ProtoMessage() {}
 
 func (x *StageRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[26]
+	mi := &file_conveyor_command_command_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2245,7 +2640,7 @@ func (x *StageRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageRestore.ProtoReflect.Descriptor instead.
 func (*StageRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{26}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StageRestore) GetOperationId() string {
@@ -2288,7 +2683,7 @@ type SealRestore struct {
 
 func (x *SealRestore) Reset() {
 	*x = SealRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[27]
+	mi := &file_conveyor_command_command_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2300,7 +2695,7 @@ func (x *SealRestore) String() string {
 func (*SealRestore) ProtoMessage() {}
 
 func (x *SealRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[27]
+	mi := &file_conveyor_command_command_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2313,7 +2708,7 @@ func (x *SealRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRestore.ProtoReflect.Descriptor instead.
 func (*SealRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{27}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SealRestore) GetOperationId() string {
@@ -2349,7 +2744,7 @@ type ReportRestore struct {
 
 func (x *ReportRestore) Reset() {
 	*x = ReportRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[28]
+	mi := &file_conveyor_command_command_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2361,7 +2756,7 @@ func (x *ReportRestore) String() string {
 func (*ReportRestore) ProtoMessage() {}
 
 func (x *ReportRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[28]
+	mi := &file_conveyor_command_command_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2374,7 +2769,7 @@ func (x *ReportRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRestore.ProtoReflect.Descriptor instead.
 func (*ReportRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{28}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ReportRestore) GetOperationId() string {
@@ -2408,7 +2803,7 @@ type SwapRestore struct {
 
 func (x *SwapRestore) Reset() {
 	*x = SwapRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[29]
+	mi := &file_conveyor_command_command_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2815,7 @@ func (x *SwapRestore) String() string {
 func (*SwapRestore) ProtoMessage() {}
 
 func (x *SwapRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[29]
+	mi := &file_conveyor_command_command_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2828,7 @@ func (x *SwapRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRestore.ProtoReflect.Descriptor instead.
 func (*SwapRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{29}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SwapRestore) GetOperationId() string {
@@ -2454,7 +2849,7 @@ type AbandonRestore struct {
 
 func (x *AbandonRestore) Reset() {
 	*x = AbandonRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[30]
+	mi := &file_conveyor_command_command_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2466,7 +2861,7 @@ func (x *AbandonRestore) String() string {
 func (*AbandonRestore) ProtoMessage() {}
 
 func (x *AbandonRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[30]
+	mi := &file_conveyor_command_command_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2479,7 +2874,7 @@ func (x *AbandonRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonRestore.ProtoReflect.Descriptor instead.
 func (*AbandonRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{30}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AbandonRestore) GetOperationId() string {
@@ -2520,7 +2915,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_conveyor_command_command_proto_msgTypes[31]
+	mi := &file_conveyor_command_command_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2532,7 +2927,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[31]
+	mi := &file_conveyor_command_command_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2545,7 +2940,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{31}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Result) GetRevision() uint64 {
@@ -2667,7 +3062,7 @@ type Rejection struct {
 
 func (x *Rejection) Reset() {
 	*x = Rejection{}
-	mi := &file_conveyor_command_command_proto_msgTypes[32]
+	mi := &file_conveyor_command_command_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2679,7 +3074,7 @@ func (x *Rejection) String() string {
 func (*Rejection) ProtoMessage() {}
 
 func (x *Rejection) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[32]
+	mi := &file_conveyor_command_command_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2692,7 +3087,7 @@ func (x *Rejection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rejection.ProtoReflect.Descriptor instead.
 func (*Rejection) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{32}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Rejection) GetCode() Code {
@@ -2744,7 +3139,7 @@ type RequestRecord struct {
 
 func (x *RequestRecord) Reset() {
 	*x = RequestRecord{}
-	mi := &file_conveyor_command_command_proto_msgTypes[33]
+	mi := &file_conveyor_command_command_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +3151,7 @@ func (x *RequestRecord) String() string {
 func (*RequestRecord) ProtoMessage() {}
 
 func (x *RequestRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[33]
+	mi := &file_conveyor_command_command_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +3164,7 @@ func (x *RequestRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestRecord.ProtoReflect.Descriptor instead.
 func (*RequestRecord) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{33}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RequestRecord) GetSequence() uint64 {
@@ -2811,7 +3206,7 @@ var File_conveyor_command_command_proto protoreflect.FileDescriptor
 
 const file_conveyor_command_command_proto_rawDesc = "" +
 	"\n" +
-	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\xbe\x12\n" +
+	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\x99\x14\n" +
 	"\aCommand\x12\x17\n" +
 	"\atime_ms\x18\x01 \x01(\x04R\x06timeMs\x12\x1d\n" +
 	"\n" +
@@ -2840,6 +3235,9 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x12deregister_sidecar\x183 \x01(\v2#.conveyor.command.DeregisterSidecarH\x00R\x11deregisterSidecar\x12T\n" +
 	"\x12transition_sidecar\x184 \x01(\v2#.conveyor.command.TransitionSidecarH\x00R\x11transitionSidecar\x12Q\n" +
 	"\x11apply_assignments\x185 \x01(\v2\".conveyor.command.ApplyAssignmentsH\x00R\x10applyAssignments\x12E\n" +
+	"\rdrain_sidecar\x186 \x01(\v2\x1e.conveyor.command.DrainSidecarH\x00R\fdrainSidecar\x12K\n" +
+	"\x0fundrain_sidecar\x187 \x01(\v2 .conveyor.command.UndrainSidecarH\x00R\x0eundrainSidecar\x12E\n" +
+	"\rend_handovers\x188 \x01(\v2\x1e.conveyor.command.EndHandoversH\x00R\fendHandovers\x12E\n" +
 	"\rput_operation\x18< \x01(\v2\x1e.conveyor.command.PutOperationH\x00R\fputOperation\x12N\n" +
 	"\x10cancel_operation\x18= \x01(\v2!.conveyor.command.CancelOperationH\x00R\x0fcancelOperation\x12E\n" +
 	"\rbegin_restore\x18F \x01(\v2\x1e.conveyor.command.BeginRestoreH\x00R\fbeginRestore\x12E\n" +
@@ -2872,17 +3270,19 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\vPutPipeline\x122\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1e.conveyor.command.PipelineSpecR\x04spec\x12.\n" +
 	"\x10expected_version\x18\x02 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
-	"\x11_expected_version\"v\n" +
+	"\x11_expected_version\"\xa4\x01\n" +
 	"\x0eDeletePipeline\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12.\n" +
-	"\x10expected_version\x18\x02 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
-	"\x11_expected_version\"\x94\x01\n" +
+	"\x10expected_version\x18\x02 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12,\n" +
+	"\x12release_timeout_ms\x18\x03 \x01(\x04R\x10releaseTimeoutMsB\x13\n" +
+	"\x11_expected_version\"\xac\x01\n" +
 	"\x12SetPipelineEnabled\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x18\n" +
 	"\aenabled\x18\x02 \x01(\bR\aenabled\x12.\n" +
-	"\x10expected_version\x18\x03 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01B\x13\n" +
+	"\x10expected_version\x18\x03 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12\x16\n" +
+	"\x06abrupt\x18\x04 \x01(\bR\x06abruptB\x13\n" +
 	"\x11_expected_version\"\xad\x01\n" +
 	"\x12CommitSourceOffset\x12\x1b\n" +
 	"\tsource_id\x18\x01 \x01(\tR\bsourceId\x12\x1c\n" +
@@ -2948,18 +3348,39 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x13expected_generation\x18\x02 \x01(\x04R\x12expectedGeneration\x127\n" +
 	"\amembers\x18\x03 \x03(\v2\x1d.conveyor.command.GroupMemberR\amembers\"F\n" +
 	"\x0fRegisterSidecar\x123\n" +
-	"\asidecar\x18\x01 \x01(\v2\x19.conveyor.command.SidecarR\asidecar\"2\n" +
+	"\asidecar\x18\x01 \x01(\v2\x19.conveyor.command.SidecarR\asidecar\"U\n" +
 	"\x11DeregisterSidecar\x12\x1d\n" +
 	"\n" +
-	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\"\x99\x01\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12!\n" +
+	"\fleaving_only\x18\x02 \x01(\bR\vleavingOnly\"\xb4\x01\n" +
 	"\x11TransitionSidecar\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12/\n" +
 	"\x13expected_generation\x18\x02 \x01(\x04R\x12expectedGeneration\x124\n" +
-	"\x05state\x18\x03 \x01(\x0e2\x1e.conveyor.command.SidecarStateR\x05state\"{\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x1e.conveyor.command.SidecarStateR\x05state\x12\x19\n" +
+	"\bgrace_ms\x18\x04 \x01(\x04R\agraceMs\"d\n" +
+	"\fDrainSidecar\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\x12\x16\n" +
+	"\x06leaves\x18\x03 \x01(\bR\x06leaves\"/\n" +
+	"\x0eUndrainSidecar\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\"E\n" +
+	"\fEndHandovers\x125\n" +
+	"\x05ended\x18\x01 \x03(\v2\x1f.conveyor.command.EndedHandoverR\x05ended\"\x9c\x01\n" +
+	"\rEndedHandover\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
+	"\vpipeline_id\x18\x02 \x01(\tR\n" +
+	"pipelineId\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12/\n" +
+	"\x03end\x18\x04 \x01(\x0e2\x1d.conveyor.command.HandoverEndR\x03end\"\x99\x01\n" +
 	"\x10ApplyAssignments\x12<\n" +
 	"\achanges\x18\x01 \x03(\v2\".conveyor.command.AssignmentChangeR\achanges\x12)\n" +
-	"\x10planned_revision\x18\x02 \x01(\x04R\x0fplannedRevision\"\xa6\x02\n" +
+	"\x10planned_revision\x18\x02 \x01(\x04R\x0fplannedRevision\x12\x1c\n" +
+	"\thandovers\x18\x03 \x01(\bR\thandovers\"\x99\x03\n" +
 	"\x10AssignmentChange\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
@@ -2969,7 +3390,11 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x10pipeline_version\x18\x04 \x01(\x04R\x0fpipelineVersion\x12\x16\n" +
 	"\x06revoke\x18\x05 \x01(\bR\x06revoke\x129\n" +
 	"\x06stages\x18\x06 \x03(\v2!.conveyor.command.StageAssignmentR\x06stages\x12%\n" +
-	"\x0elocal_complete\x18\a \x01(\bR\rlocalComplete\"a\n" +
+	"\x0elocal_complete\x18\a \x01(\bR\rlocalComplete\x12\x1a\n" +
+	"\breleases\x18\b \x03(\tR\breleases\x12,\n" +
+	"\x12release_timeout_ms\x18\t \x01(\x04R\x10releaseTimeoutMs\x12'\n" +
+	"\x0fshared_releases\x18\n" +
+	" \x03(\tR\x0esharedReleases\"a\n" +
 	"\fPutOperation\x129\n" +
 	"\toperation\x18\x01 \x01(\v2\x1b.conveyor.command.OperationR\toperation\x12\x16\n" +
 	"\x06create\x18\x02 \x01(\bR\x06create\"4\n" +
@@ -3033,7 +3458,12 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\atime_ms\x18\x02 \x01(\x04R\x06timeMs\x12\x0e\n" +
 	"\x02op\x18\x03 \x01(\rR\x02op\x120\n" +
 	"\x06result\x18\x04 \x01(\v2\x18.conveyor.command.ResultR\x06result\x12\x16\n" +
-	"\x06digest\x18\x05 \x01(\x06R\x06digest*\xc3\x01\n" +
+	"\x06digest\x18\x05 \x01(\x06R\x06digest*w\n" +
+	"\vHandoverEnd\x12\x1c\n" +
+	"\x18HANDOVER_END_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14HANDOVER_END_APPLIED\x10\x01\x12\x19\n" +
+	"\x15HANDOVER_END_DEADLINE\x10\x02\x12\x15\n" +
+	"\x11HANDOVER_END_GONE\x10\x03*\xc3\x01\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fCODE_INVALID\x10\x01\x12\x12\n" +
@@ -3060,112 +3490,122 @@ func file_conveyor_command_command_proto_rawDescGZIP() []byte {
 	return file_conveyor_command_command_proto_rawDescData
 }
 
-var file_conveyor_command_command_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_conveyor_command_command_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_conveyor_command_command_proto_goTypes = []any{
-	(Code)(0),                   // 0: conveyor.command.Code
-	(*Command)(nil),             // 1: conveyor.command.Command
-	(*RegisterService)(nil),     // 2: conveyor.command.RegisterService
-	(*DeregisterService)(nil),   // 3: conveyor.command.DeregisterService
-	(*RenewLease)(nil),          // 4: conveyor.command.RenewLease
-	(*UpdateServiceHealth)(nil), // 5: conveyor.command.UpdateServiceHealth
-	(*PutPipeline)(nil),         // 6: conveyor.command.PutPipeline
-	(*DeletePipeline)(nil),      // 7: conveyor.command.DeletePipeline
-	(*SetPipelineEnabled)(nil),  // 8: conveyor.command.SetPipelineEnabled
-	(*CommitSourceOffset)(nil),  // 9: conveyor.command.CommitSourceOffset
-	(*AdvanceWatermark)(nil),    // 10: conveyor.command.AdvanceWatermark
-	(*SaveCheckpoint)(nil),      // 11: conveyor.command.SaveCheckpoint
-	(*DeleteCheckpoint)(nil),    // 12: conveyor.command.DeleteCheckpoint
-	(*CommitGroupOffset)(nil),   // 13: conveyor.command.CommitGroupOffset
-	(*CommitBatch)(nil),         // 14: conveyor.command.CommitBatch
-	(*CommitOp)(nil),            // 15: conveyor.command.CommitOp
-	(*JoinGroup)(nil),           // 16: conveyor.command.JoinGroup
-	(*LeaveGroup)(nil),          // 17: conveyor.command.LeaveGroup
-	(*AssignPartitions)(nil),    // 18: conveyor.command.AssignPartitions
-	(*RegisterSidecar)(nil),     // 19: conveyor.command.RegisterSidecar
-	(*DeregisterSidecar)(nil),   // 20: conveyor.command.DeregisterSidecar
-	(*TransitionSidecar)(nil),   // 21: conveyor.command.TransitionSidecar
-	(*ApplyAssignments)(nil),    // 22: conveyor.command.ApplyAssignments
-	(*AssignmentChange)(nil),    // 23: conveyor.command.AssignmentChange
-	(*PutOperation)(nil),        // 24: conveyor.command.PutOperation
-	(*CancelOperation)(nil),     // 25: conveyor.command.CancelOperation
-	(*BeginRestore)(nil),        // 26: conveyor.command.BeginRestore
-	(*StageRestore)(nil),        // 27: conveyor.command.StageRestore
-	(*SealRestore)(nil),         // 28: conveyor.command.SealRestore
-	(*ReportRestore)(nil),       // 29: conveyor.command.ReportRestore
-	(*SwapRestore)(nil),         // 30: conveyor.command.SwapRestore
-	(*AbandonRestore)(nil),      // 31: conveyor.command.AbandonRestore
-	(*Result)(nil),              // 32: conveyor.command.Result
-	(*Rejection)(nil),           // 33: conveyor.command.Rejection
-	(*RequestRecord)(nil),       // 34: conveyor.command.RequestRecord
-	(*Service)(nil),             // 35: conveyor.command.Service
-	(*Health)(nil),              // 36: conveyor.command.Health
-	(ServiceState)(0),           // 37: conveyor.command.ServiceState
-	(*PipelineSpec)(nil),        // 38: conveyor.command.PipelineSpec
-	(*SourceOffset)(nil),        // 39: conveyor.command.SourceOffset
-	(*GroupMember)(nil),         // 40: conveyor.command.GroupMember
-	(*Sidecar)(nil),             // 41: conveyor.command.Sidecar
-	(SidecarState)(0),           // 42: conveyor.command.SidecarState
-	(*StageAssignment)(nil),     // 43: conveyor.command.StageAssignment
-	(*Operation)(nil),           // 44: conveyor.command.Operation
-	(*RestoreSource)(nil),       // 45: conveyor.command.RestoreSource
-	(*Watermark)(nil),           // 46: conveyor.command.Watermark
+	(HandoverEnd)(0),            // 0: conveyor.command.HandoverEnd
+	(Code)(0),                   // 1: conveyor.command.Code
+	(*Command)(nil),             // 2: conveyor.command.Command
+	(*RegisterService)(nil),     // 3: conveyor.command.RegisterService
+	(*DeregisterService)(nil),   // 4: conveyor.command.DeregisterService
+	(*RenewLease)(nil),          // 5: conveyor.command.RenewLease
+	(*UpdateServiceHealth)(nil), // 6: conveyor.command.UpdateServiceHealth
+	(*PutPipeline)(nil),         // 7: conveyor.command.PutPipeline
+	(*DeletePipeline)(nil),      // 8: conveyor.command.DeletePipeline
+	(*SetPipelineEnabled)(nil),  // 9: conveyor.command.SetPipelineEnabled
+	(*CommitSourceOffset)(nil),  // 10: conveyor.command.CommitSourceOffset
+	(*AdvanceWatermark)(nil),    // 11: conveyor.command.AdvanceWatermark
+	(*SaveCheckpoint)(nil),      // 12: conveyor.command.SaveCheckpoint
+	(*DeleteCheckpoint)(nil),    // 13: conveyor.command.DeleteCheckpoint
+	(*CommitGroupOffset)(nil),   // 14: conveyor.command.CommitGroupOffset
+	(*CommitBatch)(nil),         // 15: conveyor.command.CommitBatch
+	(*CommitOp)(nil),            // 16: conveyor.command.CommitOp
+	(*JoinGroup)(nil),           // 17: conveyor.command.JoinGroup
+	(*LeaveGroup)(nil),          // 18: conveyor.command.LeaveGroup
+	(*AssignPartitions)(nil),    // 19: conveyor.command.AssignPartitions
+	(*RegisterSidecar)(nil),     // 20: conveyor.command.RegisterSidecar
+	(*DeregisterSidecar)(nil),   // 21: conveyor.command.DeregisterSidecar
+	(*TransitionSidecar)(nil),   // 22: conveyor.command.TransitionSidecar
+	(*DrainSidecar)(nil),        // 23: conveyor.command.DrainSidecar
+	(*UndrainSidecar)(nil),      // 24: conveyor.command.UndrainSidecar
+	(*EndHandovers)(nil),        // 25: conveyor.command.EndHandovers
+	(*EndedHandover)(nil),       // 26: conveyor.command.EndedHandover
+	(*ApplyAssignments)(nil),    // 27: conveyor.command.ApplyAssignments
+	(*AssignmentChange)(nil),    // 28: conveyor.command.AssignmentChange
+	(*PutOperation)(nil),        // 29: conveyor.command.PutOperation
+	(*CancelOperation)(nil),     // 30: conveyor.command.CancelOperation
+	(*BeginRestore)(nil),        // 31: conveyor.command.BeginRestore
+	(*StageRestore)(nil),        // 32: conveyor.command.StageRestore
+	(*SealRestore)(nil),         // 33: conveyor.command.SealRestore
+	(*ReportRestore)(nil),       // 34: conveyor.command.ReportRestore
+	(*SwapRestore)(nil),         // 35: conveyor.command.SwapRestore
+	(*AbandonRestore)(nil),      // 36: conveyor.command.AbandonRestore
+	(*Result)(nil),              // 37: conveyor.command.Result
+	(*Rejection)(nil),           // 38: conveyor.command.Rejection
+	(*RequestRecord)(nil),       // 39: conveyor.command.RequestRecord
+	(*Service)(nil),             // 40: conveyor.command.Service
+	(*Health)(nil),              // 41: conveyor.command.Health
+	(ServiceState)(0),           // 42: conveyor.command.ServiceState
+	(*PipelineSpec)(nil),        // 43: conveyor.command.PipelineSpec
+	(*SourceOffset)(nil),        // 44: conveyor.command.SourceOffset
+	(*GroupMember)(nil),         // 45: conveyor.command.GroupMember
+	(*Sidecar)(nil),             // 46: conveyor.command.Sidecar
+	(SidecarState)(0),           // 47: conveyor.command.SidecarState
+	(*StageAssignment)(nil),     // 48: conveyor.command.StageAssignment
+	(*Operation)(nil),           // 49: conveyor.command.Operation
+	(*RestoreSource)(nil),       // 50: conveyor.command.RestoreSource
+	(*Watermark)(nil),           // 51: conveyor.command.Watermark
 }
 var file_conveyor_command_command_proto_depIdxs = []int32{
-	2,  // 0: conveyor.command.Command.register_service:type_name -> conveyor.command.RegisterService
-	3,  // 1: conveyor.command.Command.deregister_service:type_name -> conveyor.command.DeregisterService
-	4,  // 2: conveyor.command.Command.renew_lease:type_name -> conveyor.command.RenewLease
-	5,  // 3: conveyor.command.Command.update_service_health:type_name -> conveyor.command.UpdateServiceHealth
-	6,  // 4: conveyor.command.Command.put_pipeline:type_name -> conveyor.command.PutPipeline
-	7,  // 5: conveyor.command.Command.delete_pipeline:type_name -> conveyor.command.DeletePipeline
-	8,  // 6: conveyor.command.Command.set_pipeline_enabled:type_name -> conveyor.command.SetPipelineEnabled
-	9,  // 7: conveyor.command.Command.commit_source_offset:type_name -> conveyor.command.CommitSourceOffset
-	10, // 8: conveyor.command.Command.advance_watermark:type_name -> conveyor.command.AdvanceWatermark
-	11, // 9: conveyor.command.Command.save_checkpoint:type_name -> conveyor.command.SaveCheckpoint
-	13, // 10: conveyor.command.Command.commit_group_offset:type_name -> conveyor.command.CommitGroupOffset
-	14, // 11: conveyor.command.Command.commit_batch:type_name -> conveyor.command.CommitBatch
-	12, // 12: conveyor.command.Command.delete_checkpoint:type_name -> conveyor.command.DeleteCheckpoint
-	16, // 13: conveyor.command.Command.join_group:type_name -> conveyor.command.JoinGroup
-	17, // 14: conveyor.command.Command.leave_group:type_name -> conveyor.command.LeaveGroup
-	18, // 15: conveyor.command.Command.assign_partitions:type_name -> conveyor.command.AssignPartitions
-	19, // 16: conveyor.command.Command.register_sidecar:type_name -> conveyor.command.RegisterSidecar
-	20, // 17: conveyor.command.Command.deregister_sidecar:type_name -> conveyor.command.DeregisterSidecar
-	21, // 18: conveyor.command.Command.transition_sidecar:type_name -> conveyor.command.TransitionSidecar
-	22, // 19: conveyor.command.Command.apply_assignments:type_name -> conveyor.command.ApplyAssignments
-	24, // 20: conveyor.command.Command.put_operation:type_name -> conveyor.command.PutOperation
-	25, // 21: conveyor.command.Command.cancel_operation:type_name -> conveyor.command.CancelOperation
-	26, // 22: conveyor.command.Command.begin_restore:type_name -> conveyor.command.BeginRestore
-	27, // 23: conveyor.command.Command.stage_restore:type_name -> conveyor.command.StageRestore
-	28, // 24: conveyor.command.Command.seal_restore:type_name -> conveyor.command.SealRestore
-	29, // 25: conveyor.command.Command.report_restore:type_name -> conveyor.command.ReportRestore
-	30, // 26: conveyor.command.Command.swap_restore:type_name -> conveyor.command.SwapRestore
-	31, // 27: conveyor.command.Command.abandon_restore:type_name -> conveyor.command.AbandonRestore
-	35, // 28: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
-	36, // 29: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
-	37, // 30: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
-	38, // 31: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
-	39, // 32: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	15, // 33: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
-	9,  // 34: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
-	10, // 35: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
-	13, // 36: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
-	11, // 37: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
-	40, // 38: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
-	41, // 39: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
-	42, // 40: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
-	23, // 41: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
-	43, // 42: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
-	44, // 43: conveyor.command.PutOperation.operation:type_name -> conveyor.command.Operation
-	45, // 44: conveyor.command.BeginRestore.source:type_name -> conveyor.command.RestoreSource
-	33, // 45: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
-	46, // 46: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
-	0,  // 47: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
-	32, // 48: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
-	49, // [49:49] is the sub-list for method output_type
-	49, // [49:49] is the sub-list for method input_type
-	49, // [49:49] is the sub-list for extension type_name
-	49, // [49:49] is the sub-list for extension extendee
-	0,  // [0:49] is the sub-list for field type_name
+	3,  // 0: conveyor.command.Command.register_service:type_name -> conveyor.command.RegisterService
+	4,  // 1: conveyor.command.Command.deregister_service:type_name -> conveyor.command.DeregisterService
+	5,  // 2: conveyor.command.Command.renew_lease:type_name -> conveyor.command.RenewLease
+	6,  // 3: conveyor.command.Command.update_service_health:type_name -> conveyor.command.UpdateServiceHealth
+	7,  // 4: conveyor.command.Command.put_pipeline:type_name -> conveyor.command.PutPipeline
+	8,  // 5: conveyor.command.Command.delete_pipeline:type_name -> conveyor.command.DeletePipeline
+	9,  // 6: conveyor.command.Command.set_pipeline_enabled:type_name -> conveyor.command.SetPipelineEnabled
+	10, // 7: conveyor.command.Command.commit_source_offset:type_name -> conveyor.command.CommitSourceOffset
+	11, // 8: conveyor.command.Command.advance_watermark:type_name -> conveyor.command.AdvanceWatermark
+	12, // 9: conveyor.command.Command.save_checkpoint:type_name -> conveyor.command.SaveCheckpoint
+	14, // 10: conveyor.command.Command.commit_group_offset:type_name -> conveyor.command.CommitGroupOffset
+	15, // 11: conveyor.command.Command.commit_batch:type_name -> conveyor.command.CommitBatch
+	13, // 12: conveyor.command.Command.delete_checkpoint:type_name -> conveyor.command.DeleteCheckpoint
+	17, // 13: conveyor.command.Command.join_group:type_name -> conveyor.command.JoinGroup
+	18, // 14: conveyor.command.Command.leave_group:type_name -> conveyor.command.LeaveGroup
+	19, // 15: conveyor.command.Command.assign_partitions:type_name -> conveyor.command.AssignPartitions
+	20, // 16: conveyor.command.Command.register_sidecar:type_name -> conveyor.command.RegisterSidecar
+	21, // 17: conveyor.command.Command.deregister_sidecar:type_name -> conveyor.command.DeregisterSidecar
+	22, // 18: conveyor.command.Command.transition_sidecar:type_name -> conveyor.command.TransitionSidecar
+	27, // 19: conveyor.command.Command.apply_assignments:type_name -> conveyor.command.ApplyAssignments
+	23, // 20: conveyor.command.Command.drain_sidecar:type_name -> conveyor.command.DrainSidecar
+	24, // 21: conveyor.command.Command.undrain_sidecar:type_name -> conveyor.command.UndrainSidecar
+	25, // 22: conveyor.command.Command.end_handovers:type_name -> conveyor.command.EndHandovers
+	29, // 23: conveyor.command.Command.put_operation:type_name -> conveyor.command.PutOperation
+	30, // 24: conveyor.command.Command.cancel_operation:type_name -> conveyor.command.CancelOperation
+	31, // 25: conveyor.command.Command.begin_restore:type_name -> conveyor.command.BeginRestore
+	32, // 26: conveyor.command.Command.stage_restore:type_name -> conveyor.command.StageRestore
+	33, // 27: conveyor.command.Command.seal_restore:type_name -> conveyor.command.SealRestore
+	34, // 28: conveyor.command.Command.report_restore:type_name -> conveyor.command.ReportRestore
+	35, // 29: conveyor.command.Command.swap_restore:type_name -> conveyor.command.SwapRestore
+	36, // 30: conveyor.command.Command.abandon_restore:type_name -> conveyor.command.AbandonRestore
+	40, // 31: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
+	41, // 32: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
+	42, // 33: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
+	43, // 34: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
+	44, // 35: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	16, // 36: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
+	10, // 37: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
+	11, // 38: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
+	14, // 39: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
+	12, // 40: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
+	45, // 41: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
+	46, // 42: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
+	47, // 43: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
+	26, // 44: conveyor.command.EndHandovers.ended:type_name -> conveyor.command.EndedHandover
+	0,  // 45: conveyor.command.EndedHandover.end:type_name -> conveyor.command.HandoverEnd
+	28, // 46: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
+	48, // 47: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
+	49, // 48: conveyor.command.PutOperation.operation:type_name -> conveyor.command.Operation
+	50, // 49: conveyor.command.BeginRestore.source:type_name -> conveyor.command.RestoreSource
+	38, // 50: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
+	51, // 51: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
+	1,  // 52: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
+	37, // 53: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
+	54, // [54:54] is the sub-list for method output_type
+	54, // [54:54] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_command_proto_init() }
@@ -3195,6 +3635,9 @@ func file_conveyor_command_command_proto_init() {
 		(*Command_DeregisterSidecar)(nil),
 		(*Command_TransitionSidecar)(nil),
 		(*Command_ApplyAssignments)(nil),
+		(*Command_DrainSidecar)(nil),
+		(*Command_UndrainSidecar)(nil),
+		(*Command_EndHandovers)(nil),
 		(*Command_PutOperation)(nil),
 		(*Command_CancelOperation)(nil),
 		(*Command_BeginRestore)(nil),
@@ -3219,8 +3662,8 @@ func file_conveyor_command_command_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_command_proto_rawDesc), len(file_conveyor_command_command_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   34,
+			NumEnums:      2,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

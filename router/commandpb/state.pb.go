@@ -1455,6 +1455,7 @@ type Pipeline struct {
 	UpdatedAtMs    uint64                 `protobuf:"varint,4,opt,name=updated_at_ms,json=updatedAtMs,proto3" json:"updated_at_ms,omitempty"`
 	CreateRevision uint64                 `protobuf:"varint,5,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
 	ModRevision    uint64                 `protobuf:"varint,6,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	Abrupt         bool                   `protobuf:"varint,7,opt,name=abrupt,proto3" json:"abrupt,omitempty"` // disabled: its sidecars need not finish what they hold
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1531,6 +1532,13 @@ func (x *Pipeline) GetModRevision() uint64 {
 	return 0
 }
 
+func (x *Pipeline) GetAbrupt() bool {
+	if x != nil {
+		return x.Abrupt
+	}
+	return false
+}
+
 type LocalService struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1604,6 +1612,15 @@ type Sidecar struct {
 	StateChangedAtMs uint64                 `protobuf:"varint,9,opt,name=state_changed_at_ms,json=stateChangedAtMs,proto3" json:"state_changed_at_ms,omitempty"`
 	CreateRevision   uint64                 `protobuf:"varint,10,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
 	ModRevision      uint64                 `protobuf:"varint,11,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	Zone             string                 `protobuf:"bytes,12,opt,name=zone,proto3" json:"zone,omitempty"`          // where it runs; empty = unknown
+	Node             string                 `protobuf:"bytes,13,opt,name=node,proto3" json:"node,omitempty"`          // machine it runs on; empty = unknown
+	Capacity         uint32                 `protobuf:"varint,14,opt,name=capacity,proto3" json:"capacity,omitempty"` // how much it can take in relation to others; 0 = 1
+	Draining         bool                   `protobuf:"varint,15,opt,name=draining,proto3" json:"draining,omitempty"` // it loses what others can run and is given nothing
+	Leaves           bool                   `protobuf:"varint,16,opt,name=leaves,proto3" json:"leaves,omitempty"`     // draining: it is removed once it runs nothing, or at the deadline
+	DrainSinceMs     uint64                 `protobuf:"varint,17,opt,name=drain_since_ms,json=drainSinceMs,proto3" json:"drain_since_ms,omitempty"`
+	DrainDeadlineMs  uint64                 `protobuf:"varint,18,opt,name=drain_deadline_ms,json=drainDeadlineMs,proto3" json:"drain_deadline_ms,omitempty"` // when nobody waits for it any more; 0 = each release has its own time
+	ExpiredAtMs      uint64                 `protobuf:"varint,19,opt,name=expired_at_ms,json=expiredAtMs,proto3" json:"expired_at_ms,omitempty"`             // when it expired last, for who expires again soon after
+	GraceUntilMs     uint64                 `protobuf:"varint,20,opt,name=grace_until_ms,json=graceUntilMs,proto3" json:"grace_until_ms,omitempty"`          // expired, and keeps what it has until then; 0 = it has lost it
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1711,6 +1728,69 @@ func (x *Sidecar) GetCreateRevision() uint64 {
 func (x *Sidecar) GetModRevision() uint64 {
 	if x != nil {
 		return x.ModRevision
+	}
+	return 0
+}
+
+func (x *Sidecar) GetZone() string {
+	if x != nil {
+		return x.Zone
+	}
+	return ""
+}
+
+func (x *Sidecar) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Sidecar) GetCapacity() uint32 {
+	if x != nil {
+		return x.Capacity
+	}
+	return 0
+}
+
+func (x *Sidecar) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+func (x *Sidecar) GetLeaves() bool {
+	if x != nil {
+		return x.Leaves
+	}
+	return false
+}
+
+func (x *Sidecar) GetDrainSinceMs() uint64 {
+	if x != nil {
+		return x.DrainSinceMs
+	}
+	return 0
+}
+
+func (x *Sidecar) GetDrainDeadlineMs() uint64 {
+	if x != nil {
+		return x.DrainDeadlineMs
+	}
+	return 0
+}
+
+func (x *Sidecar) GetExpiredAtMs() uint64 {
+	if x != nil {
+		return x.ExpiredAtMs
+	}
+	return 0
+}
+
+func (x *Sidecar) GetGraceUntilMs() uint64 {
+	if x != nil {
+		return x.GraceUntilMs
 	}
 	return 0
 }
@@ -1894,6 +1974,152 @@ func (x *Assignment) GetChangedAtMs() uint64 {
 	return 0
 }
 
+// Handover lists what a sidecar has been told to let go of and is not known to
+// have let go of. Nobody else is given these stages while it is there.
+type Handover struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId     string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	SidecarId      string                 `protobuf:"bytes,2,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	Releases       []*Release             `protobuf:"bytes,3,rep,name=releases,proto3" json:"releases,omitempty"` // by stage id
+	CreateRevision uint64                 `protobuf:"varint,4,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
+	ModRevision    uint64                 `protobuf:"varint,5,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Handover) Reset() {
+	*x = Handover{}
+	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Handover) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Handover) ProtoMessage() {}
+
+func (x *Handover) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Handover.ProtoReflect.Descriptor instead.
+func (*Handover) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Handover) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *Handover) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *Handover) GetReleases() []*Release {
+	if x != nil {
+		return x.Releases
+	}
+	return nil
+}
+
+func (x *Handover) GetCreateRevision() uint64 {
+	if x != nil {
+		return x.CreateRevision
+	}
+	return 0
+}
+
+func (x *Handover) GetModRevision() uint64 {
+	if x != nil {
+		return x.ModRevision
+	}
+	return 0
+}
+
+type Release struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	StageId       string                 `protobuf:"bytes,1,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`                       // that told it; having applied this one, it has let go
+	DeadlineMs    uint64                 `protobuf:"varint,3,opt,name=deadline_ms,json=deadlineMs,proto3" json:"deadline_ms,omitempty"` // when it counts as let go in any case
+	Shared        bool                   `protobuf:"varint,4,opt,name=shared,proto3" json:"shared,omitempty"`                           // others may run the stage meanwhile: it only shows whether a drain is over
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Release) Reset() {
+	*x = Release{}
+	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Release) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Release) ProtoMessage() {}
+
+func (x *Release) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Release.ProtoReflect.Descriptor instead.
+func (*Release) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Release) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *Release) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Release) GetDeadlineMs() uint64 {
+	if x != nil {
+		return x.DeadlineMs
+	}
+	return 0
+}
+
+func (x *Release) GetShared() bool {
+	if x != nil {
+		return x.Shared
+	}
+	return false
+}
+
 type GroupMember struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
 	ServiceId        string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
@@ -1906,7 +2132,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	mi := &file_conveyor_command_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +2144,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	mi := &file_conveyor_command_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +2157,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GroupMember) GetServiceId() string {
@@ -1977,7 +2203,7 @@ type Group struct {
 
 func (x *Group) Reset() {
 	*x = Group{}
-	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	mi := &file_conveyor_command_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2215,7 @@ func (x *Group) String() string {
 func (*Group) ProtoMessage() {}
 
 func (x *Group) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	mi := &file_conveyor_command_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2228,7 @@ func (x *Group) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Group.ProtoReflect.Descriptor instead.
 func (*Group) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{18}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Group) GetGroupId() string {
@@ -2065,7 +2291,7 @@ type Offset struct {
 
 func (x *Offset) Reset() {
 	*x = Offset{}
-	mi := &file_conveyor_command_state_proto_msgTypes[19]
+	mi := &file_conveyor_command_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2077,7 +2303,7 @@ func (x *Offset) String() string {
 func (*Offset) ProtoMessage() {}
 
 func (x *Offset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[19]
+	mi := &file_conveyor_command_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2090,7 +2316,7 @@ func (x *Offset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Offset.ProtoReflect.Descriptor instead.
 func (*Offset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{19}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Offset) GetOffset() uint64 {
@@ -2127,7 +2353,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_conveyor_command_state_proto_msgTypes[20]
+	mi := &file_conveyor_command_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2139,7 +2365,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[20]
+	mi := &file_conveyor_command_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2152,7 +2378,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{20}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Watermark) GetSourceId() string {
@@ -2201,7 +2427,7 @@ type SourceOffset struct {
 
 func (x *SourceOffset) Reset() {
 	*x = SourceOffset{}
-	mi := &file_conveyor_command_state_proto_msgTypes[21]
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2439,7 @@ func (x *SourceOffset) String() string {
 func (*SourceOffset) ProtoMessage() {}
 
 func (x *SourceOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[21]
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2452,7 @@ func (x *SourceOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceOffset.ProtoReflect.Descriptor instead.
 func (*SourceOffset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SourceOffset) GetSourceId() string {
@@ -2264,7 +2490,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_conveyor_command_state_proto_msgTypes[22]
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2276,7 +2502,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[22]
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2289,7 +2515,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Checkpoint) GetServiceId() string {
@@ -2359,7 +2585,7 @@ type Clock struct {
 
 func (x *Clock) Reset() {
 	*x = Clock{}
-	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2371,7 +2597,7 @@ func (x *Clock) String() string {
 func (*Clock) ProtoMessage() {}
 
 func (x *Clock) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2384,7 +2610,7 @@ func (x *Clock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Clock.ProtoReflect.Descriptor instead.
 func (*Clock) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Clock) GetRevision() uint64 {
@@ -2489,7 +2715,7 @@ type RequestRef struct {
 
 func (x *RequestRef) Reset() {
 	*x = RequestRef{}
-	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2727,7 @@ func (x *RequestRef) String() string {
 func (*RequestRef) ProtoMessage() {}
 
 func (x *RequestRef) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2740,7 @@ func (x *RequestRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestRef.ProtoReflect.Descriptor instead.
 func (*RequestRef) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RequestRef) GetRequestId() string {
@@ -2544,7 +2770,7 @@ type RevokedRef struct {
 
 func (x *RevokedRef) Reset() {
 	*x = RevokedRef{}
-	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2556,7 +2782,7 @@ func (x *RevokedRef) String() string {
 func (*RevokedRef) ProtoMessage() {}
 
 func (x *RevokedRef) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2569,7 +2795,7 @@ func (x *RevokedRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokedRef.ProtoReflect.Descriptor instead.
 func (*RevokedRef) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RevokedRef) GetSidecarId() string {
@@ -2611,7 +2837,7 @@ type GroupPast struct {
 
 func (x *GroupPast) Reset() {
 	*x = GroupPast{}
-	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2849,7 @@ func (x *GroupPast) String() string {
 func (*GroupPast) ProtoMessage() {}
 
 func (x *GroupPast) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2862,7 @@ func (x *GroupPast) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupPast.ProtoReflect.Descriptor instead.
 func (*GroupPast) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GroupPast) GetGeneration() uint64 {
@@ -2675,7 +2901,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2687,7 +2913,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2700,7 +2926,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Operation) GetOperationId() string {
@@ -2852,7 +3078,7 @@ type RestoreSource struct {
 
 func (x *RestoreSource) Reset() {
 	*x = RestoreSource{}
-	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	mi := &file_conveyor_command_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2864,7 +3090,7 @@ func (x *RestoreSource) String() string {
 func (*RestoreSource) ProtoMessage() {}
 
 func (x *RestoreSource) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	mi := &file_conveyor_command_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2877,7 +3103,7 @@ func (x *RestoreSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSource.ProtoReflect.Descriptor instead.
 func (*RestoreSource) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RestoreSource) GetClusterId() uint64 {
@@ -2950,7 +3176,7 @@ type RestoreStage struct {
 
 func (x *RestoreStage) Reset() {
 	*x = RestoreStage{}
-	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	mi := &file_conveyor_command_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3188,7 @@ func (x *RestoreStage) String() string {
 func (*RestoreStage) ProtoMessage() {}
 
 func (x *RestoreStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	mi := &file_conveyor_command_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3201,7 @@ func (x *RestoreStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreStage.ProtoReflect.Descriptor instead.
 func (*RestoreStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RestoreStage) GetOperationId() string {
@@ -3158,18 +3384,19 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\bmetadata\x18\a \x03(\v2,.conveyor.command.PipelineSpec.MetadataEntryR\bmetadata\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xec\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x84\x02\n" +
 	"\bPipeline\x122\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1e.conveyor.command.PipelineSpecR\x04spec\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\"\n" +
 	"\rcreated_at_ms\x18\x03 \x01(\x04R\vcreatedAtMs\x12\"\n" +
 	"\rupdated_at_ms\x18\x04 \x01(\x04R\vupdatedAtMs\x12'\n" +
 	"\x0fcreate_revision\x18\x05 \x01(\x04R\x0ecreateRevision\x12!\n" +
-	"\fmod_revision\x18\x06 \x01(\x04R\vmodRevision\"q\n" +
+	"\fmod_revision\x18\x06 \x01(\x04R\vmodRevision\x12\x16\n" +
+	"\x06abrupt\x18\a \x01(\bR\x06abrupt\"q\n" +
 	"\fLocalService\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x121\n" +
 	"\x04type\x18\x02 \x01(\x0e2\x1d.conveyor.command.ServiceTypeR\x04type\x12\x1a\n" +
-	"\bendpoint\x18\x03 \x01(\tR\bendpoint\"\xb4\x03\n" +
+	"\bendpoint\x18\x03 \x01(\tR\bendpoint\"\xc8\x05\n" +
 	"\aSidecar\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x19\n" +
@@ -3185,7 +3412,16 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x13state_changed_at_ms\x18\t \x01(\x04R\x10stateChangedAtMs\x12'\n" +
 	"\x0fcreate_revision\x18\n" +
 	" \x01(\x04R\x0ecreateRevision\x12!\n" +
-	"\fmod_revision\x18\v \x01(\x04R\vmodRevision\"\xa8\x01\n" +
+	"\fmod_revision\x18\v \x01(\x04R\vmodRevision\x12\x12\n" +
+	"\x04zone\x18\f \x01(\tR\x04zone\x12\x12\n" +
+	"\x04node\x18\r \x01(\tR\x04node\x12\x1a\n" +
+	"\bcapacity\x18\x0e \x01(\rR\bcapacity\x12\x1a\n" +
+	"\bdraining\x18\x0f \x01(\bR\bdraining\x12\x16\n" +
+	"\x06leaves\x18\x10 \x01(\bR\x06leaves\x12$\n" +
+	"\x0edrain_since_ms\x18\x11 \x01(\x04R\fdrainSinceMs\x12*\n" +
+	"\x11drain_deadline_ms\x18\x12 \x01(\x04R\x0fdrainDeadlineMs\x12\"\n" +
+	"\rexpired_at_ms\x18\x13 \x01(\x04R\vexpiredAtMs\x12$\n" +
+	"\x0egrace_until_ms\x18\x14 \x01(\x04R\fgraceUntilMs\"\xa8\x01\n" +
 	"\x0fStageAssignment\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12%\n" +
 	"\x0elocal_endpoint\x18\x02 \x01(\tR\rlocalEndpoint\x12*\n" +
@@ -3205,7 +3441,21 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"generation\x12)\n" +
 	"\x10pipeline_version\x18\a \x01(\x04R\x0fpipelineVersion\x12!\n" +
 	"\fmod_revision\x18\b \x01(\x04R\vmodRevision\x12\"\n" +
-	"\rchanged_at_ms\x18\t \x01(\x04R\vchangedAtMs\"\x9b\x01\n" +
+	"\rchanged_at_ms\x18\t \x01(\x04R\vchangedAtMs\"\xcd\x01\n" +
+	"\bHandover\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x02 \x01(\tR\tsidecarId\x125\n" +
+	"\breleases\x18\x03 \x03(\v2\x19.conveyor.command.ReleaseR\breleases\x12'\n" +
+	"\x0fcreate_revision\x18\x04 \x01(\x04R\x0ecreateRevision\x12!\n" +
+	"\fmod_revision\x18\x05 \x01(\x04R\vmodRevision\"y\n" +
+	"\aRelease\x12\x19\n" +
+	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1f\n" +
+	"\vdeadline_ms\x18\x03 \x01(\x04R\n" +
+	"deadlineMs\x12\x16\n" +
+	"\x06shared\x18\x04 \x01(\bR\x06shared\"\x9b\x01\n" +
 	"\vGroupMember\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12\x1e\n" +
@@ -3382,7 +3632,7 @@ func file_conveyor_command_state_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_state_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_conveyor_command_state_proto_goTypes = []any{
 	(ServiceType)(0),        // 0: conveyor.command.ServiceType
 	(HealthStatus)(0),       // 1: conveyor.command.HealthStatus
@@ -3409,34 +3659,36 @@ var file_conveyor_command_state_proto_goTypes = []any{
 	(*Sidecar)(nil),         // 22: conveyor.command.Sidecar
 	(*StageAssignment)(nil), // 23: conveyor.command.StageAssignment
 	(*Assignment)(nil),      // 24: conveyor.command.Assignment
-	(*GroupMember)(nil),     // 25: conveyor.command.GroupMember
-	(*Group)(nil),           // 26: conveyor.command.Group
-	(*Offset)(nil),          // 27: conveyor.command.Offset
-	(*Watermark)(nil),       // 28: conveyor.command.Watermark
-	(*SourceOffset)(nil),    // 29: conveyor.command.SourceOffset
-	(*Checkpoint)(nil),      // 30: conveyor.command.Checkpoint
-	(*Clock)(nil),           // 31: conveyor.command.Clock
-	(*RequestRef)(nil),      // 32: conveyor.command.RequestRef
-	(*RevokedRef)(nil),      // 33: conveyor.command.RevokedRef
-	(*GroupPast)(nil),       // 34: conveyor.command.GroupPast
-	(*Operation)(nil),       // 35: conveyor.command.Operation
-	(*RestoreSource)(nil),   // 36: conveyor.command.RestoreSource
-	(*RestoreStage)(nil),    // 37: conveyor.command.RestoreStage
-	nil,                     // 38: conveyor.command.Health.ComponentsEntry
-	nil,                     // 39: conveyor.command.Service.LabelsEntry
-	nil,                     // 40: conveyor.command.ServiceSelector.LabelsEntry
-	nil,                     // 41: conveyor.command.PipelineSpec.MetadataEntry
+	(*Handover)(nil),        // 25: conveyor.command.Handover
+	(*Release)(nil),         // 26: conveyor.command.Release
+	(*GroupMember)(nil),     // 27: conveyor.command.GroupMember
+	(*Group)(nil),           // 28: conveyor.command.Group
+	(*Offset)(nil),          // 29: conveyor.command.Offset
+	(*Watermark)(nil),       // 30: conveyor.command.Watermark
+	(*SourceOffset)(nil),    // 31: conveyor.command.SourceOffset
+	(*Checkpoint)(nil),      // 32: conveyor.command.Checkpoint
+	(*Clock)(nil),           // 33: conveyor.command.Clock
+	(*RequestRef)(nil),      // 34: conveyor.command.RequestRef
+	(*RevokedRef)(nil),      // 35: conveyor.command.RevokedRef
+	(*GroupPast)(nil),       // 36: conveyor.command.GroupPast
+	(*Operation)(nil),       // 37: conveyor.command.Operation
+	(*RestoreSource)(nil),   // 38: conveyor.command.RestoreSource
+	(*RestoreStage)(nil),    // 39: conveyor.command.RestoreStage
+	nil,                     // 40: conveyor.command.Health.ComponentsEntry
+	nil,                     // 41: conveyor.command.Service.LabelsEntry
+	nil,                     // 42: conveyor.command.ServiceSelector.LabelsEntry
+	nil,                     // 43: conveyor.command.PipelineSpec.MetadataEntry
 }
 var file_conveyor_command_state_proto_depIdxs = []int32{
 	1,  // 0: conveyor.command.ComponentHealth.status:type_name -> conveyor.command.HealthStatus
 	1,  // 1: conveyor.command.Health.status:type_name -> conveyor.command.HealthStatus
-	38, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
+	40, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
 	0,  // 3: conveyor.command.Service.type:type_name -> conveyor.command.ServiceType
 	8,  // 4: conveyor.command.Service.endpoint:type_name -> conveyor.command.Endpoint
-	39, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
+	41, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
 	10, // 6: conveyor.command.Service.health:type_name -> conveyor.command.Health
 	2,  // 7: conveyor.command.Service.state:type_name -> conveyor.command.ServiceState
-	40, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
+	42, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
 	4,  // 9: conveyor.command.ServiceSelector.load_balance:type_name -> conveyor.command.LoadBalance
 	15, // 10: conveyor.command.ConditionList.conditions:type_name -> conveyor.command.Condition
 	13, // 11: conveyor.command.Condition.metadata_match:type_name -> conveyor.command.MetadataMatch
@@ -3450,24 +3702,25 @@ var file_conveyor_command_state_proto_depIdxs = []int32{
 	15, // 19: conveyor.command.Edge.condition:type_name -> conveyor.command.Condition
 	17, // 20: conveyor.command.PipelineSpec.stages:type_name -> conveyor.command.Stage
 	18, // 21: conveyor.command.PipelineSpec.edges:type_name -> conveyor.command.Edge
-	41, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
+	43, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
 	19, // 23: conveyor.command.Pipeline.spec:type_name -> conveyor.command.PipelineSpec
 	0,  // 24: conveyor.command.LocalService.type:type_name -> conveyor.command.ServiceType
 	21, // 25: conveyor.command.Sidecar.services:type_name -> conveyor.command.LocalService
 	5,  // 26: conveyor.command.Sidecar.state:type_name -> conveyor.command.SidecarState
 	23, // 27: conveyor.command.Assignment.stages:type_name -> conveyor.command.StageAssignment
-	25, // 28: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
-	29, // 29: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	6,  // 30: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
-	31, // 31: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
-	36, // 32: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
-	7,  // 33: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
-	9,  // 34: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	26, // 28: conveyor.command.Handover.releases:type_name -> conveyor.command.Release
+	27, // 29: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
+	31, // 30: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	6,  // 31: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
+	33, // 32: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
+	38, // 33: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
+	7,  // 34: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
+	9,  // 35: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_state_proto_init() }
@@ -3490,7 +3743,7 @@ func file_conveyor_command_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_state_proto_rawDesc), len(file_conveyor_command_state_proto_rawDesc)),
 			NumEnums:      8,
-			NumMessages:   34,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -40,7 +40,7 @@ func kindOf(method string) callKind {
 		"Heartbeat", "Check":
 		return read
 	case "CreatePipeline", "UpdatePipeline", "DeletePipeline", "EnablePipeline", "DisablePipeline",
-		"RegisterSidecar", "DeregisterSidecar",
+		"RegisterSidecar", "DeregisterSidecar", "DrainSidecar", "UndrainSidecar",
 		"Register", "Deregister", "JoinGroup", "LeaveGroup",
 		"CommitOffset", "ReportWatermark", "SaveCheckpoint", "CommitGroupOffset",
 		"CancelOperation":

@@ -2172,21 +2172,25 @@ func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetClusterStatusResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	NodeId        uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	LeaderId      uint64                 `protobuf:"varint,2,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
-	Term          uint64                 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
-	CommitIndex   uint64                 `protobuf:"varint,4,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
-	AppliedIndex  uint64                 `protobuf:"varint,5,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
-	Nodes         []*NodeStatus          `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`
-	Health        ClusterHealth          `protobuf:"varint,7,opt,name=health,proto3,enum=conveyor_etl.router.ClusterHealth" json:"health,omitempty"`
-	ClusterId     string                 `protobuf:"bytes,100,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	ClusterName   string                 `protobuf:"bytes,101,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
-	Revision      uint64                 `protobuf:"varint,102,opt,name=revision,proto3" json:"revision,omitempty"`
-	Version       string                 `protobuf:"bytes,103,opt,name=version,proto3" json:"version,omitempty"`
-	Alarms        []string               `protobuf:"bytes,104,rep,name=alarms,proto3" json:"alarms,omitempty"` // conditions an operator should act on, one sentence each
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	NodeId       uint64                 `protobuf:"varint,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	LeaderId     uint64                 `protobuf:"varint,2,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	Term         uint64                 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
+	CommitIndex  uint64                 `protobuf:"varint,4,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
+	AppliedIndex uint64                 `protobuf:"varint,5,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	Nodes        []*NodeStatus          `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Health       ClusterHealth          `protobuf:"varint,7,opt,name=health,proto3,enum=conveyor_etl.router.ClusterHealth" json:"health,omitempty"`
+	ClusterId    string                 `protobuf:"bytes,100,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterName  string                 `protobuf:"bytes,101,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	Revision     uint64                 `protobuf:"varint,102,opt,name=revision,proto3" json:"revision,omitempty"`
+	Version      string                 `protobuf:"bytes,103,opt,name=version,proto3" json:"version,omitempty"`
+	Alarms       []string               `protobuf:"bytes,104,rep,name=alarms,proto3" json:"alarms,omitempty"` // conditions an operator should act on, one sentence each
+	// What placement waits for, as the leader knows it.
+	HeldMoves        uint32 `protobuf:"varint,105,opt,name=held_moves,json=heldMoves,proto3" json:"held_moves,omitempty"`                      // stages that wait for the movement budget
+	PendingHandovers uint32 `protobuf:"varint,106,opt,name=pending_handovers,json=pendingHandovers,proto3" json:"pending_handovers,omitempty"` // sidecars, per pipeline, that have yet to let go of a stage
+	DrainingSidecars uint32 `protobuf:"varint,107,opt,name=draining_sidecars,json=drainingSidecars,proto3" json:"draining_sidecars,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *GetClusterStatusResponse) Reset() {
@@ -2301,6 +2305,27 @@ func (x *GetClusterStatusResponse) GetAlarms() []string {
 		return x.Alarms
 	}
 	return nil
+}
+
+func (x *GetClusterStatusResponse) GetHeldMoves() uint32 {
+	if x != nil {
+		return x.HeldMoves
+	}
+	return 0
+}
+
+func (x *GetClusterStatusResponse) GetPendingHandovers() uint32 {
+	if x != nil {
+		return x.PendingHandovers
+	}
+	return 0
+}
+
+func (x *GetClusterStatusResponse) GetDrainingSidecars() uint32 {
+	if x != nil {
+		return x.DrainingSidecars
+	}
+	return 0
 }
 
 type NodeStatus struct {
@@ -2513,6 +2538,8 @@ type StagePlacement struct {
 	StageId       string                 `protobuf:"bytes,1,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
 	SidecarIds    []string               `protobuf:"bytes,2,rep,name=sidecar_ids,json=sidecarIds,proto3" json:"sidecar_ids,omitempty"`
 	PendingReason string                 `protobuf:"bytes,3,opt,name=pending_reason,json=pendingReason,proto3" json:"pending_reason,omitempty"` // empty when the stage is served
+	Draining      []string               `protobuf:"bytes,4,rep,name=draining,proto3" json:"draining,omitempty"`                                // of sidecar_ids, those that drain
+	Releasing     []string               `protobuf:"bytes,5,rep,name=releasing,proto3" json:"releasing,omitempty"`                              // sidecars that have yet to let go of it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2566,6 +2593,20 @@ func (x *StagePlacement) GetPendingReason() string {
 		return x.PendingReason
 	}
 	return ""
+}
+
+func (x *StagePlacement) GetDraining() []string {
+	if x != nil {
+		return x.Draining
+	}
+	return nil
+}
+
+func (x *StagePlacement) GetReleasing() []string {
+	if x != nil {
+		return x.Releasing
+	}
+	return nil
 }
 
 var File_conveyor_etl_router_proto protoreflect.FileDescriptor
@@ -2754,7 +2795,7 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\aversion\x18d \x01(\x04R\aversion\x12\x1a\n" +
 	"\brevision\x18e \x01(\x04R\brevision\x12\x14\n" +
 	"\x05epoch\x18f \x01(\x04R\x05epoch\"\x19\n" +
-	"\x17GetClusterStatusRequest\"\xaf\x03\n" +
+	"\x17GetClusterStatusRequest\"\xa8\x04\n" +
 	"\x18GetClusterStatusResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
 	"\tleader_id\x18\x02 \x01(\x04R\bleaderId\x12\x12\n" +
@@ -2768,7 +2809,11 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\fcluster_name\x18e \x01(\tR\vclusterName\x12\x1a\n" +
 	"\brevision\x18f \x01(\x04R\brevision\x12\x18\n" +
 	"\aversion\x18g \x01(\tR\aversion\x12\x16\n" +
-	"\x06alarms\x18h \x03(\tR\x06alarms\"\xf9\x02\n" +
+	"\x06alarms\x18h \x03(\tR\x06alarms\x12\x1d\n" +
+	"\n" +
+	"held_moves\x18i \x01(\rR\theldMoves\x12+\n" +
+	"\x11pending_handovers\x18j \x01(\rR\x10pendingHandovers\x12+\n" +
+	"\x11draining_sidecars\x18k \x01(\rR\x10drainingSidecars\"\xf9\x02\n" +
 	"\n" +
 	"NodeStatus\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x18\n" +
@@ -2788,12 +2833,14 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\ametrics\x18\x01 \x03(\v24.conveyor_etl.router.GetMetricsResponse.MetricsEntryR\ametrics\x1a:\n" +
 	"\fMetricsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"s\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xad\x01\n" +
 	"\x0eStagePlacement\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x1f\n" +
 	"\vsidecar_ids\x18\x02 \x03(\tR\n" +
 	"sidecarIds\x12%\n" +
-	"\x0epending_reason\x18\x03 \x01(\tR\rpendingReason*m\n" +
+	"\x0epending_reason\x18\x03 \x01(\tR\rpendingReason\x12\x1a\n" +
+	"\bdraining\x18\x04 \x03(\tR\bdraining\x12\x1c\n" +
+	"\treleasing\x18\x05 \x03(\tR\treleasing*m\n" +
 	"\tStageType\x12\x1a\n" +
 	"\x16STAGE_TYPE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11STAGE_TYPE_SOURCE\x10\x01\x12\x18\n" +

@@ -2601,6 +2601,14 @@ type SidecarInfo struct {
 	Generation     uint64                          `protobuf:"varint,9,opt,name=generation,proto3" json:"generation,omitempty"`
 	Assignments    []*sidecarpb.PipelineAssignment `protobuf:"bytes,10,rep,name=assignments,proto3" json:"assignments,omitempty"`
 	ModRevision    uint64                          `protobuf:"varint,11,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	Zone           string                          `protobuf:"bytes,12,opt,name=zone,proto3" json:"zone,omitempty"` // empty = unknown
+	Node           string                          `protobuf:"bytes,13,opt,name=node,proto3" json:"node,omitempty"`
+	Capacity       uint32                          `protobuf:"varint,14,opt,name=capacity,proto3" json:"capacity,omitempty"`
+	Draining       bool                            `protobuf:"varint,15,opt,name=draining,proto3" json:"draining,omitempty"`
+	Leaves         bool                            `protobuf:"varint,16,opt,name=leaves,proto3" json:"leaves,omitempty"` // it is removed once it runs nothing, or at the deadline
+	DrainDeadline  *timestamppb.Timestamp          `protobuf:"bytes,17,opt,name=drain_deadline,json=drainDeadline,proto3" json:"drain_deadline,omitempty"`
+	Releases       []*PendingRelease               `protobuf:"bytes,18,rep,name=releases,proto3" json:"releases,omitempty"`                       // what it is not known to have let go of
+	GraceUntil     *timestamppb.Timestamp          `protobuf:"bytes,19,opt,name=grace_until,json=graceUntil,proto3" json:"grace_until,omitempty"` // expired again soon: it keeps its stages until then
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2712,6 +2720,132 @@ func (x *SidecarInfo) GetModRevision() uint64 {
 	return 0
 }
 
+func (x *SidecarInfo) GetZone() string {
+	if x != nil {
+		return x.Zone
+	}
+	return ""
+}
+
+func (x *SidecarInfo) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *SidecarInfo) GetCapacity() uint32 {
+	if x != nil {
+		return x.Capacity
+	}
+	return 0
+}
+
+func (x *SidecarInfo) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+func (x *SidecarInfo) GetLeaves() bool {
+	if x != nil {
+		return x.Leaves
+	}
+	return false
+}
+
+func (x *SidecarInfo) GetDrainDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DrainDeadline
+	}
+	return nil
+}
+
+func (x *SidecarInfo) GetReleases() []*PendingRelease {
+	if x != nil {
+		return x.Releases
+	}
+	return nil
+}
+
+func (x *SidecarInfo) GetGraceUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.GraceUntil
+	}
+	return nil
+}
+
+// PendingRelease is a stage a sidecar was told to let go of. Nobody else runs it
+// before it has, or the deadline.
+type PendingRelease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	StageId       string                 `protobuf:"bytes,2,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
+	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Deadline      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PendingRelease) Reset() {
+	*x = PendingRelease{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PendingRelease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PendingRelease) ProtoMessage() {}
+
+func (x *PendingRelease) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PendingRelease.ProtoReflect.Descriptor instead.
+func (*PendingRelease) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *PendingRelease) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *PendingRelease) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *PendingRelease) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *PendingRelease) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
 type ListSidecarsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // 0 = 1,000
@@ -2723,7 +2857,7 @@ type ListSidecarsRequest struct {
 
 func (x *ListSidecarsRequest) Reset() {
 	*x = ListSidecarsRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[37]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2735,7 +2869,7 @@ func (x *ListSidecarsRequest) String() string {
 func (*ListSidecarsRequest) ProtoMessage() {}
 
 func (x *ListSidecarsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[37]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2748,7 +2882,7 @@ func (x *ListSidecarsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSidecarsRequest.ProtoReflect.Descriptor instead.
 func (*ListSidecarsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{37}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListSidecarsRequest) GetPageSize() uint32 {
@@ -2783,7 +2917,7 @@ type ListSidecarsResponse struct {
 
 func (x *ListSidecarsResponse) Reset() {
 	*x = ListSidecarsResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[38]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2795,7 +2929,7 @@ func (x *ListSidecarsResponse) String() string {
 func (*ListSidecarsResponse) ProtoMessage() {}
 
 func (x *ListSidecarsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[38]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2808,7 +2942,7 @@ func (x *ListSidecarsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSidecarsResponse.ProtoReflect.Descriptor instead.
 func (*ListSidecarsResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{38}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListSidecarsResponse) GetSidecars() []*SidecarInfo {
@@ -2841,7 +2975,7 @@ type GetSidecarRequest struct {
 
 func (x *GetSidecarRequest) Reset() {
 	*x = GetSidecarRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[39]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2853,7 +2987,7 @@ func (x *GetSidecarRequest) String() string {
 func (*GetSidecarRequest) ProtoMessage() {}
 
 func (x *GetSidecarRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[39]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2866,7 +3000,7 @@ func (x *GetSidecarRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSidecarRequest.ProtoReflect.Descriptor instead.
 func (*GetSidecarRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{39}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetSidecarRequest) GetSidecarId() string {
@@ -2887,7 +3021,7 @@ type GetSidecarResponse struct {
 
 func (x *GetSidecarResponse) Reset() {
 	*x = GetSidecarResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[40]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +3033,7 @@ func (x *GetSidecarResponse) String() string {
 func (*GetSidecarResponse) ProtoMessage() {}
 
 func (x *GetSidecarResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[40]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3046,7 @@ func (x *GetSidecarResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSidecarResponse.ProtoReflect.Descriptor instead.
 func (*GetSidecarResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{40}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetSidecarResponse) GetFound() bool {
@@ -2937,15 +3071,19 @@ func (x *GetSidecarResponse) GetRevision() uint64 {
 }
 
 type DeregisterSidecarRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	// Drain it first and remove it when it runs nothing more, or drain_timeout_ms
+	// have passed. The answer does not wait for that.
+	Graceful       bool   `protobuf:"varint,2,opt,name=graceful,proto3" json:"graceful,omitempty"`
+	DrainTimeoutMs uint64 `protobuf:"varint,3,opt,name=drain_timeout_ms,json=drainTimeoutMs,proto3" json:"drain_timeout_ms,omitempty"` // 0 = 5 minutes; at most a day
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *DeregisterSidecarRequest) Reset() {
 	*x = DeregisterSidecarRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[41]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2957,7 +3095,7 @@ func (x *DeregisterSidecarRequest) String() string {
 func (*DeregisterSidecarRequest) ProtoMessage() {}
 
 func (x *DeregisterSidecarRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[41]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2970,7 +3108,7 @@ func (x *DeregisterSidecarRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterSidecarRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterSidecarRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{41}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DeregisterSidecarRequest) GetSidecarId() string {
@@ -2980,17 +3118,32 @@ func (x *DeregisterSidecarRequest) GetSidecarId() string {
 	return ""
 }
 
+func (x *DeregisterSidecarRequest) GetGraceful() bool {
+	if x != nil {
+		return x.Graceful
+	}
+	return false
+}
+
+func (x *DeregisterSidecarRequest) GetDrainTimeoutMs() uint64 {
+	if x != nil {
+		return x.DrainTimeoutMs
+	}
+	return 0
+}
+
 type DeregisterSidecarResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Existed       bool                   `protobuf:"varint,1,opt,name=existed,proto3" json:"existed,omitempty"`
 	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	Draining      bool                   `protobuf:"varint,3,opt,name=draining,proto3" json:"draining,omitempty"` // graceful: it is removed later
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeregisterSidecarResponse) Reset() {
 	*x = DeregisterSidecarResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[42]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3002,7 +3155,7 @@ func (x *DeregisterSidecarResponse) String() string {
 func (*DeregisterSidecarResponse) ProtoMessage() {}
 
 func (x *DeregisterSidecarResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[42]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3015,7 +3168,7 @@ func (x *DeregisterSidecarResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterSidecarResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterSidecarResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{42}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DeregisterSidecarResponse) GetExisted() bool {
@@ -3026,6 +3179,223 @@ func (x *DeregisterSidecarResponse) GetExisted() bool {
 }
 
 func (x *DeregisterSidecarResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *DeregisterSidecarResponse) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+type DrainSidecarRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	// How long it is waited for in all: what it has not let go of then is given to
+	// others nevertheless. 0 = as for any other release; at most a day.
+	DeadlineMs    uint64 `protobuf:"varint,2,opt,name=deadline_ms,json=deadlineMs,proto3" json:"deadline_ms,omitempty"`
+	Remove        bool   `protobuf:"varint,3,opt,name=remove,proto3" json:"remove,omitempty"` // once it runs nothing more, or at the deadline (0 = 5 minutes)
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainSidecarRequest) Reset() {
+	*x = DrainSidecarRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainSidecarRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainSidecarRequest) ProtoMessage() {}
+
+func (x *DrainSidecarRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainSidecarRequest.ProtoReflect.Descriptor instead.
+func (*DrainSidecarRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *DrainSidecarRequest) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *DrainSidecarRequest) GetDeadlineMs() uint64 {
+	if x != nil {
+		return x.DeadlineMs
+	}
+	return 0
+}
+
+func (x *DrainSidecarRequest) GetRemove() bool {
+	if x != nil {
+		return x.Remove
+	}
+	return false
+}
+
+type DrainSidecarResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sidecar       *SidecarInfo           `protobuf:"bytes,1,opt,name=sidecar,proto3" json:"sidecar,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainSidecarResponse) Reset() {
+	*x = DrainSidecarResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainSidecarResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainSidecarResponse) ProtoMessage() {}
+
+func (x *DrainSidecarResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainSidecarResponse.ProtoReflect.Descriptor instead.
+func (*DrainSidecarResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *DrainSidecarResponse) GetSidecar() *SidecarInfo {
+	if x != nil {
+		return x.Sidecar
+	}
+	return nil
+}
+
+func (x *DrainSidecarResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type UndrainSidecarRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainSidecarRequest) Reset() {
+	*x = UndrainSidecarRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainSidecarRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainSidecarRequest) ProtoMessage() {}
+
+func (x *UndrainSidecarRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainSidecarRequest.ProtoReflect.Descriptor instead.
+func (*UndrainSidecarRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *UndrainSidecarRequest) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+type UndrainSidecarResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sidecar       *SidecarInfo           `protobuf:"bytes,1,opt,name=sidecar,proto3" json:"sidecar,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainSidecarResponse) Reset() {
+	*x = UndrainSidecarResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainSidecarResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainSidecarResponse) ProtoMessage() {}
+
+func (x *UndrainSidecarResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainSidecarResponse.ProtoReflect.Descriptor instead.
+func (*UndrainSidecarResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *UndrainSidecarResponse) GetSidecar() *SidecarInfo {
+	if x != nil {
+		return x.Sidecar
+	}
+	return nil
+}
+
+func (x *UndrainSidecarResponse) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
 	}
@@ -3043,7 +3413,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[43]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3055,7 +3425,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[43]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3068,7 +3438,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{43}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GroupMember) GetServiceId() string {
@@ -3106,7 +3476,7 @@ type GroupInfo struct {
 
 func (x *GroupInfo) Reset() {
 	*x = GroupInfo{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[44]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +3488,7 @@ func (x *GroupInfo) String() string {
 func (*GroupInfo) ProtoMessage() {}
 
 func (x *GroupInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[44]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +3501,7 @@ func (x *GroupInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupInfo.ProtoReflect.Descriptor instead.
 func (*GroupInfo) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{44}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GroupInfo) GetGroupId() string {
@@ -3186,7 +3556,7 @@ type ListGroupsRequest struct {
 
 func (x *ListGroupsRequest) Reset() {
 	*x = ListGroupsRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[45]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3198,7 +3568,7 @@ func (x *ListGroupsRequest) String() string {
 func (*ListGroupsRequest) ProtoMessage() {}
 
 func (x *ListGroupsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[45]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3211,7 +3581,7 @@ func (x *ListGroupsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListGroupsRequest.ProtoReflect.Descriptor instead.
 func (*ListGroupsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{45}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ListGroupsRequest) GetPageSize() uint32 {
@@ -3239,7 +3609,7 @@ type ListGroupsResponse struct {
 
 func (x *ListGroupsResponse) Reset() {
 	*x = ListGroupsResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[46]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3251,7 +3621,7 @@ func (x *ListGroupsResponse) String() string {
 func (*ListGroupsResponse) ProtoMessage() {}
 
 func (x *ListGroupsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[46]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3264,7 +3634,7 @@ func (x *ListGroupsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListGroupsResponse.ProtoReflect.Descriptor instead.
 func (*ListGroupsResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{46}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ListGroupsResponse) GetGroups() []*GroupInfo {
@@ -3297,7 +3667,7 @@ type GetGroupRequest struct {
 
 func (x *GetGroupRequest) Reset() {
 	*x = GetGroupRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[47]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3309,7 +3679,7 @@ func (x *GetGroupRequest) String() string {
 func (*GetGroupRequest) ProtoMessage() {}
 
 func (x *GetGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[47]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3322,7 +3692,7 @@ func (x *GetGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGroupRequest.ProtoReflect.Descriptor instead.
 func (*GetGroupRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{47}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *GetGroupRequest) GetGroupId() string {
@@ -3343,7 +3713,7 @@ type GetGroupResponse struct {
 
 func (x *GetGroupResponse) Reset() {
 	*x = GetGroupResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[48]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3725,7 @@ func (x *GetGroupResponse) String() string {
 func (*GetGroupResponse) ProtoMessage() {}
 
 func (x *GetGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[48]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3738,7 @@ func (x *GetGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGroupResponse.ProtoReflect.Descriptor instead.
 func (*GetGroupResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{48}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetGroupResponse) GetFound() bool {
@@ -3403,7 +3773,7 @@ type WatchChangesRequest struct {
 
 func (x *WatchChangesRequest) Reset() {
 	*x = WatchChangesRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[49]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3415,7 +3785,7 @@ func (x *WatchChangesRequest) String() string {
 func (*WatchChangesRequest) ProtoMessage() {}
 
 func (x *WatchChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[49]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3428,7 +3798,7 @@ func (x *WatchChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchChangesRequest.ProtoReflect.Descriptor instead.
 func (*WatchChangesRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{49}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *WatchChangesRequest) GetFromRevision() uint64 {
@@ -3470,7 +3840,7 @@ type ChangeEvent struct {
 
 func (x *ChangeEvent) Reset() {
 	*x = ChangeEvent{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[50]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3482,7 +3852,7 @@ func (x *ChangeEvent) String() string {
 func (*ChangeEvent) ProtoMessage() {}
 
 func (x *ChangeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[50]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3495,7 +3865,7 @@ func (x *ChangeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeEvent.ProtoReflect.Descriptor instead.
 func (*ChangeEvent) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{50}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ChangeEvent) GetRevision() uint64 {
@@ -3557,7 +3927,7 @@ type GetConvergenceRequest struct {
 
 func (x *GetConvergenceRequest) Reset() {
 	*x = GetConvergenceRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[51]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3569,7 +3939,7 @@ func (x *GetConvergenceRequest) String() string {
 func (*GetConvergenceRequest) ProtoMessage() {}
 
 func (x *GetConvergenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[51]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3582,7 +3952,7 @@ func (x *GetConvergenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConvergenceRequest.ProtoReflect.Descriptor instead.
 func (*GetConvergenceRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{51}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *GetConvergenceRequest) GetPipelineId() string {
@@ -3616,7 +3986,7 @@ type GetConvergenceResponse struct {
 
 func (x *GetConvergenceResponse) Reset() {
 	*x = GetConvergenceResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[52]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3628,7 +3998,7 @@ func (x *GetConvergenceResponse) String() string {
 func (*GetConvergenceResponse) ProtoMessage() {}
 
 func (x *GetConvergenceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[52]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3641,7 +4011,7 @@ func (x *GetConvergenceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConvergenceResponse.ProtoReflect.Descriptor instead.
 func (*GetConvergenceResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{52}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GetConvergenceResponse) GetConverged() bool {
@@ -3711,7 +4081,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[53]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3723,7 +4093,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[53]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3736,7 +4106,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{53}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Laggard) GetSidecarId() string {
@@ -3763,7 +4133,7 @@ type PendingStage struct {
 
 func (x *PendingStage) Reset() {
 	*x = PendingStage{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[54]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3775,7 +4145,7 @@ func (x *PendingStage) String() string {
 func (*PendingStage) ProtoMessage() {}
 
 func (x *PendingStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[54]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3788,7 +4158,7 @@ func (x *PendingStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingStage.ProtoReflect.Descriptor instead.
 func (*PendingStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{54}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *PendingStage) GetStageId() string {
@@ -3814,7 +4184,7 @@ type ListAppliedRequest struct {
 
 func (x *ListAppliedRequest) Reset() {
 	*x = ListAppliedRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[55]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3826,7 +4196,7 @@ func (x *ListAppliedRequest) String() string {
 func (*ListAppliedRequest) ProtoMessage() {}
 
 func (x *ListAppliedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[55]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3839,7 +4209,7 @@ func (x *ListAppliedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAppliedRequest.ProtoReflect.Descriptor instead.
 func (*ListAppliedRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{55}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ListAppliedRequest) GetPipelineId() string {
@@ -3858,7 +4228,7 @@ type ListAppliedResponse struct {
 
 func (x *ListAppliedResponse) Reset() {
 	*x = ListAppliedResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[56]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3870,7 +4240,7 @@ func (x *ListAppliedResponse) String() string {
 func (*ListAppliedResponse) ProtoMessage() {}
 
 func (x *ListAppliedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[56]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3883,7 +4253,7 @@ func (x *ListAppliedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAppliedResponse.ProtoReflect.Descriptor instead.
 func (*ListAppliedResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{56}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ListAppliedResponse) GetSidecarIds() []string {
@@ -4089,7 +4459,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12#\n" +
 	"\rapplied_index\x18\x02 \x01(\x04R\fappliedIndex\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x12\n" +
-	"\x04hash\x18\x04 \x01(\fR\x04hash\"\x9c\x04\n" +
+	"\x04hash\x18\x04 \x01(\fR\x04hash\"\xd6\x06\n" +
 	"\vSidecarInfo\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x19\n" +
@@ -4105,7 +4475,22 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"generation\x12J\n" +
 	"\vassignments\x18\n" +
 	" \x03(\v2(.conveyor_etl.sidecar.PipelineAssignmentR\vassignments\x12!\n" +
-	"\fmod_revision\x18\v \x01(\x04R\vmodRevision\"o\n" +
+	"\fmod_revision\x18\v \x01(\x04R\vmodRevision\x12\x12\n" +
+	"\x04zone\x18\f \x01(\tR\x04zone\x12\x12\n" +
+	"\x04node\x18\r \x01(\tR\x04node\x12\x1a\n" +
+	"\bcapacity\x18\x0e \x01(\rR\bcapacity\x12\x1a\n" +
+	"\bdraining\x18\x0f \x01(\bR\bdraining\x12\x16\n" +
+	"\x06leaves\x18\x10 \x01(\bR\x06leaves\x12A\n" +
+	"\x0edrain_deadline\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\rdrainDeadline\x12@\n" +
+	"\breleases\x18\x12 \x03(\v2$.conveyor_etl.cluster.PendingReleaseR\breleases\x12;\n" +
+	"\vgrace_until\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"graceUntil\"\xa0\x01\n" +
+	"\x0ePendingRelease\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x19\n" +
+	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x126\n" +
+	"\bdeadline\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\"o\n" +
 	"\x13ListSidecarsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x1d\n" +
 	"\n" +
@@ -4121,12 +4506,30 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x12GetSidecarResponse\x12\x14\n" +
 	"\x05found\x18\x01 \x01(\bR\x05found\x12;\n" +
 	"\asidecar\x18\x02 \x01(\v2!.conveyor_etl.cluster.SidecarInfoR\asidecar\x12\x1a\n" +
-	"\brevision\x18\x03 \x01(\x04R\brevision\"9\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"\x7f\n" +
 	"\x18DeregisterSidecarRequest\x12\x1d\n" +
 	"\n" +
-	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\"Q\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1a\n" +
+	"\bgraceful\x18\x02 \x01(\bR\bgraceful\x12(\n" +
+	"\x10drain_timeout_ms\x18\x03 \x01(\x04R\x0edrainTimeoutMs\"m\n" +
 	"\x19DeregisterSidecarResponse\x12\x18\n" +
 	"\aexisted\x18\x01 \x01(\bR\aexisted\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1a\n" +
+	"\bdraining\x18\x03 \x01(\bR\bdraining\"m\n" +
+	"\x13DrainSidecarRequest\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
+	"\vdeadline_ms\x18\x02 \x01(\x04R\n" +
+	"deadlineMs\x12\x16\n" +
+	"\x06remove\x18\x03 \x01(\bR\x06remove\"o\n" +
+	"\x14DrainSidecarResponse\x12;\n" +
+	"\asidecar\x18\x01 \x01(\v2!.conveyor_etl.cluster.SidecarInfoR\asidecar\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"6\n" +
+	"\x15UndrainSidecarRequest\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\"q\n" +
+	"\x16UndrainSidecarResponse\x12;\n" +
+	"\asidecar\x18\x01 \x01(\v2!.conveyor_etl.cluster.SidecarInfoR\asidecar\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\"y\n" +
 	"\vGroupMember\x12\x1d\n" +
 	"\n" +
@@ -4215,14 +4618,16 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
 	"\x15SIDECAR_STATE_EXPIRED\x10\x032b\n" +
 	"\aCommits\x12W\n" +
-	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\x9f\x12\n" +
+	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\xf3\x13\n" +
 	"\aCluster\x12k\n" +
 	"\x0eTransferLeader\x12+.conveyor_etl.cluster.TransferLeaderRequest\x1a,.conveyor_etl.cluster.TransferLeaderResponse\x12e\n" +
 	"\fGetStateHash\x12).conveyor_etl.cluster.GetStateHashRequest\x1a*.conveyor_etl.cluster.GetStateHashResponse\x12e\n" +
 	"\fListSidecars\x12).conveyor_etl.cluster.ListSidecarsRequest\x1a*.conveyor_etl.cluster.ListSidecarsResponse\x12_\n" +
 	"\n" +
 	"GetSidecar\x12'.conveyor_etl.cluster.GetSidecarRequest\x1a(.conveyor_etl.cluster.GetSidecarResponse\x12t\n" +
-	"\x11DeregisterSidecar\x12..conveyor_etl.cluster.DeregisterSidecarRequest\x1a/.conveyor_etl.cluster.DeregisterSidecarResponse\x12_\n" +
+	"\x11DeregisterSidecar\x12..conveyor_etl.cluster.DeregisterSidecarRequest\x1a/.conveyor_etl.cluster.DeregisterSidecarResponse\x12e\n" +
+	"\fDrainSidecar\x12).conveyor_etl.cluster.DrainSidecarRequest\x1a*.conveyor_etl.cluster.DrainSidecarResponse\x12k\n" +
+	"\x0eUndrainSidecar\x12+.conveyor_etl.cluster.UndrainSidecarRequest\x1a,.conveyor_etl.cluster.UndrainSidecarResponse\x12_\n" +
 	"\n" +
 	"ListGroups\x12'.conveyor_etl.cluster.ListGroupsRequest\x1a(.conveyor_etl.cluster.ListGroupsResponse\x12Y\n" +
 	"\bGetGroup\x12%.conveyor_etl.cluster.GetGroupRequest\x1a&.conveyor_etl.cluster.GetGroupResponse\x12k\n" +
@@ -4258,7 +4663,7 @@ func file_conveyor_etl_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(OperationState)(0),                  // 0: conveyor_etl.cluster.OperationState
 	(Outcome)(0),                         // 1: conveyor_etl.cluster.Outcome
@@ -4300,31 +4705,36 @@ var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(*GetStateHashRequest)(nil),          // 37: conveyor_etl.cluster.GetStateHashRequest
 	(*GetStateHashResponse)(nil),         // 38: conveyor_etl.cluster.GetStateHashResponse
 	(*SidecarInfo)(nil),                  // 39: conveyor_etl.cluster.SidecarInfo
-	(*ListSidecarsRequest)(nil),          // 40: conveyor_etl.cluster.ListSidecarsRequest
-	(*ListSidecarsResponse)(nil),         // 41: conveyor_etl.cluster.ListSidecarsResponse
-	(*GetSidecarRequest)(nil),            // 42: conveyor_etl.cluster.GetSidecarRequest
-	(*GetSidecarResponse)(nil),           // 43: conveyor_etl.cluster.GetSidecarResponse
-	(*DeregisterSidecarRequest)(nil),     // 44: conveyor_etl.cluster.DeregisterSidecarRequest
-	(*DeregisterSidecarResponse)(nil),    // 45: conveyor_etl.cluster.DeregisterSidecarResponse
-	(*GroupMember)(nil),                  // 46: conveyor_etl.cluster.GroupMember
-	(*GroupInfo)(nil),                    // 47: conveyor_etl.cluster.GroupInfo
-	(*ListGroupsRequest)(nil),            // 48: conveyor_etl.cluster.ListGroupsRequest
-	(*ListGroupsResponse)(nil),           // 49: conveyor_etl.cluster.ListGroupsResponse
-	(*GetGroupRequest)(nil),              // 50: conveyor_etl.cluster.GetGroupRequest
-	(*GetGroupResponse)(nil),             // 51: conveyor_etl.cluster.GetGroupResponse
-	(*WatchChangesRequest)(nil),          // 52: conveyor_etl.cluster.WatchChangesRequest
-	(*ChangeEvent)(nil),                  // 53: conveyor_etl.cluster.ChangeEvent
-	(*GetConvergenceRequest)(nil),        // 54: conveyor_etl.cluster.GetConvergenceRequest
-	(*GetConvergenceResponse)(nil),       // 55: conveyor_etl.cluster.GetConvergenceResponse
-	(*Laggard)(nil),                      // 56: conveyor_etl.cluster.Laggard
-	(*PendingStage)(nil),                 // 57: conveyor_etl.cluster.PendingStage
-	(*ListAppliedRequest)(nil),           // 58: conveyor_etl.cluster.ListAppliedRequest
-	(*ListAppliedResponse)(nil),          // 59: conveyor_etl.cluster.ListAppliedResponse
-	nil,                                  // 60: conveyor_etl.cluster.MemberState.HashesEntry
-	(*timestamppb.Timestamp)(nil),        // 61: google.protobuf.Timestamp
-	(*commonpb.Watermark)(nil),           // 62: conveyor_etl.common.Watermark
-	(*sidecarpb.LocalService)(nil),       // 63: conveyor_etl.sidecar.LocalService
-	(*sidecarpb.PipelineAssignment)(nil), // 64: conveyor_etl.sidecar.PipelineAssignment
+	(*PendingRelease)(nil),               // 40: conveyor_etl.cluster.PendingRelease
+	(*ListSidecarsRequest)(nil),          // 41: conveyor_etl.cluster.ListSidecarsRequest
+	(*ListSidecarsResponse)(nil),         // 42: conveyor_etl.cluster.ListSidecarsResponse
+	(*GetSidecarRequest)(nil),            // 43: conveyor_etl.cluster.GetSidecarRequest
+	(*GetSidecarResponse)(nil),           // 44: conveyor_etl.cluster.GetSidecarResponse
+	(*DeregisterSidecarRequest)(nil),     // 45: conveyor_etl.cluster.DeregisterSidecarRequest
+	(*DeregisterSidecarResponse)(nil),    // 46: conveyor_etl.cluster.DeregisterSidecarResponse
+	(*DrainSidecarRequest)(nil),          // 47: conveyor_etl.cluster.DrainSidecarRequest
+	(*DrainSidecarResponse)(nil),         // 48: conveyor_etl.cluster.DrainSidecarResponse
+	(*UndrainSidecarRequest)(nil),        // 49: conveyor_etl.cluster.UndrainSidecarRequest
+	(*UndrainSidecarResponse)(nil),       // 50: conveyor_etl.cluster.UndrainSidecarResponse
+	(*GroupMember)(nil),                  // 51: conveyor_etl.cluster.GroupMember
+	(*GroupInfo)(nil),                    // 52: conveyor_etl.cluster.GroupInfo
+	(*ListGroupsRequest)(nil),            // 53: conveyor_etl.cluster.ListGroupsRequest
+	(*ListGroupsResponse)(nil),           // 54: conveyor_etl.cluster.ListGroupsResponse
+	(*GetGroupRequest)(nil),              // 55: conveyor_etl.cluster.GetGroupRequest
+	(*GetGroupResponse)(nil),             // 56: conveyor_etl.cluster.GetGroupResponse
+	(*WatchChangesRequest)(nil),          // 57: conveyor_etl.cluster.WatchChangesRequest
+	(*ChangeEvent)(nil),                  // 58: conveyor_etl.cluster.ChangeEvent
+	(*GetConvergenceRequest)(nil),        // 59: conveyor_etl.cluster.GetConvergenceRequest
+	(*GetConvergenceResponse)(nil),       // 60: conveyor_etl.cluster.GetConvergenceResponse
+	(*Laggard)(nil),                      // 61: conveyor_etl.cluster.Laggard
+	(*PendingStage)(nil),                 // 62: conveyor_etl.cluster.PendingStage
+	(*ListAppliedRequest)(nil),           // 63: conveyor_etl.cluster.ListAppliedRequest
+	(*ListAppliedResponse)(nil),          // 64: conveyor_etl.cluster.ListAppliedResponse
+	nil,                                  // 65: conveyor_etl.cluster.MemberState.HashesEntry
+	(*timestamppb.Timestamp)(nil),        // 66: google.protobuf.Timestamp
+	(*commonpb.Watermark)(nil),           // 67: conveyor_etl.common.Watermark
+	(*sidecarpb.LocalService)(nil),       // 68: conveyor_etl.sidecar.LocalService
+	(*sidecarpb.PipelineAssignment)(nil), // 69: conveyor_etl.sidecar.PipelineAssignment
 }
 var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	3,  // 0: conveyor_etl.cluster.ListMembersResponse.members:type_name -> conveyor_etl.cluster.Member
@@ -4333,88 +4743,98 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	16, // 3: conveyor_etl.cluster.ReplaceMemberResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	15, // 4: conveyor_etl.cluster.ReplaceMemberResponse.checks:type_name -> conveyor_etl.cluster.PreflightCheck
 	0,  // 5: conveyor_etl.cluster.Operation.state:type_name -> conveyor_etl.cluster.OperationState
-	61, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
-	61, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
-	61, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	66, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
+	66, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
+	66, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
 	16, // 9: conveyor_etl.cluster.ListOperationsResponse.operations:type_name -> conveyor_etl.cluster.Operation
 	16, // 10: conveyor_etl.cluster.UndoRestoreResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	26, // 11: conveyor_etl.cluster.CheckStateResponse.members:type_name -> conveyor_etl.cluster.MemberState
-	60, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
+	65, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
 	28, // 13: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
 	29, // 14: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
 	30, // 15: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
 	31, // 16: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
 	32, // 17: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
-	61, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	61, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	62, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
+	66, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	66, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	67, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
 	34, // 21: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
 	1,  // 22: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
-	63, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
+	68, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
 	2,  // 24: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
-	61, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
-	61, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
-	64, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	39, // 28: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
-	39, // 29: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
-	46, // 30: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
-	47, // 31: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
-	47, // 32: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
-	56, // 33: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
-	57, // 34: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
-	27, // 35: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	35, // 36: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	37, // 37: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	40, // 38: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	42, // 39: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	44, // 40: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	48, // 41: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	50, // 42: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	54, // 43: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
-	58, // 44: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
-	52, // 45: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 46: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 47: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 48: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 49: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 50: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 51: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 52: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 53: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 54: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 55: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 56: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 57: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 58: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 59: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 60: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 61: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	41, // 62: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	43, // 63: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	45, // 64: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	49, // 65: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	51, // 66: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	55, // 67: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
-	59, // 68: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
-	53, // 69: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 70: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 71: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 72: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 73: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 74: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 75: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 76: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 77: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 78: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 79: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 80: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 81: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 82: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	59, // [59:83] is the sub-list for method output_type
-	35, // [35:59] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	66, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
+	66, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
+	69, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	66, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
+	40, // 29: conveyor_etl.cluster.SidecarInfo.releases:type_name -> conveyor_etl.cluster.PendingRelease
+	66, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
+	66, // 31: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
+	39, // 32: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 33: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 34: conveyor_etl.cluster.DrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 35: conveyor_etl.cluster.UndrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	51, // 36: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
+	52, // 37: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
+	52, // 38: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
+	61, // 39: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
+	62, // 40: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
+	27, // 41: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 42: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 43: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	41, // 44: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	43, // 45: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	45, // 46: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	47, // 47: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
+	49, // 48: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
+	53, // 49: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	55, // 50: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	59, // 51: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
+	63, // 52: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
+	57, // 53: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 54: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 55: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 56: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 57: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 58: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 59: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 60: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 61: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 62: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 63: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 64: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 65: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 66: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 67: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 68: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 69: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	42, // 70: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	44, // 71: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	46, // 72: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	48, // 73: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
+	50, // 74: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
+	54, // 75: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	56, // 76: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	60, // 77: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	64, // 78: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	58, // 79: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 80: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 81: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 82: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 83: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 84: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 85: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 86: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 87: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 88: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 89: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 90: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 91: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 92: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	67, // [67:93] is the sub-list for method output_type
+	41, // [41:67] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }
@@ -4436,7 +4856,7 @@ func file_conveyor_etl_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_cluster_proto_rawDesc), len(file_conveyor_etl_cluster_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   58,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -132,6 +132,8 @@ const (
 	Cluster_ListSidecars_FullMethodName      = "/conveyor_etl.cluster.Cluster/ListSidecars"
 	Cluster_GetSidecar_FullMethodName        = "/conveyor_etl.cluster.Cluster/GetSidecar"
 	Cluster_DeregisterSidecar_FullMethodName = "/conveyor_etl.cluster.Cluster/DeregisterSidecar"
+	Cluster_DrainSidecar_FullMethodName      = "/conveyor_etl.cluster.Cluster/DrainSidecar"
+	Cluster_UndrainSidecar_FullMethodName    = "/conveyor_etl.cluster.Cluster/UndrainSidecar"
 	Cluster_ListGroups_FullMethodName        = "/conveyor_etl.cluster.Cluster/ListGroups"
 	Cluster_GetGroup_FullMethodName          = "/conveyor_etl.cluster.Cluster/GetGroup"
 	Cluster_GetConvergence_FullMethodName    = "/conveyor_etl.cluster.Cluster/GetConvergence"
@@ -165,6 +167,10 @@ type ClusterClient interface {
 	ListSidecars(ctx context.Context, in *ListSidecarsRequest, opts ...grpc.CallOption) (*ListSidecarsResponse, error)
 	GetSidecar(ctx context.Context, in *GetSidecarRequest, opts ...grpc.CallOption) (*GetSidecarResponse, error)
 	DeregisterSidecar(ctx context.Context, in *DeregisterSidecarRequest, opts ...grpc.CallOption) (*DeregisterSidecarResponse, error)
+	// DrainSidecar takes from a sidecar what others can run, one owner at a time, and
+	// gives it nothing more. UndrainSidecar takes that back; what has moved stays.
+	DrainSidecar(ctx context.Context, in *DrainSidecarRequest, opts ...grpc.CallOption) (*DrainSidecarResponse, error)
+	UndrainSidecar(ctx context.Context, in *UndrainSidecarRequest, opts ...grpc.CallOption) (*UndrainSidecarResponse, error)
 	ListGroups(ctx context.Context, in *ListGroupsRequest, opts ...grpc.CallOption) (*ListGroupsResponse, error)
 	GetGroup(ctx context.Context, in *GetGroupRequest, opts ...grpc.CallOption) (*GetGroupResponse, error)
 	// GetConvergence says whether every sidecar that a pipeline concerns has applied
@@ -254,6 +260,26 @@ func (c *clusterClient) DeregisterSidecar(ctx context.Context, in *DeregisterSid
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeregisterSidecarResponse)
 	err := c.cc.Invoke(ctx, Cluster_DeregisterSidecar_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) DrainSidecar(ctx context.Context, in *DrainSidecarRequest, opts ...grpc.CallOption) (*DrainSidecarResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainSidecarResponse)
+	err := c.cc.Invoke(ctx, Cluster_DrainSidecar_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) UndrainSidecar(ctx context.Context, in *UndrainSidecarRequest, opts ...grpc.CallOption) (*UndrainSidecarResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UndrainSidecarResponse)
+	err := c.cc.Invoke(ctx, Cluster_UndrainSidecar_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -471,6 +497,10 @@ type ClusterServer interface {
 	ListSidecars(context.Context, *ListSidecarsRequest) (*ListSidecarsResponse, error)
 	GetSidecar(context.Context, *GetSidecarRequest) (*GetSidecarResponse, error)
 	DeregisterSidecar(context.Context, *DeregisterSidecarRequest) (*DeregisterSidecarResponse, error)
+	// DrainSidecar takes from a sidecar what others can run, one owner at a time, and
+	// gives it nothing more. UndrainSidecar takes that back; what has moved stays.
+	DrainSidecar(context.Context, *DrainSidecarRequest) (*DrainSidecarResponse, error)
+	UndrainSidecar(context.Context, *UndrainSidecarRequest) (*UndrainSidecarResponse, error)
 	ListGroups(context.Context, *ListGroupsRequest) (*ListGroupsResponse, error)
 	GetGroup(context.Context, *GetGroupRequest) (*GetGroupResponse, error)
 	// GetConvergence says whether every sidecar that a pipeline concerns has applied
@@ -530,6 +560,12 @@ func (UnimplementedClusterServer) GetSidecar(context.Context, *GetSidecarRequest
 }
 func (UnimplementedClusterServer) DeregisterSidecar(context.Context, *DeregisterSidecarRequest) (*DeregisterSidecarResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeregisterSidecar not implemented")
+}
+func (UnimplementedClusterServer) DrainSidecar(context.Context, *DrainSidecarRequest) (*DrainSidecarResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DrainSidecar not implemented")
+}
+func (UnimplementedClusterServer) UndrainSidecar(context.Context, *UndrainSidecarRequest) (*UndrainSidecarResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UndrainSidecar not implemented")
 }
 func (UnimplementedClusterServer) ListGroups(context.Context, *ListGroupsRequest) (*ListGroupsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListGroups not implemented")
@@ -692,6 +728,42 @@ func _Cluster_DeregisterSidecar_Handler(srv interface{}, ctx context.Context, de
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(ClusterServer).DeregisterSidecar(ctx, req.(*DeregisterSidecarRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_DrainSidecar_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainSidecarRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).DrainSidecar(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_DrainSidecar_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).DrainSidecar(ctx, req.(*DrainSidecarRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_UndrainSidecar_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UndrainSidecarRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).UndrainSidecar(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_UndrainSidecar_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).UndrainSidecar(ctx, req.(*UndrainSidecarRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1032,6 +1104,14 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeregisterSidecar",
 			Handler:    _Cluster_DeregisterSidecar_Handler,
+		},
+		{
+			MethodName: "DrainSidecar",
+			Handler:    _Cluster_DrainSidecar_Handler,
+		},
+		{
+			MethodName: "UndrainSidecar",
+			Handler:    _Cluster_UndrainSidecar_Handler,
 		},
 		{
 			MethodName: "ListGroups",

@@ -251,8 +251,11 @@ type RegisterSidecarRequest struct {
 	Namespace       string                 `protobuf:"bytes,3,opt,name=namespace,proto3" json:"namespace,omitempty"`
 	SidecarEndpoint string                 `protobuf:"bytes,4,opt,name=sidecar_endpoint,json=sidecarEndpoint,proto3" json:"sidecar_endpoint,omitempty"`
 	LocalServices   []*LocalService        `protobuf:"bytes,5,rep,name=local_services,json=localServices,proto3" json:"local_services,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Where it runs and how much it can take: topology.kubernetes.io/zone,
+	// kubernetes.io/hostname and conveyor.etl/capacity; others are ignored.
+	Labels        map[string]string `protobuf:"bytes,100,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RegisterSidecarRequest) Reset() {
@@ -316,6 +319,13 @@ func (x *RegisterSidecarRequest) GetSidecarEndpoint() string {
 func (x *RegisterSidecarRequest) GetLocalServices() []*LocalService {
 	if x != nil {
 		return x.LocalServices
+	}
+	return nil
+}
+
+func (x *RegisterSidecarRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
 	}
 	return nil
 }
@@ -1927,14 +1937,18 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\fLocalService\x12!\n" +
 	"\fservice_name\x18\x01 \x01(\tR\vserviceName\x12D\n" +
 	"\fservice_type\x18\x02 \x01(\x0e2!.conveyor_etl.sidecar.ServiceTypeR\vserviceType\x12%\n" +
-	"\x0elocal_endpoint\x18\x03 \x01(\tR\rlocalEndpoint\"\xe6\x01\n" +
+	"\x0elocal_endpoint\x18\x03 \x01(\tR\rlocalEndpoint\"\xf3\x02\n" +
 	"\x16RegisterSidecarRequest\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x19\n" +
 	"\bpod_name\x18\x02 \x01(\tR\apodName\x12\x1c\n" +
 	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12)\n" +
 	"\x10sidecar_endpoint\x18\x04 \x01(\tR\x0fsidecarEndpoint\x12I\n" +
-	"\x0elocal_services\x18\x05 \x03(\v2\".conveyor_etl.sidecar.LocalServiceR\rlocalServices\"\xd0\x02\n" +
+	"\x0elocal_services\x18\x05 \x03(\v2\".conveyor_etl.sidecar.LocalServiceR\rlocalServices\x12P\n" +
+	"\x06labels\x18d \x03(\v28.conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd0\x02\n" +
 	"\x17RegisterSidecarResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12'\n" +
@@ -2095,7 +2109,7 @@ func file_conveyor_etl_sidecar_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_sidecar_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_sidecar_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_conveyor_etl_sidecar_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_conveyor_etl_sidecar_proto_goTypes = []any{
 	(ServiceType)(0),                // 0: conveyor_etl.sidecar.ServiceType
 	(EventType)(0),                  // 1: conveyor_etl.sidecar.EventType
@@ -2125,49 +2139,51 @@ var file_conveyor_etl_sidecar_proto_goTypes = []any{
 	(*PushCredits)(nil),             // 25: conveyor_etl.sidecar.PushCredits
 	(*ReceiveRecordsRequest)(nil),   // 26: conveyor_etl.sidecar.ReceiveRecordsRequest
 	(*ReceiveRecordsResponse)(nil),  // 27: conveyor_etl.sidecar.ReceiveRecordsResponse
-	(*commonpb.RecordBatch)(nil),    // 28: conveyor_etl.common.RecordBatch
-	(*commonpb.RecordId)(nil),       // 29: conveyor_etl.common.RecordId
+	nil,                             // 28: conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntry
+	(*commonpb.RecordBatch)(nil),    // 29: conveyor_etl.common.RecordBatch
+	(*commonpb.RecordId)(nil),       // 30: conveyor_etl.common.RecordId
 }
 var file_conveyor_etl_sidecar_proto_depIdxs = []int32{
 	0,  // 0: conveyor_etl.sidecar.LocalService.service_type:type_name -> conveyor_etl.sidecar.ServiceType
 	3,  // 1: conveyor_etl.sidecar.RegisterSidecarRequest.local_services:type_name -> conveyor_etl.sidecar.LocalService
-	11, // 2: conveyor_etl.sidecar.RegisterSidecarResponse.initial_assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	6,  // 3: conveyor_etl.sidecar.SidecarHeartbeatRequest.service_health:type_name -> conveyor_etl.sidecar.LocalServiceHealth
-	7,  // 4: conveyor_etl.sidecar.SidecarHeartbeatRequest.load:type_name -> conveyor_etl.sidecar.SidecarLoad
-	10, // 5: conveyor_etl.sidecar.HeartbeatResponse.commands:type_name -> conveyor_etl.sidecar.SidecarCommand
-	11, // 6: conveyor_etl.sidecar.SidecarCommand.assign:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	14, // 7: conveyor_etl.sidecar.SidecarCommand.revoke:type_name -> conveyor_etl.sidecar.PipelineRevocation
-	15, // 8: conveyor_etl.sidecar.SidecarCommand.drain:type_name -> conveyor_etl.sidecar.DrainCommand
-	12, // 9: conveyor_etl.sidecar.PipelineAssignment.stages:type_name -> conveyor_etl.sidecar.StageAssignment
-	13, // 10: conveyor_etl.sidecar.StageAssignment.remote_sidecar:type_name -> conveyor_etl.sidecar.RemoteSidecar
-	1,  // 11: conveyor_etl.sidecar.PipelineAssignmentEvent.event_type:type_name -> conveyor_etl.sidecar.EventType
-	11, // 12: conveyor_etl.sidecar.PipelineAssignmentEvent.assignment:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	19, // 13: conveyor_etl.sidecar.PushRecordsRequest.init:type_name -> conveyor_etl.sidecar.PushInit
-	28, // 14: conveyor_etl.sidecar.PushRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
-	20, // 15: conveyor_etl.sidecar.PushRecordsRequest.heartbeat:type_name -> conveyor_etl.sidecar.PushHeartbeat
-	22, // 16: conveyor_etl.sidecar.PushRecordsResponse.ack:type_name -> conveyor_etl.sidecar.PushAck
-	24, // 17: conveyor_etl.sidecar.PushRecordsResponse.backpressure:type_name -> conveyor_etl.sidecar.PushBackpressure
-	25, // 18: conveyor_etl.sidecar.PushRecordsResponse.credits:type_name -> conveyor_etl.sidecar.PushCredits
-	23, // 19: conveyor_etl.sidecar.PushAck.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
-	29, // 20: conveyor_etl.sidecar.RecordAck.record_id:type_name -> conveyor_etl.common.RecordId
-	2,  // 21: conveyor_etl.sidecar.RecordAck.status:type_name -> conveyor_etl.sidecar.AckStatus
-	28, // 22: conveyor_etl.sidecar.ReceiveRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
-	23, // 23: conveyor_etl.sidecar.ReceiveRecordsResponse.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
-	4,  // 24: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:input_type -> conveyor_etl.sidecar.RegisterSidecarRequest
-	8,  // 25: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:input_type -> conveyor_etl.sidecar.SidecarHeartbeatRequest
-	16, // 26: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:input_type -> conveyor_etl.sidecar.WatchAssignmentsRequest
-	18, // 27: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:input_type -> conveyor_etl.sidecar.PushRecordsRequest
-	26, // 28: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:input_type -> conveyor_etl.sidecar.ReceiveRecordsRequest
-	5,  // 29: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:output_type -> conveyor_etl.sidecar.RegisterSidecarResponse
-	9,  // 30: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:output_type -> conveyor_etl.sidecar.HeartbeatResponse
-	17, // 31: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:output_type -> conveyor_etl.sidecar.PipelineAssignmentEvent
-	21, // 32: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:output_type -> conveyor_etl.sidecar.PushRecordsResponse
-	27, // 33: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:output_type -> conveyor_etl.sidecar.ReceiveRecordsResponse
-	29, // [29:34] is the sub-list for method output_type
-	24, // [24:29] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	28, // 2: conveyor_etl.sidecar.RegisterSidecarRequest.labels:type_name -> conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntry
+	11, // 3: conveyor_etl.sidecar.RegisterSidecarResponse.initial_assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	6,  // 4: conveyor_etl.sidecar.SidecarHeartbeatRequest.service_health:type_name -> conveyor_etl.sidecar.LocalServiceHealth
+	7,  // 5: conveyor_etl.sidecar.SidecarHeartbeatRequest.load:type_name -> conveyor_etl.sidecar.SidecarLoad
+	10, // 6: conveyor_etl.sidecar.HeartbeatResponse.commands:type_name -> conveyor_etl.sidecar.SidecarCommand
+	11, // 7: conveyor_etl.sidecar.SidecarCommand.assign:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	14, // 8: conveyor_etl.sidecar.SidecarCommand.revoke:type_name -> conveyor_etl.sidecar.PipelineRevocation
+	15, // 9: conveyor_etl.sidecar.SidecarCommand.drain:type_name -> conveyor_etl.sidecar.DrainCommand
+	12, // 10: conveyor_etl.sidecar.PipelineAssignment.stages:type_name -> conveyor_etl.sidecar.StageAssignment
+	13, // 11: conveyor_etl.sidecar.StageAssignment.remote_sidecar:type_name -> conveyor_etl.sidecar.RemoteSidecar
+	1,  // 12: conveyor_etl.sidecar.PipelineAssignmentEvent.event_type:type_name -> conveyor_etl.sidecar.EventType
+	11, // 13: conveyor_etl.sidecar.PipelineAssignmentEvent.assignment:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	19, // 14: conveyor_etl.sidecar.PushRecordsRequest.init:type_name -> conveyor_etl.sidecar.PushInit
+	29, // 15: conveyor_etl.sidecar.PushRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
+	20, // 16: conveyor_etl.sidecar.PushRecordsRequest.heartbeat:type_name -> conveyor_etl.sidecar.PushHeartbeat
+	22, // 17: conveyor_etl.sidecar.PushRecordsResponse.ack:type_name -> conveyor_etl.sidecar.PushAck
+	24, // 18: conveyor_etl.sidecar.PushRecordsResponse.backpressure:type_name -> conveyor_etl.sidecar.PushBackpressure
+	25, // 19: conveyor_etl.sidecar.PushRecordsResponse.credits:type_name -> conveyor_etl.sidecar.PushCredits
+	23, // 20: conveyor_etl.sidecar.PushAck.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
+	30, // 21: conveyor_etl.sidecar.RecordAck.record_id:type_name -> conveyor_etl.common.RecordId
+	2,  // 22: conveyor_etl.sidecar.RecordAck.status:type_name -> conveyor_etl.sidecar.AckStatus
+	29, // 23: conveyor_etl.sidecar.ReceiveRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
+	23, // 24: conveyor_etl.sidecar.ReceiveRecordsResponse.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
+	4,  // 25: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:input_type -> conveyor_etl.sidecar.RegisterSidecarRequest
+	8,  // 26: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:input_type -> conveyor_etl.sidecar.SidecarHeartbeatRequest
+	16, // 27: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:input_type -> conveyor_etl.sidecar.WatchAssignmentsRequest
+	18, // 28: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:input_type -> conveyor_etl.sidecar.PushRecordsRequest
+	26, // 29: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:input_type -> conveyor_etl.sidecar.ReceiveRecordsRequest
+	5,  // 30: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:output_type -> conveyor_etl.sidecar.RegisterSidecarResponse
+	9,  // 31: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:output_type -> conveyor_etl.sidecar.HeartbeatResponse
+	17, // 32: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:output_type -> conveyor_etl.sidecar.PipelineAssignmentEvent
+	21, // 33: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:output_type -> conveyor_etl.sidecar.PushRecordsResponse
+	27, // 34: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:output_type -> conveyor_etl.sidecar.ReceiveRecordsResponse
+	30, // [30:35] is the sub-list for method output_type
+	25, // [25:30] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_sidecar_proto_init() }
@@ -2200,7 +2216,7 @@ func file_conveyor_etl_sidecar_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_sidecar_proto_rawDesc), len(file_conveyor_etl_sidecar_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"conveyor.etl/router/output"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+)
+
+func newSidecarDrainCommand(a *app) *cobra.Command {
+	var deadline, timeout time.Duration
+	var remove, wait bool
+	cmd := &cobra.Command{
+		Use:   "drain ID",
+		Short: "Take from a sidecar what others can run, and give it nothing more",
+		Long: `Take from a sidecar what others can run, and give it nothing more, until it is
+undrained. A stage that must not run twice is first taken from it, and given to
+another sidecar when this one has confirmed that it let go of it, counts as gone, or
+is out of time. What nobody else can run stays with it.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case deadline < 0 || (deadline > 0 && deadline < time.Millisecond) || deadline > 24*time.Hour:
+				return usageError{cmd, fmt.Errorf("--deadline %v must be between 1ms and 24h", deadline)}
+			case timeout <= 0:
+				return usageError{cmd, fmt.Errorf("--wait-timeout %v must be positive", timeout)}
+			}
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				reply, err := c.Cluster.DrainSidecar(ctx, &clusterpb.DrainSidecarRequest{
+					SidecarId: args[0], DeadlineMs: uint64(deadline.Milliseconds()), Remove: remove,
+				})
+				if err != nil {
+					return about("sidecar "+args[0], err)
+				}
+				info := reply.GetSidecar()
+				if wait {
+					if info, err = a.awaitDrained(cmd, ctx, c, args[0], timeout); err != nil {
+						return err
+					}
+				}
+				if a.format != output.Table {
+					return output.Document(a.stdout, a.format, &clusterpb.DrainSidecarResponse{Sidecar: info, Revision: reply.GetRevision()})
+				}
+				switch {
+				case info == nil:
+					fmt.Fprintf(a.stdout, "sidecar %s is drained and removed\n", args[0])
+				case drained(info):
+					fmt.Fprintf(a.stdout, "sidecar %s is drained: it runs nothing\n", args[0])
+				default:
+					fmt.Fprintf(a.stdout, "sidecar %s drains: %s\n", args[0], drainLeft(info))
+				}
+				return nil
+			})
+		},
+	}
+	cmd.Flags().DurationVar(&deadline, "deadline", 0, "how long it is waited for in all; 0 = each stage has placement.handover_timeout")
+	cmd.Flags().BoolVar(&remove, "remove", false, "remove it once it runs nothing more, or at the deadline (5m if none is given)")
+	cmd.Flags().BoolVar(&wait, "wait", false, "wait until it runs nothing more and has confirmed that")
+	cmd.Flags().DurationVar(&timeout, "wait-timeout", 2*time.Minute, "how long to wait")
+	return cmd
+}
+
+func newSidecarUndrainCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "undrain ID",
+		Short: "Let a sidecar be given stages again; what has moved stays where it is",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.call(cmd, func(ctx context.Context, c *clients) error {
+				reply, err := c.Cluster.UndrainSidecar(ctx, &clusterpb.UndrainSidecarRequest{SidecarId: args[0]})
+				if err != nil {
+					return about("sidecar "+args[0], err)
+				}
+				if a.format != output.Table {
+					return output.Document(a.stdout, a.format, reply)
+				}
+				fmt.Fprintf(a.stdout, "sidecar %s does not drain\n", args[0])
+				return nil
+			})
+		},
+	}
+}
+
+// drained is true for a sidecar that runs nothing and has nothing to let go of.
+func drained(s *clusterpb.SidecarInfo) bool {
+	return s.GetDraining() && len(s.GetAssignments()) == 0 && len(s.GetReleases()) == 0
+}
+
+// drainLeft says in a few words what a sidecar has left.
+func drainLeft(s *clusterpb.SidecarInfo) string {
+	var pipelines []string
+	for _, as := range s.GetAssignments() {
+		pipelines = append(pipelines, as.GetPipelineId())
+	}
+	slices.Sort(pipelines)
+	text := fmt.Sprintf("it runs stages of %d pipelines", len(pipelines))
+	if n := len(pipelines); n > 0 {
+		text += " (" + strings.Join(pipelines[:min(n, 3)], ", ")
+		if n > 3 {
+			text += ", ..."
+		}
+		text += ")"
+	}
+	return text + fmt.Sprintf(" and has yet to confirm that it let go of %d", len(s.GetReleases()))
+}
+
+// awaitDrained asks until the sidecar has nothing left, or is gone (nil).
+func (a *app) awaitDrained(cmd *cobra.Command, talk context.Context, c *clients, id string, timeout time.Duration) (*clusterpb.SidecarInfo, error) {
+	// The deadline of the conversation is that of quick calls.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(talk), timeout)
+	defer cancel()
+	defer context.AfterFunc(cmd.Context(), cancel)()
+	var last *clusterpb.SidecarInfo
+	for pause := convergePause; ; pause = min(2*pause, convergePauseMax) {
+		ask, end := context.WithTimeout(ctx, convergeAsk)
+		reply, err := c.Cluster.GetSidecar(ask, &clusterpb.GetSidecarRequest{SidecarId: id})
+		end()
+		switch status.Code(err) {
+		case codes.OK:
+			if !reply.GetFound() || drained(reply.GetSidecar()) {
+				return reply.GetSidecar(), nil
+			}
+			if !reply.GetSidecar().GetDraining() {
+				return nil, codedError{exitConflict, fmt.Errorf("sidecar %s was undrained meanwhile", id)}
+			}
+			last = reply.GetSidecar()
+		case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Unknown:
+		default:
+			return nil, about("sidecar "+id+" drains, but how far it is is not known", err)
+		}
+		next := time.NewTimer(pause)
+		select {
+		case <-next.C:
+			continue
+		case <-ctx.Done():
+			next.Stop()
+		}
+		if err := cmd.Context().Err(); err != nil {
+			return nil, err
+		}
+		if last == nil {
+			return nil, about("sidecar "+id+" drains, but how far it is is not known", errors.Join(err, ctx.Err()))
+		}
+		return nil, codedError{exitDeadline, fmt.Errorf("sidecar %s drains, but is not done within %v: %s; 'router sidecar get %s' shows what keeps it", id, timeout, drainLeft(last), id)}
+	}
+}
+
+// sidecarState shows the state of a sidecar and what is special about it.
+func sidecarState(s *clusterpb.SidecarInfo) string {
+	text := short(s.GetState().String(), "SIDECAR_STATE_")
+	if s.GetGraceUntil() != nil {
+		text += ", in grace"
+	}
+	switch {
+	case s.GetLeaves():
+		text += ", leaving"
+	case s.GetDraining():
+		text += ", draining"
+	}
+	return text
+}

@@ -1,0 +1,254 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"conveyor.etl/router/placement"
+	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
+)
+
+// A stage only so many sidecars may run at a time is handed over in two commands:
+// one tells the old sidecar to let go, and leaves a Handover behind in the state;
+// another, once that is gone, gives the stage to the new one. The Handover ends
+// because the sidecar has applied what took the stage from it, which the node it
+// talks to reports, or is gone, or has had its time, which is found here. Nothing of
+// this is in memory only, apart from how much of its time is left.
+
+// waits is what the placer waits for by the clock. Times are measured with the
+// monotonic clock from when a thing was first seen, and never with that of the day:
+// if that jumps, a sidecar must not lose its time to let go.
+type waits struct {
+	due map[waitKey]time.Time
+	// next is when something has to be looked at again; zero = never.
+	next time.Time
+	// more is when the budget allows another move; zero = nothing waits for it.
+	more time.Time
+}
+
+// waitKey is a release, or with an empty pipeline a sidecar. ms is the time it is
+// about, in that of the state.
+type waitKey struct {
+	pipeline, sidecar string
+	ms                uint64
+}
+
+func newWaits() *waits { return &waits{due: make(map[waitKey]time.Time)} }
+
+// now returns the changes of steps that may be carried out at once.
+func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo) []*commandpb.AssignmentChange {
+	w.more = time.Time{}
+	at := time.Now()
+	todo := make([]placement.Step, 0, len(steps))
+	for _, st := range steps {
+		if st.Urgency == placement.Rearrange && !p.budget.take(st.Moves, at) {
+			if info.Held == 0 {
+				w.more = at.Add(p.budget.wait(st.Moves))
+			}
+			info.Held += st.Moves
+			continue
+		}
+		st, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return m.busy(st.Pipeline, stage, sidecar) })
+		info.Waiting += waiting
+		todo = append(todo, st)
+	}
+	changes := changesOf(todo)
+	k := 0
+	for i := range todo {
+		for j := range todo[i].Changes {
+			c := changes[k]
+			k++
+			if m.draining[c.SidecarId] {
+				c.SharedReleases = slices.DeleteFunc(slices.Clone(todo[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
+			}
+			if len(c.Releases)+len(c.SharedReleases) > 0 {
+				c.ReleaseTimeoutMs = uint64(p.releaseTimeout(m, c.SidecarId).Milliseconds())
+			}
+		}
+	}
+	return changes
+}
+
+// releaseTimeout is how long a sidecar is waited for from now on. A drain's deadline
+// bounds all that it lets go of until then; what it can let go of only later, for
+// want of another sidecar until then, has the usual time.
+func (p *Placer) releaseTimeout(m *mirror, sidecar string) time.Duration {
+	if s := m.sidecars[sidecar]; s.GetDraining() && s.GetDrainDeadlineMs() > 0 {
+		if left := time.Duration(int64(s.DrainDeadlineMs)-p.c.Now().UnixMilli()) * time.Millisecond; left > 0 {
+			return left
+		}
+	}
+	return p.c.HandoverTimeout
+}
+
+// submit replicates a decision of this reign about the state of m. atLeast is the
+// time of the state it needs: the clock of the day may have been set back since.
+func (p *Placer) submit(ctx context.Context, m *mirror, atLeast uint64, cmd *commandpb.Command) (*commandpb.Result, error) {
+	cmd.TimeMs = max(uint64(p.c.Now().UnixMilli()), atLeast)
+	// A state restored meanwhile may have the very generations and versions the plan
+	// was made from, and a leader elected since may have given a stage to another.
+	cmd.ExpectedEpoch, cmd.ExpectedTerm = &m.epoch, &p.term
+	res, err := p.c.Submit.Submit(ctx, cmd)
+	if err == nil && res.GetRejection().GetCode() == commandpb.Code_CODE_EPOCH {
+		return nil, router.ErrResync
+	}
+	return res, err
+}
+
+// tidy does what is due by the clock: it ends handovers and graces, and removes
+// sidecars that leave.
+func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
+	now := time.Now()
+	past := func(k waitKey) bool {
+		at, ok := w.due[k]
+		return ok && !now.Before(at)
+	}
+	var ended []*commandpb.EndedHandover
+	latest := uint64(0)
+	for pipeline, hs := range m.handovers {
+		for sidecar, h := range hs {
+			e := &commandpb.EndedHandover{SidecarId: sidecar, PipelineId: pipeline}
+			for _, r := range h.Releases {
+				switch {
+				case m.gone(sidecar):
+					e.End = commandpb.HandoverEnd_HANDOVER_END_GONE
+				case past(waitKey{pipeline, sidecar, r.DeadlineMs}):
+					e.End = commandpb.HandoverEnd_HANDOVER_END_DEADLINE
+					latest = max(latest, r.DeadlineMs)
+				default:
+					continue
+				}
+				e.Revision = max(e.Revision, r.Revision)
+			}
+			if e.End != commandpb.HandoverEnd_HANDOVER_END_UNSPECIFIED {
+				ended = append(ended, e)
+			}
+		}
+	}
+	slices.SortFunc(ended, func(a, b *commandpb.EndedHandover) int {
+		return cmp.Or(cmp.Compare(a.PipelineId, b.PipelineId), cmp.Compare(a.SidecarId, b.SidecarId))
+	})
+	for chunk := range slices.Chunk(ended, p.c.ChunkChanges) {
+		res, err := p.submit(ctx, m, latest, &commandpb.Command{Op: &commandpb.Command_EndHandovers{
+			EndHandovers: &commandpb.EndHandovers{Ended: chunk},
+		}})
+		if err == nil && res.GetRejection() != nil {
+			err = errors.New("the state refused to end handovers: " + res.Rejection.Reason)
+		}
+		if err != nil {
+			return err
+		}
+		for _, e := range chunk {
+			if e.End == commandpb.HandoverEnd_HANDOVER_END_DEADLINE {
+				p.c.Logger.Warn("a sidecar has not confirmed that it let go of a stage; it is given to another", "sidecar", e.SidecarId, "pipeline", e.PipelineId)
+			}
+		}
+	}
+	return p.tidySidecars(ctx, m, past)
+}
+
+// tidySidecars ends graces and removes who leaves.
+func (p *Placer) tidySidecars(ctx context.Context, m *mirror, past func(waitKey) bool) error {
+	var ids []string
+	for id := range m.timed {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	for _, id := range ids {
+		s := m.sidecars[id]
+		cmd := &commandpb.Command{}
+		atLeast := uint64(0)
+		switch {
+		case s.Draining && s.Leaves && (past(waitKey{sidecar: id, ms: s.DrainDeadlineMs}) || m.idle(id)):
+			cmd.Op = &commandpb.Command_DeregisterSidecar{DeregisterSidecar: &commandpb.DeregisterSidecar{SidecarId: id, LeavingOnly: true}}
+		case s.GraceUntilMs > 0 && past(waitKey{sidecar: id, ms: s.GraceUntilMs}):
+			atLeast = s.GraceUntilMs
+			cmd.Op = &commandpb.Command_TransitionSidecar{TransitionSidecar: &commandpb.TransitionSidecar{
+				SidecarId: id, ExpectedGeneration: s.Generation, State: commandpb.SidecarState_SIDECAR_STATE_EXPIRED,
+			}}
+		default:
+			continue
+		}
+		// A refusal means that it came back, or was undrained, since.
+		if _, err := p.submit(ctx, m, atLeast, cmd); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// idle is true for a sidecar that runs nothing and has nothing to let go of.
+func (m *mirror) idle(id string) bool {
+	for _, hs := range m.handovers {
+		if hs[id] != nil {
+			return false
+		}
+	}
+	return !m.engine.Runs(id)
+}
+
+// watchClock notes by when which of what m holds is due, and when the next is.
+func (p *Placer) watchClock(m *mirror, w *waits) error {
+	due := make(map[waitKey]time.Time, len(w.due))
+	var fresh []waitKey
+	note := func(k waitKey) {
+		if at, ok := w.due[k]; ok {
+			due[k] = at
+		} else if k.ms > 0 {
+			fresh = append(fresh, k)
+		}
+	}
+	for pipeline, hs := range m.handovers {
+		for sidecar, h := range hs {
+			for _, r := range h.Releases {
+				note(waitKey{pipeline, sidecar, r.DeadlineMs})
+			}
+		}
+	}
+	for id := range m.timed {
+		s := m.sidecars[id]
+		if s.Draining && s.Leaves {
+			note(waitKey{sidecar: id, ms: s.DrainDeadlineMs})
+		}
+		note(waitKey{sidecar: id, ms: s.GraceUntilMs})
+	}
+	if len(fresh) > 0 {
+		// The time of the state is never ahead of what has passed, so nobody gets
+		// less than its time.
+		v := p.c.State.View()
+		ms, err := v.Time()
+		if err = errors.Join(err, v.Close()); err != nil {
+			return err
+		}
+		now := time.Now()
+		for _, k := range fresh {
+			left := time.Duration(max(0, int64(k.ms)-int64(ms))) * time.Millisecond
+			due[k] = now.Add(left)
+		}
+	}
+	w.due, w.next = due, w.more
+	for id := range m.timed {
+		if s := m.sidecars[id]; s.Draining && s.Leaves && m.idle(id) {
+			due[waitKey{sidecar: id}] = time.Now().Add(p.c.Quiet) // it is removed by the next look
+		}
+	}
+	for _, at := range due {
+		if w.next.IsZero() || at.Before(w.next) {
+			w.next = at
+		}
+	}
+	return nil
+}
+
+// stats counts what placement waits for. held is of the plan made last.
+func (m *mirror) stats(held int) PlacerStats {
+	s := PlacerStats{Held: held, Draining: len(m.draining), Graced: len(m.graced)}
+	for _, hs := range m.handovers {
+		s.Handovers += len(hs)
+	}
+	return s
+}

@@ -1,0 +1,98 @@
+package placement
+
+import "slices"
+
+// Defer returns what of a step may be carried out now: all but the beginning of
+// stages that another sidecar has yet to let go of, be it that this very step tells
+// it to or that an earlier one did, which busy knows. A sidecar whose table has to
+// wait in part is given the rest of it; it may be that nothing is left. waiting
+// counts what was put off. Planning again, once the others have let go, gives what
+// is left.
+//
+// The simpler way, to put off the step as a whole, would leave stages without a
+// sidecar that have nothing to do with the handover.
+func (e *Engine) Defer(st Step, busy func(stage, sidecar string) bool) (now Step, waiting int) {
+	now = st
+	now.Changes, now.Moves = make([]Change, 0, len(st.Changes)), 0
+	for i := range st.Changes {
+		c := st.Changes[i]
+		var blocked []string
+		for _, id := range c.Takes {
+			if busy(id, c.Sidecar) || slices.ContainsFunc(c.After, func(s string) bool { return st.confirms(s, id) }) {
+				blocked = append(blocked, id)
+			}
+		}
+		if len(blocked) > 0 {
+			waiting += len(blocked)
+			var ok bool
+			if c, ok = e.without(c, st.Pipeline, blocked); !ok {
+				continue
+			}
+		}
+		now.Moves += len(c.Takes)
+		now.Changes = append(now.Changes, c)
+	}
+	return now, waiting
+}
+
+// confirms is true when a sidecar has to confirm in this step that it let go of a
+// stage.
+func (st *Step) confirms(sidecar, stage string) bool {
+	return slices.ContainsFunc(st.Changes, func(c Change) bool { return c.Sidecar == sidecar && slices.Contains(c.Confirm, stage) })
+}
+
+// without returns c without stages that it would begin, and without the hops that
+// only these need; false when that is nothing, or what the sidecar has already.
+func (e *Engine) without(c Change, pipeline string, stages []string) (Change, bool) {
+	p, ok := e.pipeID[pipeline]
+	if !ok {
+		return c, false
+	}
+	x := &e.pipes[p]
+	var local []int32
+	for _, a := range c.Stages {
+		if a.Remote == "" && !slices.Contains(stages, a.Stage) {
+			local = append(local, x.stage(a.Stage, 0))
+		}
+	}
+	rest := make([]Assigned, 0, len(c.Stages))
+	for _, a := range c.Stages {
+		k := x.stage(a.Stage, 0)
+		switch {
+		case slices.Contains(local, k) && a.Remote == "":
+			rest = append(rest, a)
+		case a.Remote != "" && slices.ContainsFunc(local, func(from int32) bool { return slices.Contains(x.stages[from].down, k) }):
+			rest = append(rest, a)
+		}
+	}
+	c.Stages, c.LocalComplete = rest, false
+	c.Takes = slices.DeleteFunc(slices.Clone(c.Takes), func(s string) bool { return slices.Contains(stages, s) })
+	var now *Assignment
+	for _, a := range x.recorded {
+		if a.Sidecar == c.Sidecar && !a.Revoked {
+			now = a
+		}
+	}
+	if len(local) == 0 {
+		// What it had is all gone: it is told so now, and what it gets later.
+		if now == nil {
+			return c, false
+		}
+		c.Stages, c.Revoke = nil, true
+		return c, true
+	}
+	return c, now == nil || now.LocalComplete || !slices.Equal(now.Stages, c.Stages)
+}
+
+// Runs is true when a sidecar has been told to run something, by what is recorded.
+func (e *Engine) Runs(sidecar string) bool {
+	runs := func(pipes []int32) bool {
+		return slices.ContainsFunc(pipes, func(p int32) bool {
+			return slices.ContainsFunc(e.pipes[p].recorded, func(a *Assignment) bool { return a.Sidecar == sidecar && !a.Revoked })
+		})
+	}
+	if h, ok := e.hostID[sidecar]; ok {
+		return runs(e.hosts[h].pipes)
+	}
+	return runs(e.orphans[sidecar])
+}
