@@ -33,6 +33,7 @@ type replica struct {
 	refuse  error         // next submissions fail with it
 	before  func()        // runs once before the next submission
 	closed  chan struct{} // made outside of the bubble
+	placer  *Placer       // of inBubble
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -191,6 +192,7 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		ctx, cancel := context.WithCancel(context.Background())
 		l := r.liveness()
 		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r})
+		r.placer = p
 		var loops sync.WaitGroup
 		loops.Go(func() { l.Run(ctx) })
 		loops.Go(func() { p.Run(ctx) })

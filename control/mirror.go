@@ -16,6 +16,8 @@ type mirror struct {
 	// services are the registrations on each sidecar, by id. They may come
 	// before their sidecar does.
 	services map[string]map[string]*commandpb.Service
+	// removed is told of pipelines that are gone; may be nil.
+	removed func(pipeline string)
 }
 
 // newMirror reads v. It does not close it.
@@ -53,6 +55,9 @@ func (m *mirror) change(c *router.Change) {
 			m.engine.PutPipeline(pipelineOf(p))
 		} else {
 			m.engine.RemovePipeline(c.Key)
+			if m.removed != nil {
+				m.removed(c.Key)
+			}
 		}
 	case router.TableSidecars:
 		if s, ok := c.Next.(*commandpb.Sidecar); ok {

@@ -79,7 +79,10 @@ func (c *PlacerConfig) EnsureDefaults() {
 
 // Placer keeps the assignments in step with pipelines, sidecars and services
 // while this node leads.
-type Placer struct{ c PlacerConfig }
+type Placer struct {
+	c      PlacerConfig
+	scores scores
+}
 
 // NewPlacer returns a Placer; Run makes it work.
 func NewPlacer(c PlacerConfig) *Placer {
@@ -97,6 +100,8 @@ func (p *Placer) reign(ctx context.Context) {
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
 	}
+	p.scores.reset()
+	defer p.scores.reset()
 	for ctx.Err() == nil {
 		if err := p.follow(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {
 			p.c.Logger.Warn("placement starts over", "err", err)
@@ -117,8 +122,8 @@ func (p *Placer) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	sub, err := p.c.State.Hub().Subscribe(m.revision,
-		router.TablePipelines, router.TableSidecars, router.TableServices, router.TableAssignments)
+	m.removed = p.scores.forget
+	sub, err := p.c.State.Hub().Subscribe(m.revision, placementTables()...)
 	if err != nil {
 		return err
 	}
@@ -138,7 +143,7 @@ func (p *Placer) follow(ctx context.Context) error {
 // and things have calmed down. own holds the revisions of its own commands.
 func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscription, own map[uint64]bool) error {
 	for {
-		changes, at, err := sub.Next(ctx)
+		changes, at, err := p.next(ctx, m, sub)
 		if err != nil {
 			return err
 		}
@@ -168,6 +173,22 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 		default:
 		}
 	}
+}
+
+// next is sub.Next, and measures the load meanwhile when that is owed.
+func (p *Placer) next(ctx context.Context, m *mirror, sub *router.Subscription) ([]router.Change, uint64, error) {
+	in, owed := p.scores.owed()
+	if !owed {
+		return sub.Next(ctx)
+	}
+	due, cancel := context.WithTimeout(ctx, in)
+	changes, at, err := sub.Next(due)
+	cancel()
+	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+		p.scores.settle(m.engine)
+		return nil, at, nil
+	}
+	return changes, at, err
 }
 
 // drain takes over the changes that are there, without waiting for any.
@@ -232,6 +253,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) 
 			own[res.GetRevision()] = true
 			info.Stale += int(res.GetStale())
 		}
+		p.scores.note(m.engine, &plan, info)
 		p.c.Planned(info)
 		if len(changes) > 0 {
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,

@@ -279,8 +279,8 @@ func TestExplainAgrees(t *testing.T) {
 }
 
 // TestOutlookChangesNothing: after a loss or a declaration was tried, the engine
-// finds what it found before, and what it foretold is what comes when the change is
-// made.
+// finds what it found before, and what it foretold is as good as what comes when the
+// change is made.
 func TestOutlookChangesNothing(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := drawModel(t, true)
@@ -331,8 +331,10 @@ func TestOutlookChangesNothing(t *testing.T) {
 		for _, p := range declared {
 			m.putPipeline(p)
 		}
-		if p := m.engine.Plan(); !reflect.DeepEqual(p.Steps, o.Plan.Steps) {
-			t.Fatalf("foretold were\n%+v\nit came to\n%+v", o.Plan.Steps, p.Steps)
+		// Of equally good places a plan of the whole may take others.
+		p := Compute(m.view())
+		if p.Quality.Placed != o.After.Placed || p.Quality.Pending != o.After.Pending || p.Quality.Least != o.After.Least {
+			t.Fatalf("foretold were %+v\n%+v\na plan of the whole is %+v\n%+v", o.After, o.Plan.Steps, p.Quality, p.Steps)
 		}
 	})
 }

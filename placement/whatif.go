@@ -89,6 +89,7 @@ func (e *Engine) outlook(declared []string, reasons int, change, undo func()) (o
 	o.Before = e.Measure()
 	served := e.served()
 	change()
+	e.drift = e.total + 1 // shares as a plan of the whole would have them
 	o.Plan = e.Plan()
 	o.After = e.Measure()
 	o.UnderWay = o.Plan.without(first)
