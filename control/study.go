@@ -110,25 +110,23 @@ func (s *Study) Close() {
 	<-s.turn
 }
 
-// At says of which state an answer is.
-type At struct{ Revision, Epoch uint64 }
-
 // Explain tells where the stages of a pipeline run, who else could run them, and
 // where they hand records on; see placement.Engine. It blocks until it has its turn,
-// and fails with raftnode.ErrBusy when too many others ask.
-func (s *Study) Explain(ctx context.Context, pipeline string, q placement.Query) ([]placement.StageStatus, At, error) {
+// and fails with raftnode.ErrBusy when too many others ask. The point is that of the
+// state the answer is of.
+func (s *Study) Explain(ctx context.Context, pipeline string, q placement.Query) ([]placement.StageStatus, router.Point, error) {
 	return ask(ctx, s, func(e *placement.Engine) []placement.StageStatus { return e.Explain(pipeline, q) })
 }
 
 // WhatIf tells what would come of losing the sidecars for which lose is true. It
 // blocks and fails like Explain; lose may be called after it has returned an error.
-func (s *Study) WhatIf(ctx context.Context, lose func(*placement.Sidecar) bool, reasons int) (placement.Outlook, At, error) {
+func (s *Study) WhatIf(ctx context.Context, lose func(*placement.Sidecar) bool, reasons int) (placement.Outlook, router.Point, error) {
 	return ask(ctx, s, func(e *placement.Engine) placement.Outlook { return e.WhatIf(lose, reasons) })
 }
 
 // Try tells what would come of declaring pipelines. It blocks and fails like
 // Explain. The specs must not change afterwards.
-func (s *Study) Try(ctx context.Context, specs []*commandpb.PipelineSpec, reasons int) (placement.Outlook, At, error) {
+func (s *Study) Try(ctx context.Context, specs []*commandpb.PipelineSpec, reasons int) (placement.Outlook, router.Point, error) {
 	declared := make([]*placement.Pipeline, len(specs))
 	for i, spec := range specs {
 		declared[i] = pipelineOf(&commandpb.Pipeline{Spec: spec})
@@ -139,22 +137,22 @@ func (s *Study) Try(ctx context.Context, specs []*commandpb.PipelineSpec, reason
 // answer is what came of one question.
 type answer[T any] struct {
 	value T
-	at    At
+	at    router.Point
 	err   error
 }
 
 // ask lets fn have the engine, up to date and settled. The work is done for all who
 // ask, so it goes on when the one who began it has left: reading a large state takes
 // longer than many are willing to wait, and the next who asks finds it read.
-func ask[T any](ctx context.Context, s *Study, fn func(e *placement.Engine) T) (T, At, error) {
+func ask[T any](ctx context.Context, s *Study, fn func(e *placement.Engine) T) (T, router.Point, error) {
 	var none T
 	if s.waiting.Add(1) > s.c.Waiting {
 		s.waiting.Add(-1)
-		return none, At{}, fmt.Errorf("%w: %d others ask this node about the placement; nothing was done", raftnode.ErrBusy, s.c.Waiting)
+		return none, router.Point{}, fmt.Errorf("%w: %d others ask this node about the placement; nothing was done", raftnode.ErrBusy, s.c.Waiting)
 	}
 	defer s.waiting.Add(-1)
 	if !s.begin() {
-		return none, At{}, raftnode.ErrStopping
+		return none, router.Point{}, raftnode.ErrStopping
 	}
 	done := make(chan answer[T], 1)
 	go func() {
@@ -175,7 +173,7 @@ func ask[T any](ctx context.Context, s *Study, fn func(e *placement.Engine) T) (
 	case a := <-done:
 		return a.value, a.at, a.err
 	case <-ctx.Done():
-		return none, At{}, ctx.Err()
+		return none, router.Point{}, ctx.Err()
 	}
 }
 
@@ -242,7 +240,7 @@ func turn[T any](ctx context.Context, s *Study, fn func(e *placement.Engine) T) 
 	if a.err = ctx.Err(); a.err != nil {
 		return a // nobody waits for it
 	}
-	a.at = At{s.mirror.revision, s.mirror.epoch}
+	a.at = router.Point{Revision: s.mirror.revision, Epoch: s.mirror.epoch}
 	a.value = fn(s.mirror.engine)
 	if s.mirror.engine.Clutter() > s.clutter+s.c.Clutter {
 		s.forget()

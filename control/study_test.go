@@ -239,12 +239,17 @@ func TestStudyRests(t *testing.T) {
 		explain()
 		pass(50 * time.Second)
 		synctest.Wait()
-		if n := s.reads.Load(); n != 1 || s.mirror == nil {
+		kept := func() bool {
+			s.turn <- struct{}{}
+			defer func() { <-s.turn }()
+			return s.mirror != nil
+		}
+		if n := s.reads.Load(); n != 1 || !kept() {
 			t.Fatalf("the state was read %d times within a minute of each other", n)
 		}
 		pass(11 * time.Second)
 		synctest.Wait()
-		if s.mirror != nil || r.Hub().Subscribers() != 0 {
+		if kept() || r.Hub().Subscribers() != 0 {
 			t.Fatal("what was read is kept after a minute")
 		}
 		explain()

@@ -277,6 +277,13 @@ func (l *layout) step() (Step, bool) {
 				c.Releases = append(c.Releases, x.stages[i].ID)
 			}
 		}
+		if now != nil {
+			for i := range now.Stages { // of those the pipeline has no more
+				if a := &now.Stages[i]; a.Remote == "" && x.stage(a.Stage, int32(i)) < 0 {
+					c.Releases = append(c.Releases, a.Stage)
+				}
+			}
+		}
 		st.Moves += len(c.Takes)
 		st.Changes = append(st.Changes, c)
 	}

@@ -48,6 +48,7 @@ func (s *Server) metrics() map[string]float64 {
 		out["state_quarantined"] = 1
 	}
 	s.leaseMetrics(out)
+	s.placementMetrics(out)
 	for _, p := range s.transport.Stats() {
 		prefix := fmt.Sprintf("peer_%d_", p.ID)
 		connected := 0.0
