@@ -35,6 +35,7 @@ type replica struct {
 	closed  chan struct{} // made outside of the bubble
 	check   func()        // runs after each command
 	most    map[[2]string]int
+	placer  *Placer // of inBubble
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -197,6 +198,7 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		ctx, cancel := context.WithCancel(context.Background())
 		l := r.liveness()
 		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r})
+		r.placer = p
 		var loops sync.WaitGroup
 		loops.Go(func() { l.Run(ctx) })
 		loops.Go(func() { p.Run(ctx) })

@@ -25,6 +25,8 @@ type mirror struct {
 	timed map[string]bool
 	// draining and graced are the sidecars that are.
 	draining, graced map[string]bool
+	// removed is told of pipelines that are gone; may be nil.
+	removed func(pipeline string)
 }
 
 // newMirror reads v. It does not close it.
@@ -70,6 +72,9 @@ func (m *mirror) change(c *router.Change) {
 			m.engine.PutPipeline(pipelineOf(p))
 		} else {
 			m.engine.RemovePipeline(c.Key)
+			if m.removed != nil {
+				m.removed(c.Key)
+			}
 		}
 	case router.TableSidecars:
 		if s, ok := c.Next.(*commandpb.Sidecar); ok {

@@ -96,7 +96,8 @@ func (c *PlacerConfig) EnsureDefaults() {
 // Placer keeps the assignments in step with pipelines, sidecars and services
 // while this node leads.
 type Placer struct {
-	c PlacerConfig
+	c      PlacerConfig
+	scores scores
 	// budget is of the reign. A new leader begins with a full one: what was moved
 	// before is not worth a record.
 	budget *budget
@@ -145,6 +146,8 @@ func (p *Placer) reign(ctx context.Context, term uint64) {
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
 	}
+	p.scores.reset()
+	defer p.scores.reset()
 	for ctx.Err() == nil {
 		if err := p.follow(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {
 			p.c.Logger.Warn("placement starts over", "err", err)
@@ -165,8 +168,8 @@ func (p *Placer) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	sub, err := p.c.State.Hub().Subscribe(m.revision,
-		router.TablePipelines, router.TableSidecars, router.TableServices, router.TableAssignments, router.TableHandovers)
+	m.removed = p.scores.forget
+	sub, err := p.c.State.Hub().Subscribe(m.revision, placementTables()...)
 	if err != nil {
 		return err
 	}
@@ -193,7 +196,7 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 	}
 	defer cancel()
 	for {
-		changes, at, err := sub.Next(due)
+		changes, at, err := p.next(due, m, sub)
 		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 			return nil
 		}
@@ -226,6 +229,22 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 		default:
 		}
 	}
+}
+
+// next is sub.Next, and measures the load meanwhile when that is owed.
+func (p *Placer) next(ctx context.Context, m *mirror, sub *router.Subscription) ([]router.Change, uint64, error) {
+	in, owed := p.scores.owed()
+	if !owed {
+		return sub.Next(ctx)
+	}
+	due, cancel := context.WithTimeout(ctx, in)
+	changes, at, err := sub.Next(due)
+	cancel()
+	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+		p.scores.settle(m.engine)
+		return nil, at, nil
+	}
+	return changes, at, err
 }
 
 // drain takes over the changes that are there, without waiting for any.
@@ -297,6 +316,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			return nil, err
 		}
 		p.setStats(m.stats(info.Held))
+		p.scores.note(m.engine, &plan, info)
 		p.c.Planned(info)
 		if len(changes) > 0 {
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,

@@ -97,6 +97,7 @@ type watched struct {
 	*Placer
 	m     *mirror
 	sub   *router.Subscription
+	waits *waits
 	infos []PlanInfo
 }
 
@@ -107,11 +108,11 @@ func watch(b *testing.B, r *replica) *watched {
 	if err != nil {
 		b.Fatal(err)
 	}
-	sub, err := r.Hub().Subscribe(m.revision, router.TablePipelines, router.TableSidecars, router.TableServices, router.TableAssignments)
+	sub, err := r.Hub().Subscribe(m.revision, placementTables()...)
 	if err != nil {
 		b.Fatal(err)
 	}
-	w := &watched{m: m, sub: sub}
+	w := &watched{m: m, sub: sub, waits: newWaits()}
 	w.Placer = NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, Quiet: time.Microsecond, Planned: func(i PlanInfo) { w.infos = append(w.infos, i) }})
 	return w
 }
@@ -120,7 +121,7 @@ func watch(b *testing.B, r *replica) *watched {
 func (w *watched) step(b *testing.B) (changes int) {
 	b.Helper()
 	w.infos = w.infos[:0]
-	if _, err := w.plan(context.Background(), w.m, w.sub); err != nil {
+	if _, err := w.plan(context.Background(), w.m, w.sub, w.waits); err != nil {
 		b.Fatal(err)
 	}
 	for _, i := range w.infos {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/cockroachdb/datadriven"
 
+	"conveyor.etl/router/placement"
 	"conveyor.etl/router/router/commandpb"
 )
 
@@ -110,12 +111,12 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 		return m.table()
 	case "placements": // id=
 		var b strings.Builder
-		for _, p := range NewExplainer(m.input()).Placements(m.pipelines[id]) {
+		for _, p := range placement.NewEngine(viewOf(m.input())).Explain(id, placement.Query{}) {
 			where := strings.Join(p.Sidecars, " ")
 			if p.Pending != "" {
 				where = "pending: " + p.Pending
 			}
-			fmt.Fprintf(&b, "%s: %s\n", p.StageID, where)
+			fmt.Fprintf(&b, "%s: %s\n", p.Stage, where)
 		}
 		return b.String()
 	}

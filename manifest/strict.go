@@ -40,6 +40,9 @@ func (d *decoder) message(n *yaml.Node, m protoreflect.Message, depth int) {
 		if fd == nil {
 			fd = fields.ByTextName(key.Value)
 		}
+		if fd == nil && depth == 0 && key.Value == "status" {
+			continue // what 'pipeline get' adds: the cluster's word, not a wish
+		}
 		if fd == nil {
 			d.faults.add(d.doc.at(key), "%s has no field %q; it has %s", what, key.Value, fieldNames(m.Descriptor()))
 			continue

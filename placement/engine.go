@@ -58,6 +58,11 @@ type Engine struct {
 	dropped []holding
 	round   uint64 // of Rebalance, from 1
 
+	// lone lists by type of stage the sidecars that have exactly one service of
+	// that type, by id; made when it is asked for, until offers change.
+	lone      [4][]int32
+	loneKnown bool
+
 	fits  []fit // scratch
 	masks masks
 	l     layout
@@ -308,6 +313,7 @@ func (e *Engine) nameOf(s string) int32 {
 // offer enters the names h offers. It returns those whose stages have to be
 // looked at again: what was asked for by type goes by name now, or the reverse.
 func (e *Engine) offer(h int32) (turned []int32) {
+	e.loneKnown = false
 	x := &e.hosts[h]
 	x.names = x.names[:0]
 	x.s.eachName(func(s string, same []Offer) {
@@ -323,6 +329,7 @@ func (e *Engine) offer(h int32) (turned []int32) {
 
 // unoffer is the reverse of offer.
 func (e *Engine) unoffer(h int32) (turned []int32) {
+	e.loneKnown = false
 	e.hosts[h].s.eachName(func(s string, same []Offer) {
 		n := e.nameID[s]
 		e.names[n].hosts = remove(e.names[n].hosts, h)

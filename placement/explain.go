@@ -3,13 +3,25 @@ package placement
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 )
 
+// Query says what Explain is to tell.
+type Query struct {
+	// Stage restricts it to one stage; empty is all.
+	Stage string
+	// Candidates and NextHops are how many of either are listed for each stage
+	// at most; 0 lists none, and spares looking for them.
+	Candidates, NextHops int
+}
+
 // StageStatus says where a stage runs, who else could run it, and why not.
 type StageStatus struct {
 	Stage string
+	// Asks says in words what the stage asks for.
+	Asks string
 	// Asked is how many instances are wanted.
 	Asked int
 	// Sidecars run the stage by their present assignments, in order of ids.
@@ -17,11 +29,22 @@ type StageStatus struct {
 	// Pending says why no sidecar runs the stage and what would help; empty
 	// when one does.
 	Pending string
-	// Candidates are the sidecars that offer what the stage asks for, in order
-	// of ids; empty unless asked for.
+	// Candidates are sidecars that offer what the stage asks for, in order of
+	// ids, those that run it before others when not all can be listed.
 	Candidates []Candidate
-	// Strangers counts the sidecars that do not offer it.
-	Strangers int
+	// Offering counts all that offer it, Strangers those that do not.
+	Offering, Strangers int
+	// Verdicts counts those of Offering that do not run the stage by what rules
+	// them out, as far as that can be told without trying: the most frequent
+	// first, "" for nothing.
+	Verdicts []Tally
+	// Unexamined: the stages before it had so many candidates that those of this
+	// one were not looked at. Ask for it alone.
+	Unexamined bool
+	// NextHops are where its instances hand records on, by sidecar; NextHopsTotal
+	// counts them all.
+	NextHops      []NextHop
+	NextHopsTotal int
 }
 
 // Candidate is a sidecar that offers what a stage asks for.
@@ -35,58 +58,113 @@ type Candidate struct {
 	Load float64
 }
 
+// Tally counts the candidates with one verdict.
+type Tally struct {
+	Verdict string
+	Count   int
+}
+
+// examined is how many candidates one call looks at, over all stages. A pipeline
+// may have a thousand stages, and each of them a hundred thousand candidates.
+const examined = 1 << 20
+
 // Explain tells where the stages of a pipeline run, in the order it declares
-// them; nil when there is no such pipeline. With candidates set it lists those as
-// well, which takes a look at every sidecar.
-func (e *Engine) Explain(pipeline string, candidates bool) []StageStatus {
+// them; nil when there is no such pipeline, and empty when it has not the stage
+// asked for. Nothing is changed, but the engine works on it like on a plan.
+func (e *Engine) Explain(pipeline string, q Query) []StageStatus {
 	i, ok := e.pipeID[pipeline]
 	if !ok || e.pipes[i].spec == nil {
 		return nil
 	}
 	x := &e.pipes[i]
-	out := make([]StageStatus, len(x.stages))
-	missing := candidates
+	runs := x.runs()
+	out := make([]StageStatus, 0, len(x.stages))
+	missing := q.Candidates > 0
 	for k := range x.stages {
 		s := &x.stages[k]
-		out[k].Stage, out[k].Asked = s.ID, int(s.count)
-		for _, a := range x.recorded {
-			if a.Revoked {
-				continue
-			}
-			for j := range a.Stages {
-				if a.Stages[j].Stage == s.ID && a.Stages[j].Remote == "" {
-					out[k].Sidecars = append(out[k].Sidecars, a.Sidecar)
-				}
-			}
+		if q.Stage != "" && s.ID != q.Stage {
+			continue
 		}
-		missing = missing || len(out[k].Sidecars) == 0
+		st := StageStatus{Stage: s.ID, Asks: asks(s), Asked: int(s.count), Sidecars: runs[k]}
+		if q.NextHops > 0 {
+			st.NextHops, st.NextHopsTotal = e.nextHops(x, int32(k), runs, q.NextHops)
+		}
+		missing = missing || len(runs[k]) == 0
+		out = append(out, st)
 	}
-	if !missing {
+	if !missing || len(out) == 0 {
 		return out
 	}
 	l := &e.l
 	l.reset(x)
 	l.solve()
-	for k := range out {
-		if len(out[k].Sidecars) == 0 {
-			out[k].Pending = l.pending(int32(k))
+	left := examined
+	for at := range out {
+		st := &out[at]
+		k := x.stage(st.Stage, int32(at))
+		if len(st.Sidecars) == 0 {
+			st.Pending = l.pending(k)
 		}
-		if candidates {
-			out[k].Candidates, out[k].Strangers = l.candidates(int32(k), out[k].Sidecars)
+		if q.Candidates > 0 {
+			l.candidates(st, k, q.Candidates, &left)
 		}
 	}
 	l.release()
 	return out
 }
 
-// release lets go of the sidecars the layout has looked at by itself, without
-// taking over what it has come to.
+// runs lists per stage the sidecars that run it by their present assignments, in
+// order of ids.
+func (x *pipe) runs() [][]string {
+	out := make([][]string, len(x.stages))
+	for _, a := range x.recorded {
+		if a.Revoked {
+			continue
+		}
+		for j := range a.Stages {
+			if k := x.stage(a.Stages[j].Stage, int32(j)); k >= 0 && a.Stages[j].Remote == "" {
+				out[k] = append(out[k], a.Sidecar)
+			}
+		}
+	}
+	return out
+}
+
+// release lets the sidecars be found again that the layout looked at by
+// themselves, without taking over what it has come to.
 func (l *layout) release() {
 	for n := range l.nodes {
 		h := l.nodes[n].host
 		l.e.hosts[h].held = false
 		l.e.refresh(h)
 	}
+}
+
+// Waiting is a stage that has no place.
+type Waiting struct{ Pipeline, Stage, Reason string }
+
+// Waiting lists the stages of an enabled pipeline that have no place in its
+// newest layout, and why.
+func (e *Engine) Waiting(pipeline string) []Waiting {
+	i, ok := e.pipeID[pipeline]
+	if !ok {
+		return nil
+	}
+	x := &e.pipes[i]
+	if x.spec == nil || !x.spec.Enabled || len(x.placed) != len(x.stages) || !slices.Contains(x.placed, false) {
+		return nil
+	}
+	l := &e.l
+	l.reset(x)
+	l.solve()
+	var out []Waiting
+	for k := range x.stages {
+		if !x.placed[k] {
+			out = append(out, Waiting{x.id, x.stages[k].ID, l.pending(int32(k))})
+		}
+	}
+	l.release()
+	return out
 }
 
 // pending says why stage i has no place.
@@ -150,16 +228,43 @@ func (s *Sidecar) loose(w *want) *Offer {
 	return s.only(&want{stage: w.stage})
 }
 
+// offering lists the sidecars with an offer that is loose for w, by id. The list
+// is not the caller's.
+func (e *Engine) offering(w *want) []int32 {
+	if !w.byType {
+		var out []int32
+		for _, h := range e.names[e.nameID[w.name]].hosts {
+			if e.hosts[h].s.offer(w) != nil {
+				out = append(out, h)
+			}
+		}
+		slices.SortFunc(out, e.compareIDs)
+		return out
+	}
+	t := min(w.stage, SinkStage)
+	if !e.loneKnown {
+		e.lone, e.loneKnown = [4][]int32{}, true
+		for _, h := range e.byID() {
+			for t := range e.lone {
+				if e.hosts[h].s.only(&want{stage: StageType(t)}) != nil {
+					e.lone[t] = append(e.lone[t], h)
+				}
+			}
+		}
+	}
+	return e.lone[t]
+}
+
 // nobody says why no sidecar may be given stage i.
 func (l *layout) nobody(i int32) string {
 	s := &l.x.stages[i]
 	w := &l.e.wants[s.want]
 	what := describe(s)
 	var expired, suspect, draining, unqualified, unwell []string
-	for _, h := range l.e.byID() {
+	for _, h := range l.e.offering(w) {
 		x := l.e.hosts[h].s
 		o := x.loose(w)
-		if o == nil || (w.byType && l.x.rival(s, l.e.nameID[o.Name])) {
+		if w.byType && l.x.rival(s, l.e.nameID[o.Name]) {
 			continue
 		}
 		switch {
@@ -205,29 +310,71 @@ func someOf(ids []string) string {
 	return strings.Join(ids, ", ")
 }
 
-// candidates lists who offers what stage i asks for.
-func (l *layout) candidates(i int32, runs []string) (out []Candidate, strangers int) {
-	e, s := l.e, &l.x.stages[i]
-	w := &e.wants[s.want]
-	for _, h := range e.byID() {
-		x := &e.hosts[h]
-		o := x.s.loose(w)
-		if o == nil {
-			strangers++
-			continue
-		}
-		c := Candidate{Sidecar: x.s.ID, Endpoint: o.Endpoint, Load: float64(x.load) / float64(x.capacity)}
-		_, c.Runs = slices.BinarySearch(runs, x.s.ID)
-		if !c.Runs {
-			c.Verdict = l.verdict(i, h, o)
-		}
-		out = append(out, c)
+// asks is describe with the group and labels.
+func asks(s *stage) string {
+	out := describe(s)
+	if s.Group != "" {
+		out += fmt.Sprintf(" of group %q", s.Group)
 	}
-	slices.SortFunc(out, func(a, b Candidate) int { return cmp.Compare(a.Sidecar, b.Sidecar) })
-	return out, strangers
+	for i, k := range slices.Sorted(maps.Keys(s.Labels)) {
+		switch i {
+		case 0:
+			out += " with "
+		default:
+			out += ", "
+		}
+		out += k + "=" + s.Labels[k]
+	}
+	return out
 }
 
-// verdict says what rules out that h, with offer o, is given stage i.
+// candidates fills in who offers what stage i asks for, limit of them one by one.
+// left is how many may yet be looked at.
+func (l *layout) candidates(st *StageStatus, i int32, limit int, left *int) {
+	e := l.e
+	w := &e.wants[l.x.stages[i].want]
+	offering := e.offering(w)
+	st.Offering, st.Strangers = len(offering), len(e.hostID)-len(offering)
+	if *left -= len(offering); *left < 0 {
+		st.Unexamined = true
+		return
+	}
+	others := max(0, limit-len(st.Sidecars)) // that may be listed though they do not run it
+	verdicts := make(map[string]int)
+	for _, h := range offering {
+		x := &e.hosts[h]
+		o := x.s.loose(w)
+		c := Candidate{Sidecar: x.s.ID, Endpoint: o.Endpoint, Load: float64(x.load) / float64(x.capacity)}
+		_, c.Runs = slices.BinarySearch(st.Sidecars, x.s.ID)
+		if !c.Runs {
+			c.Verdict = l.verdict(i, h, o)
+			verdicts[c.Verdict]++
+			if others == 0 {
+				continue
+			}
+			others--
+			if c.Verdict == "" {
+				if n, ok := l.nodeOf(h); ok && l.loops(i, n) {
+					c.Verdict = comesBack
+				}
+			}
+		}
+		if len(st.Candidates) < limit {
+			st.Candidates = append(st.Candidates, c)
+		}
+	}
+	for v, n := range verdicts { // sorted below
+		st.Verdicts = append(st.Verdicts, Tally{v, n})
+	}
+	slices.SortFunc(st.Verdicts, func(a, b Tally) int {
+		return cmp.Or(-cmp.Compare(a.Count, b.Count), cmp.Compare(a.Verdict, b.Verdict))
+	})
+}
+
+const comesBack = "records would come back to a sidecar they have passed"
+
+// verdict says what rules out that h, with offer o, is given stage i, as far as
+// that can be told without trying.
 func (l *layout) verdict(i, h int32, o *Offer) string {
 	e, s := l.e, &l.x.stages[i]
 	w := &e.wants[s.want]
@@ -256,10 +403,7 @@ func (l *layout) verdict(i, h int32, o *Offer) string {
 	case x.profile >= 0 && l.closed(x.profile):
 		return "a source on it is held back, and with it all of the pipeline"
 	case l.circular || l.x.cyclic:
-		return "records would come back to a sidecar they have passed"
-	}
-	if n, ok := l.nodeOf(h); ok && l.loops(i, n) {
-		return "records would come back to a sidecar they have passed"
+		return comesBack
 	}
 	return ""
 }

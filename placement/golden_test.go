@@ -92,7 +92,7 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 		fmt.Fprintf(&b, "%d edges: %d in the pod, %d on the node, %d in the zone\n", q.Edges, q.InPod, q.InNode, q.InZone)
 		fmt.Fprintf(&b, "load: highest %.2f, mean %.2f, highest by mean %.2f\n", q.Highest, q.Mean, q.MaxOverMean())
 	case "explain":
-		for _, s := range m.engine.Explain(id, true) {
+		for _, s := range m.engine.Explain(id, Query{Candidates: 1000}) {
 			fmt.Fprintf(&b, "%s: %d of %d", s.Stage, len(s.Sidecars), s.Asked)
 			if s.Pending != "" {
 				fmt.Fprintf(&b, ", pending: %s", s.Pending)
@@ -116,8 +116,8 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 		fmt.Fprintf(&b, "%d moves, at least %d; pending %d -> %d; load by mean %.2f -> %.2f; in the pod %.2f -> %.2f\n",
 			o.After.Moves, o.After.Least, o.Before.Pending, o.After.Pending, o.Before.MaxOverMean(), o.After.MaxOverMean(),
 			o.Before.LocalShare(), o.After.LocalShare())
-		for _, p := range o.Pending {
-			fmt.Fprintf(&b, "  would wait: %s of %s\n", p[1], p[0])
+		for _, w := range o.Waiting {
+			fmt.Fprintf(&b, "  would wait: %s of %s\n", w.Stage, w.Pipeline)
 		}
 	default:
 		t.Fatalf("unknown command %q", d.Cmd)

@@ -70,28 +70,16 @@ func (f *figures) add(o figures, by int) {
 	f.zone += by * o.zone
 }
 
-// addPipe indexes p without its wants.
-func (e *Engine) addPipe(p *Pipeline) int32 {
-	i := e.pipeOf(p.ID)
-	x := &e.pipes[i]
-	x.spec = p
+// declare makes the stages and edges of x as its spec has them.
+func (x *pipe) declare() {
+	p := x.spec
 	x.stages = make([]stage, len(p.Stages))
-	x.order = x.order[:0]
 	index := make(map[string]int32, len(p.Stages))
 	for k := range p.Stages {
 		st := &p.Stages[k]
 		index[st.ID] = int32(k)
 		s := &x.stages[k]
 		s.Stage, s.count, s.want = st, int32(min(max(1, st.Parallelism), 1<<30)), -1
-		if st.Name != "" {
-			s.name = e.nameOf(st.Name)
-			n := &e.names[s.name]
-			n.stages++
-			if n.pipes == nil {
-				n.pipes = make(map[int32]int32)
-			}
-			n.pipes[i]++
-		}
 	}
 	for _, edge := range p.Edges {
 		from, ok1 := index[edge.From]
@@ -99,6 +87,27 @@ func (e *Engine) addPipe(p *Pipeline) int32 {
 		if ok1 && ok2 && !slices.Contains(x.stages[from].down, to) {
 			x.stages[from].down = append(x.stages[from].down, to)
 			x.stages[to].up = append(x.stages[to].up, from)
+		}
+	}
+}
+
+// addPipe indexes p without its wants.
+func (e *Engine) addPipe(p *Pipeline) int32 {
+	i := e.pipeOf(p.ID)
+	x := &e.pipes[i]
+	x.spec = p
+	x.declare()
+	x.order = x.order[:0]
+	for k := range x.stages {
+		s := &x.stages[k]
+		if st := s.Stage; st.Name != "" {
+			s.name = e.nameOf(st.Name)
+			n := &e.names[s.name]
+			n.stages++
+			if n.pipes == nil {
+				n.pipes = make(map[int32]int32)
+			}
+			n.pipes[i]++
 		}
 	}
 	x.sort()

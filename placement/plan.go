@@ -19,9 +19,10 @@ type Step struct {
 	Pipeline string
 	Version  uint64 // of the pipeline planned from; 0 for one that is gone
 	Urgency  Urgency
-	// Moves counts the stages that sidecars are newly given.
-	Moves   int
-	Changes []Change // by sidecar id
+	// Moves counts the stages that sidecars are newly given, Least the fewest that
+	// any plan of it could do with.
+	Moves, Least int
+	Changes      []Change // by sidecar id
 }
 
 // Urgency says what a step is good for.
@@ -169,6 +170,7 @@ func (e *Engine) adopt(x *pipe) (Step, bool) {
 	step, changed := l.step()
 	e.totals.add(x.figures, -1)
 	x.figures = l.evaluate()
+	step.Least = x.figures.least
 	e.totals.add(x.figures, +1)
 	x.placed = slices.Grow(x.placed[:0], len(x.stages))[:len(x.stages)]
 	for i := range x.stages {
@@ -293,6 +295,13 @@ func (l *layout) step() (Step, bool) {
 				c.Takes = append(c.Takes, x.stages[i].ID)
 			case had && !has:
 				c.Releases = append(c.Releases, x.stages[i].ID)
+			}
+		}
+		if now != nil {
+			for i := range now.Stages { // of those the pipeline has no more
+				if a := &now.Stages[i]; a.Remote == "" && x.stage(a.Stage, int32(i)) < 0 {
+					c.Releases = append(c.Releases, a.Stage)
+				}
 			}
 		}
 		st.Moves += len(c.Takes)

@@ -255,7 +255,7 @@ func TestExplainAgrees(t *testing.T) {
 		load := fmt.Sprint(m.engine.Measure())
 		for id, p := range m.pipelines {
 			runs := m.runs(id)
-			for _, s := range m.engine.Explain(id, true) {
+			for _, s := range m.engine.Explain(id, Query{Candidates: 1000}) {
 				if (s.Pending == "") != (len(runs[s.Stage]) > 0) || !slices.Equal(s.Sidecars, runs[s.Stage]) {
 					t.Fatalf("%s/%s: explained %+v, runs on %v", id, s.Stage, s, runs[s.Stage])
 				}
@@ -277,6 +277,93 @@ func TestExplainAgrees(t *testing.T) {
 		}
 		if more := m.engine.Plan(); len(more.Steps) > 0 {
 			t.Fatalf("explaining made a plan of %+v", more.Steps)
+		}
+	})
+}
+
+// TestOutlookChangesNothing: after a loss or a declaration was tried, the engine
+// finds what it found before, and what it foretold is as good as what comes when the
+// change is made.
+func TestOutlookChangesNothing(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		m := drawModel(t, true)
+		m.carryOut(m.engine.Plan())
+		disturb(t, m, true)
+		if rapid.Bool().Draw(t, "settled") {
+			m.carryOut(m.engine.Plan())
+		}
+		settled := len(m.engine.Plan().Steps) == 0
+		before := m.engine.Measure()
+		ids := slices.Sorted(maps.Keys(m.sidecars))
+		lose := rapid.SliceOfDistinct(rapid.SampledFrom(append(ids, "nobody")), rapid.ID).Draw(t, "lose")
+		o := m.engine.WhatIf(func(s *Sidecar) bool { return slices.Contains(lose, s.ID) }, 100)
+		same := func(what string) {
+			now := m.engine.Measure()
+			now.Bound = before.Bound // of the shares, which are counted anew only now and then
+			if settled && now != before {
+				t.Fatalf("%s: the engine measures %+v, before it was %+v", what, now, before)
+			}
+			if more := m.engine.Plan(); settled && len(more.Steps) > 0 {
+				t.Fatalf("%s: the engine has more to change: %+v", what, more.Steps)
+			}
+		}
+		same(fmt.Sprintf("losing %v", lose))
+		if o.After.Moves < o.After.Least {
+			t.Fatalf("%d moves, at least %d", o.After.Moves, o.After.Least)
+		}
+		for _, w := range o.Waiting {
+			if w.Reason == "" || w.Reason == "about to be assigned" {
+				t.Fatalf("%s of %s would wait: %q", w.Stage, w.Pipeline, w.Reason)
+			}
+		}
+		other := drawModel(t, true)
+		var declared []*Pipeline
+		for _, id := range slices.Sorted(maps.Keys(other.pipelines)) {
+			p := *other.pipelines[id]
+			p.Version = 1
+			if old := m.pipelines[id]; old != nil {
+				p.Version = old.Version + 1
+			}
+			declared = append(declared, &p)
+		}
+		o = m.engine.Try(declared, 100)
+		same("declaring pipelines")
+		if !settled {
+			return
+		}
+		for _, p := range declared {
+			m.putPipeline(p)
+		}
+		// Of equally good places a plan of the whole may take others.
+		p := Compute(m.view())
+		if p.Quality.Placed != o.After.Placed || p.Quality.Pending != o.After.Pending || p.Quality.Least != o.After.Least {
+			t.Fatalf("foretold were %+v\n%+v\na plan of the whole is %+v\n%+v", o.After, o.Plan.Steps, p.Quality, p.Steps)
+		}
+	})
+}
+
+// TestJudgeAgrees: what is said of one pipeline from its assignments alone is what
+// the engine counts of all when there is no other.
+func TestJudgeAgrees(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		m := drawModel(t, true)
+		for _, id := range slices.Sorted(maps.Keys(m.pipelines))[1:] {
+			m.removePipeline(id)
+		}
+		m.carryOut(m.engine.Plan())
+		for id, p := range m.pipelines {
+			load := make(map[string]int)
+			for _, hosts := range m.runs(id) {
+				for _, h := range hosts {
+					load[h]++
+				}
+			}
+			got := Judge(p, m.sorted(), func(id string) (*Sidecar, int) { return m.sidecars[id], load[id] })
+			want := m.engine.Measure()
+			got.Mean, got.Bound, want.Mean, want.Bound = 0, 0, 0, 0 // of other sidecars
+			if got != want {
+				t.Fatalf("judged %+v, the engine counts %+v", got, want)
+			}
 		}
 	})
 }

@@ -60,6 +60,99 @@ func (e *Engine) sum(q *Quality) {
 	q.Edges, q.InPod, q.InNode, q.InZone = t.edges, t.pod, t.node, t.zone
 }
 
+// Judge tells how good the present place of one pipeline is, from its assignments
+// and what is known of the sidecars that hold them: at returns one of them and how
+// many stages it runs, of all pipelines, or nil. Load is that of these sidecars
+// alone. It needs no engine.
+func Judge(p *Pipeline, recorded []*Assignment, at func(sidecar string) (*Sidecar, int)) Quality {
+	var q Quality
+	if !p.Enabled {
+		return q
+	}
+	x := pipe{spec: p, recorded: recorded}
+	x.declare()
+	runs := make(map[string]int, len(x.stages)) // instances, by stage
+	load, capacity, hosts := 0, int64(0), 0
+	for _, a := range recorded {
+		s, n := at(a.Sidecar)
+		if a.Revoked || s == nil {
+			continue
+		}
+		here := make(map[string]*Assigned, len(a.Stages))
+		for i := range a.Stages {
+			here[a.Stages[i].Stage] = &a.Stages[i]
+		}
+		some := false
+		for k := range x.stages {
+			st := here[x.stages[k].ID]
+			if st == nil || st.Remote != "" {
+				continue
+			}
+			some = true
+			runs[st.Stage]++
+			for _, d := range x.stages[k].down {
+				q.Edges++
+				to := here[x.stages[d].ID]
+				if to == nil {
+					continue
+				}
+				far := int8(0)
+				if to.Remote != "" {
+					t, _ := at(to.Remote)
+					far = distance(s, t)
+				}
+				q.near(far)
+			}
+		}
+		if some {
+			hosts++
+			load += n
+			capacity += s.capacity()
+			q.Highest = max(q.Highest, float64(n)/float64(s.capacity()))
+		}
+	}
+	for k := range x.stages {
+		n, want := runs[x.stages[k].ID], int(x.stages[k].count)
+		q.Asked += want
+		q.Placed += min(n, want)
+		if n == 0 {
+			q.Pending++
+		}
+	}
+	if hosts > 0 {
+		q.Mean = float64(load) / float64(capacity)
+		c := float64(capacity) / float64(hosts)
+		q.Bound = min(q.Highest, math.Ceil(q.Mean*c-1e-3)/c)
+	}
+	return q
+}
+
+// near counts an edge between sidecars so far apart.
+func (q *Quality) near(far int8) {
+	if far <= 2 {
+		q.InZone++
+	}
+	if far <= 1 {
+		q.InNode++
+	}
+	if far == 0 {
+		q.InPod++
+	}
+}
+
+// distance is that of Engine, of two sidecars that are not the same; b may be nil.
+func distance(a, b *Sidecar) int8 {
+	switch {
+	case b == nil || a.Zone != b.Zone:
+		return 3
+	case a.Node != "" && a.Node == b.Node:
+		return 1
+	case a.Zone != "":
+		return 2
+	}
+	return 3
+}
+
 // Measure returns the quality of the newest layouts with the load, which takes a
 // look at every sidecar.
 func (e *Engine) Measure() Quality {

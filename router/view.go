@@ -28,6 +28,9 @@ type View struct {
 	err      error // why the view could not be made; every read returns it
 }
 
+// Point names a state: its revision, and the epoch that is of.
+type Point struct{ Revision, Epoch uint64 }
+
 // View returns an immutable view of the newest state. It never fails: on a
 // closed state every read of the view returns ErrClosed.
 func (s *FSM) View() *View {

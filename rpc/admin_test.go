@@ -11,8 +11,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/raftnode"
-	"conveyor.etl/router/router"
-	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -360,29 +358,6 @@ func TestPlacementsAndPendingReasons(t *testing.T) {
 	_, err := a.admin.DisablePipeline(a.ctx(), &adminpb.DisablePipelineRequest{PipelineId: "p"})
 	noError(t, err)
 	want(1, "disabled")
-}
-
-// Goal: who places stages has the word on why one is pending.
-func TestExplain(t *testing.T) {
-	a := newAPI(t, func(c *ServerConfig) {
-		c.Explain = func(*router.View) (func(*commandpb.Pipeline, string) string, error) {
-			return func(p *commandpb.Pipeline, stage string) string {
-				if stage == "y-stage" {
-					return ""
-				}
-				return "because of " + p.Spec.Id + " " + stage
-			}, nil
-		}
-	})
-	a.create(chain("p", "x", "y"))
-	got, err := a.admin.GetPipeline(a.ctx(), &adminpb.GetPipelineRequest{PipelineId: "p"})
-	noError(t, err)
-	if r := got.Status.Placements[0].PendingReason; r != "because of p x-stage" {
-		t.Fatal(r)
-	}
-	if r := got.Status.Placements[1].PendingReason; r != "no sidecar is registered" {
-		t.Fatal(r)
-	}
 }
 
 // Goal: the cluster's status is what the operator shows, degraded when a voter

@@ -64,7 +64,7 @@ func (a *clusterAPI) GetConvergence(ctx context.Context, req *clusterpb.GetConve
 		}).Err()
 	}
 	resp := &clusterpb.GetConvergenceResponse{Version: p.Version, Revision: v.Revision()}
-	if err := a.pendingStages(v, p, resp); err != nil {
+	if err := a.pendingStages(ctx, v, p, resp); err != nil {
 		return nil, err
 	}
 	concerned, err := concernedBy(v, req.PipelineId)
@@ -94,7 +94,7 @@ func (a *clusterAPI) GetConvergence(ctx context.Context, req *clusterpb.GetConve
 }
 
 // pendingStages adds the stages that nobody runs, or that may still be moved.
-func (a *clusterAPI) pendingStages(v *router.View, p *commandpb.Pipeline, resp *clusterpb.GetConvergenceResponse) error {
+func (a *clusterAPI) pendingStages(ctx context.Context, v *router.View, p *commandpb.Pipeline, resp *clusterpb.GetConvergenceResponse) error {
 	if planned := a.cfg.Planned; planned != nil && planned() < p.ModRevision {
 		resp.Pending = append(resp.Pending, &clusterpb.PendingStage{
 			Reason: fmt.Sprintf("where the stages of version %d run is not decided yet", p.Version),
@@ -104,7 +104,7 @@ func (a *clusterAPI) pendingStages(v *router.View, p *commandpb.Pipeline, resp *
 	if !p.GetSpec().GetEnabled() {
 		return nil
 	}
-	st, err := a.newPlacementReader(v).status(p)
+	st, err := a.newPlacementReader(ctx, v).status(p)
 	if err != nil {
 		return err
 	}

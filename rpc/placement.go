@@ -1,10 +1,12 @@
 package rpc
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"time"
 
+	"conveyor.etl/router/placement"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
@@ -14,9 +16,14 @@ import (
 // It reads the sidecars of its view at most once, when a stage is found that
 // nobody runs.
 type placementReader struct {
-	v        *router.View
-	index    func(*router.View) (func(*commandpb.Pipeline, string) string, error)
-	explain  func(*commandpb.Pipeline, string) string
+	ctx   context.Context
+	v     *router.View
+	study PlacementStudy // nil = none, or it has no time
+	busy  bool           // study had no time
+	// reasons are those of pipeline, the last one asked about: its stages are asked
+	// about in a row.
+	pipeline string
+	reasons  map[string]string
 	offers   map[string]sidecarCount // by normalised service name
 	byType   map[commandpb.ServiceType]sidecarCount
 	sidecars int
@@ -25,8 +32,8 @@ type placementReader struct {
 // sidecarCount counts sidecars by whether they are alive.
 type sidecarCount struct{ alive, gone int }
 
-func (s *Server) newPlacementReader(v *router.View) *placementReader {
-	return &placementReader{v: v, index: s.cfg.Explain}
+func (s *Server) newPlacementReader(ctx context.Context, v *router.View) *placementReader {
+	return &placementReader{ctx: ctx, v: v, study: s.cfg.Placement}
 }
 
 // status describes one pipeline of the view.
@@ -113,17 +120,11 @@ func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage)
 	if !p.GetSpec().GetEnabled() {
 		return "the pipeline is disabled", nil
 	}
-	if r.index != nil {
-		if r.explain == nil {
-			explain, err := r.index(r.v)
-			if err != nil {
-				return "", err
-			}
-			r.explain = explain
-		}
-		if reason := r.explain(p, stage.GetId()); reason != "" {
-			return reason, nil
-		}
+	if reason := r.explained(p.GetSpec().GetId(), stage.GetId()); reason != "" {
+		return reason, nil
+	}
+	if r.busy {
+		return "no sidecar runs it; this node is too busy to find out why: ask again", nil
 	}
 	if err := r.readSidecars(); err != nil {
 		return "", err
@@ -142,6 +143,26 @@ func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage)
 		return fmt.Sprintf("no sidecar offers service %q; %d have a single service of the stage's type and may take it", name, fallback.alive), nil
 	}
 	return fmt.Sprintf("no sidecar offers service %q", name), nil
+}
+
+// explained is what the planner says of a stage; "" when it says nothing. Without
+// time for that a listing goes on without the reasons, rather than fail.
+func (r *placementReader) explained(pipeline, stage string) string {
+	if r.study == nil {
+		return ""
+	}
+	if r.reasons == nil || r.pipeline != pipeline {
+		stages, _, err := r.study.Explain(r.ctx, pipeline, placement.Query{})
+		if err != nil {
+			r.study, r.busy = nil, true
+			return ""
+		}
+		r.pipeline, r.reasons = pipeline, make(map[string]string, len(stages))
+		for _, st := range stages {
+			r.reasons[st.Stage] = st.Pending
+		}
+	}
+	return r.reasons[stage]
 }
 
 func (r *placementReader) readSidecars() error {

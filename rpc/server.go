@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 
+	"conveyor.etl/router/placement"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/router"
@@ -91,10 +92,18 @@ type ServerConfig struct {
 	// *raftnode.NotLeaderError or ErrNoLeader while it does not; optional.
 	CheckState func(ctx context.Context, full bool) (*clusterpb.CheckStateResponse, error)
 
-	// Explain indexes a view and returns what says why nobody runs a stage and
-	// what would help; the room that places stages knows best. Optional: without
-	// it the reason is judged by who offers the service.
-	Explain func(v *router.View) (func(p *commandpb.Pipeline, stage string) string, error)
+	// Placement answers questions about where stages run; optional: without it the
+	// calls that need it are refused, and why a stage waits is judged by who offers
+	// its service.
+	Placement PlacementStudy
+	// PipelineQuality says how good the place of a pipeline of a view is, false when
+	// there is none of that id; optional, like Moved.
+	PipelineQuality func(v *router.View, pipeline string) (placement.Quality, bool, error)
+	// Moved returns the quality after the newest plan that moved any of a pipeline
+	// and the revision it was planned from, false when this node has made none since
+	// it leads. Without a pipeline it is about all of them; with one only the counts of
+	// moves are filled in.
+	Moved func(pipeline string) (q placement.Quality, revision uint64, ok bool)
 
 	// Planned returns the revision of a state about which everything is decided and
 	// recorded, while this node leads; it must not block. Optional.
@@ -197,6 +206,9 @@ func (c *ServerConfig) EnsureDefaults() {
 	}
 	if c.Waiting == nil {
 		c.Waiting = func() (int, int, int) { return 0, 0, 0 }
+	}
+	if c.Moved == nil {
+		c.Moved = func(string) (placement.Quality, uint64, bool) { return placement.Quality{}, 0, false }
 	}
 	if c.Alarms == nil {
 		c.Alarms = func() []string { return nil }

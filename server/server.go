@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/control"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/rpc"
@@ -38,6 +39,7 @@ type Server struct {
 	api       *rpc.Server
 	control   *controlLoops
 	recovery  *recovery.Recovery
+	study     *control.Study
 
 	debug *http.Server
 
@@ -266,12 +268,14 @@ func (s *Server) runNode() {
 
 func (s *Server) startClients(self rpc.Identity) error {
 	var err error
+	s.study = newStudy(s)
 	s.api, err = rpc.NewServer(rpc.ServerConfig{
 		Node: &addressedNode{s.node, s.known}, State: s.disk.fsm, Submitter: s.forwarder, Beats: s.beats,
 		NodeID: s.c.NodeID, ClusterID: self.ClusterID, ClusterName: s.disk.id.ClusterName, Version: self.Version,
 		StateBytes: s.stateBytes, Preflight: s.transport.Preflight,
-		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Explain: explain, Planned: s.control.planned.Load,
 		Waiting: s.waiting, HandoverTimeout: s.handoverTimeout(),
+		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Placement: s.study,
+		PipelineQuality: control.PipelineQuality, Moved: s.moved, Planned: s.control.planned.Load,
 		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,

@@ -88,6 +88,9 @@ func (s *Server) closeAll() error {
 		errs = append(errs, s.debug.Close())
 	}
 	s.serving.Wait()
+	if s.study != nil {
+		s.study.Close()
+	}
 	// Those of servers that never ran; the others are closed already.
 	if s.peerLis != nil {
 		_ = s.peerLis.Close()

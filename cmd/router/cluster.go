@@ -14,7 +14,8 @@ import (
 
 func newClusterCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{Use: "cluster", Short: "Show and steer the cluster"}
-	cmd.AddCommand(newClusterStatusCommand(a), newClusterCheckCommand(a), newMemberListCommand(a, "members"), newTransferLeaderCommand(a), newRecoverCommand(a))
+	cmd.AddCommand(newClusterStatusCommand(a), newClusterCheckCommand(a), newMemberListCommand(a, "members"), newTransferLeaderCommand(a),
+		newWhatIfCommand(a), newRecoverCommand(a))
 	return cmd
 }
 
@@ -33,7 +34,7 @@ func newClusterStatusCommand(a *app) *cobra.Command {
 				if a.format != output.Table {
 					err = output.Document(a.stdout, a.format, st)
 				} else {
-					err = printStatus(a, st)
+					err = printStatus(a, st, clusterQuality(ctx, c, st))
 				}
 				if err == nil && check && st.GetHealth() != adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY {
 					return silentError{exitCheckFailed}
@@ -46,7 +47,7 @@ func newClusterStatusCommand(a *app) *cobra.Command {
 	return cmd
 }
 
-func printStatus(a *app, st *adminpb.GetClusterStatusResponse) error {
+func printStatus(a *app, st *adminpb.GetClusterStatusResponse, quality *clusterpb.GetPlacementQualityResponse) error {
 	head := &output.Grid{}
 	head.Add("CLUSTER", fmt.Sprintf("%s (%s)", st.GetClusterName(), st.GetClusterId()))
 	head.Add("HEALTH", short(st.GetHealth().String(), "CLUSTER_HEALTH_"))
@@ -66,6 +67,9 @@ func printStatus(a *app, st *adminpb.GetClusterStatusResponse) error {
 	}
 	if n := st.GetHeldMoves(); n > 0 {
 		head.Add("HELD MOVES", fmt.Sprintf("%d stages wait for the movement budget (placement.moves_per_minute)", n))
+	}
+	if quality != nil {
+		head.Add("PLACEMENT", qualityLine(quality))
 	}
 	for _, alarm := range st.GetAlarms() {
 		head.Add("ALARM", alarm)

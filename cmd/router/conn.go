@@ -75,7 +75,7 @@ func (a *app) call(cmd *cobra.Command, talk func(ctx context.Context, c *clients
 // readOnly tells the commands that change nothing by their verbs.
 func readOnly(cmd *cobra.Command) bool {
 	switch cmd.Name() {
-	case "get", "list", "members", "status", "assignments", "check", "wait":
+	case "get", "list", "members", "status", "assignments", "check", "wait", "plan", "explain", "what-if":
 		return true
 	}
 	return false

@@ -10,6 +10,7 @@ import (
 
 	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
 func newPipelineCommand(a *app) *cobra.Command {
@@ -22,6 +23,8 @@ func newPipelineCommand(a *app) *cobra.Command {
 		newPipelineEnableCommand(a, true),
 		newPipelineEnableCommand(a, false),
 		newPipelineValidateCommand(a),
+		newPipelinePlanCommand(a),
+		newPipelineExplainCommand(a),
 	)
 	return cmd
 }
@@ -30,8 +33,13 @@ func newPipelineGetCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "get ID",
 		Short: "Show one pipeline, where its stages run and why one does not",
-		Long: `Show one pipeline. With -o yaml or -o json the output is the pipeline itself, in
-the form pipeline apply reads.`,
+		Long: `Show one pipeline, and how good it is where it runs: how many edges stay
+within a pod, how the load of its most loaded sidecar compares with the mean of its
+sidecars, and what the leader's last plan moved of it against the fewest moves any
+plan could have done with. Why it runs there says 'router pipeline explain'.
+
+With -o yaml or -o json the output is the pipeline itself, in the form pipeline apply
+reads; the figures are its status, which apply ignores.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
@@ -42,16 +50,17 @@ the form pipeline apply reads.`,
 				if !reply.GetFound() {
 					return notFound("there is no pipeline %q; see 'router pipeline list'", args[0])
 				}
+				quality := pipelineQuality(ctx, c, args[0])
 				if a.format != output.Table {
-					return output.Document(a.stdout, a.format, reply.GetConfig())
+					return output.Document(a.stdout, a.format, shownPipeline{reply.GetConfig(), statusOf(reply.GetStatus(), quality)})
 				}
-				return printPipeline(a, reply.GetConfig(), reply.GetStatus())
+				return printPipeline(a, reply.GetConfig(), reply.GetStatus(), quality)
 			})
 		},
 	}
 }
 
-func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus) error {
+func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus, quality *clusterpb.GetPlacementQualityResponse) error {
 	head := &output.Grid{}
 	head.Add("ID", p.GetId())
 	if p.GetDescription() != "" {
@@ -60,6 +69,9 @@ func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus
 	head.Add("ENABLED", yesNo(p.GetEnabled()))
 	head.Add("VERSION", shownVersion(st.GetVersion(), st.GetEpoch()))
 	head.Add("UPDATED", when(st.GetUpdatedAt()))
+	if quality != nil {
+		head.Add("PLACEMENT", qualityLine(quality))
+	}
 	if err := head.Write(a.stdout); err != nil {
 		return err
 	}

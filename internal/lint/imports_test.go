@@ -98,7 +98,7 @@ var importRules = []importRule{{
 	from:      "./rpc",
 	forbidden: []string{"./...", pebblePkg, "go.etcd.io/etcd/..."},
 	except: []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./rpc/peerpb", "./rpc/routerpb/...",
-		"./recovery", "./backup/archive", "./backup/shelf"},
+		"./recovery", "./backup/archive", "./backup/shelf", "./placement"},
 	reason: "the edge translates; it never touches a disk and decides nothing",
 }, {
 	from:      "./rpc/client",

@@ -34,6 +34,7 @@ func kindOf(method string) callKind {
 		"GetStateHash", "ListSidecars", "GetSidecar", "ListGroups", "GetGroup",
 		"ListMembers", "ListOperations", "GetOperation", "WaitOperation", "CheckState",
 		"GetStateMetadata", "ListSnapshots", "GetConvergence",
+		"ExplainPipeline", "PlanPipelines", "WhatIf", "GetPlacementQuality",
 		// A node that asks again is known by the id of its directory.
 		"JoinMember",
 		// A heartbeat says the same however often it is said.

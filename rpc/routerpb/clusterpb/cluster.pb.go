@@ -7,6 +7,7 @@
 package clusterpb
 
 import (
+	adminpb "conveyor.etl/router/rpc/routerpb/adminpb"
 	commonpb "conveyor.etl/router/rpc/routerpb/commonpb"
 	sidecarpb "conveyor.etl/router/rpc/routerpb/sidecarpb"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
@@ -4263,11 +4264,1362 @@ func (x *ListAppliedResponse) GetSidecarIds() []string {
 	return nil
 }
 
+// PlacementQuality says how good it is where stages of enabled pipelines run.
+type PlacementQuality struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	InstancesAsked  uint32                 `protobuf:"varint,1,opt,name=instances_asked,json=instancesAsked,proto3" json:"instances_asked,omitempty"`
+	InstancesPlaced uint32                 `protobuf:"varint,2,opt,name=instances_placed,json=instancesPlaced,proto3" json:"instances_placed,omitempty"`
+	StagesPending   uint32                 `protobuf:"varint,3,opt,name=stages_pending,json=stagesPending,proto3" json:"stages_pending,omitempty"` // that run nowhere
+	// Where records are handed on: one edge for each downstream stage of each
+	// instance. Those within a pod count as within its node too, and so on.
+	Edges          uint32  `protobuf:"varint,4,opt,name=edges,proto3" json:"edges,omitempty"`
+	EdgesInPod     uint32  `protobuf:"varint,5,opt,name=edges_in_pod,json=edgesInPod,proto3" json:"edges_in_pod,omitempty"`
+	EdgesInNode    uint32  `protobuf:"varint,6,opt,name=edges_in_node,json=edgesInNode,proto3" json:"edges_in_node,omitempty"`
+	EdgesInZone    uint32  `protobuf:"varint,7,opt,name=edges_in_zone,json=edgesInZone,proto3" json:"edges_in_zone,omitempty"`
+	LocalEdgeShare float64 `protobuf:"fixed64,8,opt,name=local_edge_share,json=localEdgeShare,proto3" json:"local_edge_share,omitempty"` // edges_in_pod by edges; 1 when there are none
+	// Stages by capacity: of the most loaded sidecar, and of all that could carry some
+	// of it; of one pipeline, of those that run any of it, by all they run.
+	HighestLoad float64 `protobuf:"fixed64,9,opt,name=highest_load,json=highestLoad,proto3" json:"highest_load,omitempty"`
+	MeanLoad    float64 `protobuf:"fixed64,10,opt,name=mean_load,json=meanLoad,proto3" json:"mean_load,omitempty"`
+	// highest_load by mean_load, or by the least it could be with whole stages; 1 is
+	// perfect.
+	MaxOverMean   float64 `protobuf:"fixed64,11,opt,name=max_over_mean,json=maxOverMean,proto3" json:"max_over_mean,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlacementQuality) Reset() {
+	*x = PlacementQuality{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlacementQuality) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlacementQuality) ProtoMessage() {}
+
+func (x *PlacementQuality) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlacementQuality.ProtoReflect.Descriptor instead.
+func (*PlacementQuality) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *PlacementQuality) GetInstancesAsked() uint32 {
+	if x != nil {
+		return x.InstancesAsked
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetInstancesPlaced() uint32 {
+	if x != nil {
+		return x.InstancesPlaced
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetStagesPending() uint32 {
+	if x != nil {
+		return x.StagesPending
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetEdges() uint32 {
+	if x != nil {
+		return x.Edges
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetEdgesInPod() uint32 {
+	if x != nil {
+		return x.EdgesInPod
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetEdgesInNode() uint32 {
+	if x != nil {
+		return x.EdgesInNode
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetEdgesInZone() uint32 {
+	if x != nil {
+		return x.EdgesInZone
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetLocalEdgeShare() float64 {
+	if x != nil {
+		return x.LocalEdgeShare
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetHighestLoad() float64 {
+	if x != nil {
+		return x.HighestLoad
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetMeanLoad() float64 {
+	if x != nil {
+		return x.MeanLoad
+	}
+	return 0
+}
+
+func (x *PlacementQuality) GetMaxOverMean() float64 {
+	if x != nil {
+		return x.MaxOverMean
+	}
+	return 0
+}
+
+// PlanMoves are the stages that sidecars were newly given by one plan.
+type PlanMoves struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"` // planned from
+	Moves         uint32                 `protobuf:"varint,2,opt,name=moves,proto3" json:"moves,omitempty"`
+	LeastMoves    uint32                 `protobuf:"varint,3,opt,name=least_moves,json=leastMoves,proto3" json:"least_moves,omitempty"` // that any plan could have done with
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanMoves) Reset() {
+	*x = PlanMoves{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanMoves) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanMoves) ProtoMessage() {}
+
+func (x *PlanMoves) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanMoves.ProtoReflect.Descriptor instead.
+func (*PlanMoves) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *PlanMoves) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *PlanMoves) GetMoves() uint32 {
+	if x != nil {
+		return x.Moves
+	}
+	return 0
+}
+
+func (x *PlanMoves) GetLeastMoves() uint32 {
+	if x != nil {
+		return x.LeastMoves
+	}
+	return 0
+}
+
+type GetPlacementQualityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"` // empty = all; only the leader knows of all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPlacementQualityRequest) Reset() {
+	*x = GetPlacementQualityRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPlacementQualityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPlacementQualityRequest) ProtoMessage() {}
+
+func (x *GetPlacementQualityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPlacementQualityRequest.ProtoReflect.Descriptor instead.
+func (*GetPlacementQualityRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *GetPlacementQualityRequest) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+type GetPlacementQualityResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Quality *PlacementQuality      `protobuf:"bytes,1,opt,name=quality,proto3" json:"quality,omitempty"`
+	// The newest plan that moved anything of it. Absent when the leader has made none
+	// since it leads, or does not answer.
+	LastPlan      *PlanMoves `protobuf:"bytes,2,opt,name=last_plan,json=lastPlan,proto3" json:"last_plan,omitempty"`
+	Revision      uint64     `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch         uint64     `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPlacementQualityResponse) Reset() {
+	*x = GetPlacementQualityResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPlacementQualityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPlacementQualityResponse) ProtoMessage() {}
+
+func (x *GetPlacementQualityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPlacementQualityResponse.ProtoReflect.Descriptor instead.
+func (*GetPlacementQualityResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *GetPlacementQualityResponse) GetQuality() *PlacementQuality {
+	if x != nil {
+		return x.Quality
+	}
+	return nil
+}
+
+func (x *GetPlacementQualityResponse) GetLastPlan() *PlanMoves {
+	if x != nil {
+		return x.LastPlan
+	}
+	return nil
+}
+
+func (x *GetPlacementQualityResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *GetPlacementQualityResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+type ExplainPipelineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	StageId       string                 `protobuf:"bytes,2,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"` // empty = all
+	Limit         uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`                   // of each list of a stage; 0 = 20, at most 1,000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainPipelineRequest) Reset() {
+	*x = ExplainPipelineRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainPipelineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainPipelineRequest) ProtoMessage() {}
+
+func (x *ExplainPipelineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainPipelineRequest.ProtoReflect.Descriptor instead.
+func (*ExplainPipelineRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *ExplainPipelineRequest) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *ExplainPipelineRequest) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *ExplainPipelineRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ExplainPipelineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Stages        []*ExplainedStage      `protobuf:"bytes,3,rep,name=stages,proto3" json:"stages,omitempty"` // in the order of the pipeline
+	Cut           bool                   `protobuf:"varint,4,opt,name=cut,proto3" json:"cut,omitempty"`      // lists of late stages were left out to keep the answer small
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainPipelineResponse) Reset() {
+	*x = ExplainPipelineResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainPipelineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainPipelineResponse) ProtoMessage() {}
+
+func (x *ExplainPipelineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainPipelineResponse.ProtoReflect.Descriptor instead.
+func (*ExplainPipelineResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *ExplainPipelineResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *ExplainPipelineResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ExplainPipelineResponse) GetStages() []*ExplainedStage {
+	if x != nil {
+		return x.Stages
+	}
+	return nil
+}
+
+func (x *ExplainPipelineResponse) GetCut() bool {
+	if x != nil {
+		return x.Cut
+	}
+	return false
+}
+
+type ExplainedStage struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	StageId        string                 `protobuf:"bytes,1,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
+	AsksFor        string                 `protobuf:"bytes,2,opt,name=asks_for,json=asksFor,proto3" json:"asks_for,omitempty"` // in words
+	InstancesAsked uint32                 `protobuf:"varint,3,opt,name=instances_asked,json=instancesAsked,proto3" json:"instances_asked,omitempty"`
+	Instances      uint32                 `protobuf:"varint,4,opt,name=instances,proto3" json:"instances,omitempty"`                             // that run
+	SidecarIds     []string               `protobuf:"bytes,5,rep,name=sidecar_ids,json=sidecarIds,proto3" json:"sidecar_ids,omitempty"`          // that run it, limited
+	PendingReason  string                 `protobuf:"bytes,6,opt,name=pending_reason,json=pendingReason,proto3" json:"pending_reason,omitempty"` // why none runs
+	Offering       uint32                 `protobuf:"varint,7,opt,name=offering,proto3" json:"offering,omitempty"`                               // sidecars that offer what it asks for
+	Strangers      uint32                 `protobuf:"varint,8,opt,name=strangers,proto3" json:"strangers,omitempty"`                             // those that do not
+	Candidates     []*StageCandidate      `protobuf:"bytes,9,rep,name=candidates,proto3" json:"candidates,omitempty"`                            // of offering, limited
+	// Those of offering that do not run it, counted by what rules them out; an empty
+	// verdict is nothing.
+	Verdicts      []*VerdictCount `protobuf:"bytes,10,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	Unexamined    bool            `protobuf:"varint,11,opt,name=unexamined,proto3" json:"unexamined,omitempty"`            // too many candidates in all: ask for this stage alone
+	NextHops      []*NextHop      `protobuf:"bytes,12,rep,name=next_hops,json=nextHops,proto3" json:"next_hops,omitempty"` // limited
+	NextHopsTotal uint32          `protobuf:"varint,13,opt,name=next_hops_total,json=nextHopsTotal,proto3" json:"next_hops_total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainedStage) Reset() {
+	*x = ExplainedStage{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainedStage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainedStage) ProtoMessage() {}
+
+func (x *ExplainedStage) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainedStage.ProtoReflect.Descriptor instead.
+func (*ExplainedStage) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *ExplainedStage) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *ExplainedStage) GetAsksFor() string {
+	if x != nil {
+		return x.AsksFor
+	}
+	return ""
+}
+
+func (x *ExplainedStage) GetInstancesAsked() uint32 {
+	if x != nil {
+		return x.InstancesAsked
+	}
+	return 0
+}
+
+func (x *ExplainedStage) GetInstances() uint32 {
+	if x != nil {
+		return x.Instances
+	}
+	return 0
+}
+
+func (x *ExplainedStage) GetSidecarIds() []string {
+	if x != nil {
+		return x.SidecarIds
+	}
+	return nil
+}
+
+func (x *ExplainedStage) GetPendingReason() string {
+	if x != nil {
+		return x.PendingReason
+	}
+	return ""
+}
+
+func (x *ExplainedStage) GetOffering() uint32 {
+	if x != nil {
+		return x.Offering
+	}
+	return 0
+}
+
+func (x *ExplainedStage) GetStrangers() uint32 {
+	if x != nil {
+		return x.Strangers
+	}
+	return 0
+}
+
+func (x *ExplainedStage) GetCandidates() []*StageCandidate {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
+func (x *ExplainedStage) GetVerdicts() []*VerdictCount {
+	if x != nil {
+		return x.Verdicts
+	}
+	return nil
+}
+
+func (x *ExplainedStage) GetUnexamined() bool {
+	if x != nil {
+		return x.Unexamined
+	}
+	return false
+}
+
+func (x *ExplainedStage) GetNextHops() []*NextHop {
+	if x != nil {
+		return x.NextHops
+	}
+	return nil
+}
+
+func (x *ExplainedStage) GetNextHopsTotal() uint32 {
+	if x != nil {
+		return x.NextHopsTotal
+	}
+	return 0
+}
+
+type StageCandidate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	LocalEndpoint string                 `protobuf:"bytes,2,opt,name=local_endpoint,json=localEndpoint,proto3" json:"local_endpoint,omitempty"` // of the service that would run the stage
+	Runs          bool                   `protobuf:"varint,3,opt,name=runs,proto3" json:"runs,omitempty"`
+	Verdict       string                 `protobuf:"bytes,4,opt,name=verdict,proto3" json:"verdict,omitempty"` // what rules it out; empty when it runs the stage or could
+	Load          float64                `protobuf:"fixed64,5,opt,name=load,proto3" json:"load,omitempty"`     // stages it runs, of all pipelines, by capacity
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StageCandidate) Reset() {
+	*x = StageCandidate{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StageCandidate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StageCandidate) ProtoMessage() {}
+
+func (x *StageCandidate) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StageCandidate.ProtoReflect.Descriptor instead.
+func (*StageCandidate) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *StageCandidate) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *StageCandidate) GetLocalEndpoint() string {
+	if x != nil {
+		return x.LocalEndpoint
+	}
+	return ""
+}
+
+func (x *StageCandidate) GetRuns() bool {
+	if x != nil {
+		return x.Runs
+	}
+	return false
+}
+
+func (x *StageCandidate) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *StageCandidate) GetLoad() float64 {
+	if x != nil {
+		return x.Load
+	}
+	return 0
+}
+
+type VerdictCount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Verdict       string                 `protobuf:"bytes,1,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	Count         uint32                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerdictCount) Reset() {
+	*x = VerdictCount{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerdictCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerdictCount) ProtoMessage() {}
+
+func (x *VerdictCount) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerdictCount.ProtoReflect.Descriptor instead.
+func (*VerdictCount) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *VerdictCount) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *VerdictCount) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type NextHop struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	FromSidecarId string                 `protobuf:"bytes,1,opt,name=from_sidecar_id,json=fromSidecarId,proto3" json:"from_sidecar_id,omitempty"`
+	StageId       string                 `protobuf:"bytes,2,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`               // downstream
+	ToSidecarId   string                 `protobuf:"bytes,3,opt,name=to_sidecar_id,json=toSidecarId,proto3" json:"to_sidecar_id,omitempty"` // the same as from when records stay; empty = nobody
+	ToEndpoint    string                 `protobuf:"bytes,4,opt,name=to_endpoint,json=toEndpoint,proto3" json:"to_endpoint,omitempty"`      // empty when records stay
+	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NextHop) Reset() {
+	*x = NextHop{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NextHop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NextHop) ProtoMessage() {}
+
+func (x *NextHop) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
+func (*NextHop) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *NextHop) GetFromSidecarId() string {
+	if x != nil {
+		return x.FromSidecarId
+	}
+	return ""
+}
+
+func (x *NextHop) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *NextHop) GetToSidecarId() string {
+	if x != nil {
+		return x.ToSidecarId
+	}
+	return ""
+}
+
+func (x *NextHop) GetToEndpoint() string {
+	if x != nil {
+		return x.ToEndpoint
+	}
+	return ""
+}
+
+func (x *NextHop) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type PlanPipelinesRequest struct {
+	state         protoimpl.MessageState    `protogen:"open.v1"`
+	Pipelines     []*adminpb.PipelineConfig `protobuf:"bytes,1,rep,name=pipelines,proto3" json:"pipelines,omitempty"` // at most 1,000
+	Limit         uint32                    `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`        // of each list; 0 = 1,000, at most 10,000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanPipelinesRequest) Reset() {
+	*x = PlanPipelinesRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanPipelinesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanPipelinesRequest) ProtoMessage() {}
+
+func (x *PlanPipelinesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanPipelinesRequest.ProtoReflect.Descriptor instead.
+func (*PlanPipelinesRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *PlanPipelinesRequest) GetPipelines() []*adminpb.PipelineConfig {
+	if x != nil {
+		return x.Pipelines
+	}
+	return nil
+}
+
+func (x *PlanPipelinesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type PlanPipelinesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Pipelines     []*PlannedPipeline     `protobuf:"bytes,3,rep,name=pipelines,proto3" json:"pipelines,omitempty"` // parallel to those asked about
+	Outlook       *PlacementOutlook      `protobuf:"bytes,4,opt,name=outlook,proto3" json:"outlook,omitempty"`     // absent when one of them is not valid
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanPipelinesResponse) Reset() {
+	*x = PlanPipelinesResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanPipelinesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanPipelinesResponse) ProtoMessage() {}
+
+func (x *PlanPipelinesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanPipelinesResponse.ProtoReflect.Descriptor instead.
+func (*PlanPipelinesResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *PlanPipelinesResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *PlanPipelinesResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *PlanPipelinesResponse) GetPipelines() []*PlannedPipeline {
+	if x != nil {
+		return x.Pipelines
+	}
+	return nil
+}
+
+func (x *PlanPipelinesResponse) GetOutlook() *PlacementOutlook {
+	if x != nil {
+		return x.Outlook
+	}
+	return nil
+}
+
+type PlannedPipeline struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	Result        string                 `protobuf:"bytes,2,opt,name=result,proto3" json:"result,omitempty"`    // created, changed, unchanged, invalid
+	Version       uint64                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"` // there is now, 0 = none
+	Violations    []string               `protobuf:"bytes,4,rep,name=violations,proto3" json:"violations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlannedPipeline) Reset() {
+	*x = PlannedPipeline{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlannedPipeline) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlannedPipeline) ProtoMessage() {}
+
+func (x *PlannedPipeline) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlannedPipeline.ProtoReflect.Descriptor instead.
+func (*PlannedPipeline) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *PlannedPipeline) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *PlannedPipeline) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
+func (x *PlannedPipeline) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *PlannedPipeline) GetViolations() []string {
+	if x != nil {
+		return x.Violations
+	}
+	return nil
+}
+
+// PlacementOutlook is what would come of a change.
+type PlacementOutlook struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Moves      uint32                 `protobuf:"varint,1,opt,name=moves,proto3" json:"moves,omitempty"`                             // stages that sidecars would be newly given
+	LeastMoves uint32                 `protobuf:"varint,2,opt,name=least_moves,json=leastMoves,proto3" json:"least_moves,omitempty"` // that any plan could do with
+	Changes    []*StageChange         `protobuf:"bytes,3,rep,name=changes,proto3" json:"changes,omitempty"`                          // by pipeline, then as the pipeline has its stages
+	// Sidecars that would take or let go of a stage, all of them; changes lists at most
+	// as many as were asked for.
+	ChangesTotal  uint32            `protobuf:"varint,4,opt,name=changes_total,json=changesTotal,proto3" json:"changes_total,omitempty"`
+	Rerouted      uint32            `protobuf:"varint,5,opt,name=rerouted,proto3" json:"rerouted,omitempty"` // tables that would change only by where records go
+	Waiting       []*WaitingStage   `protobuf:"bytes,6,rep,name=waiting,proto3" json:"waiting,omitempty"`    // stages that would run nowhere, limited
+	WaitingTotal  uint32            `protobuf:"varint,7,opt,name=waiting_total,json=waitingTotal,proto3" json:"waiting_total,omitempty"`
+	Before        *PlacementQuality `protobuf:"bytes,8,opt,name=before,proto3" json:"before,omitempty"`
+	After         *PlacementQuality `protobuf:"bytes,9,opt,name=after,proto3" json:"after,omitempty"`
+	UnderWay      uint32            `protobuf:"varint,10,opt,name=under_way,json=underWay,proto3" json:"under_way,omitempty"` // pipelines about to be changed anyway, which is not listed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlacementOutlook) Reset() {
+	*x = PlacementOutlook{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlacementOutlook) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlacementOutlook) ProtoMessage() {}
+
+func (x *PlacementOutlook) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlacementOutlook.ProtoReflect.Descriptor instead.
+func (*PlacementOutlook) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *PlacementOutlook) GetMoves() uint32 {
+	if x != nil {
+		return x.Moves
+	}
+	return 0
+}
+
+func (x *PlacementOutlook) GetLeastMoves() uint32 {
+	if x != nil {
+		return x.LeastMoves
+	}
+	return 0
+}
+
+func (x *PlacementOutlook) GetChanges() []*StageChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+func (x *PlacementOutlook) GetChangesTotal() uint32 {
+	if x != nil {
+		return x.ChangesTotal
+	}
+	return 0
+}
+
+func (x *PlacementOutlook) GetRerouted() uint32 {
+	if x != nil {
+		return x.Rerouted
+	}
+	return 0
+}
+
+func (x *PlacementOutlook) GetWaiting() []*WaitingStage {
+	if x != nil {
+		return x.Waiting
+	}
+	return nil
+}
+
+func (x *PlacementOutlook) GetWaitingTotal() uint32 {
+	if x != nil {
+		return x.WaitingTotal
+	}
+	return 0
+}
+
+func (x *PlacementOutlook) GetBefore() *PlacementQuality {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+func (x *PlacementOutlook) GetAfter() *PlacementQuality {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *PlacementOutlook) GetUnderWay() uint32 {
+	if x != nil {
+		return x.UnderWay
+	}
+	return 0
+}
+
+type StageChange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	StageId       string                 `protobuf:"bytes,2,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
+	Urgency       string                 `protobuf:"bytes,3,opt,name=urgency,proto3" json:"urgency,omitempty"`   // of the pipeline's change: clean, serve, restore, grow, evacuate, rearrange
+	Takes         []string               `protobuf:"bytes,4,rep,name=takes,proto3" json:"takes,omitempty"`       // sidecars that would begin to run it
+	Releases      []string               `protobuf:"bytes,5,rep,name=releases,proto3" json:"releases,omitempty"` // and those that would cease to
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StageChange) Reset() {
+	*x = StageChange{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StageChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StageChange) ProtoMessage() {}
+
+func (x *StageChange) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StageChange.ProtoReflect.Descriptor instead.
+func (*StageChange) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *StageChange) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *StageChange) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *StageChange) GetUrgency() string {
+	if x != nil {
+		return x.Urgency
+	}
+	return ""
+}
+
+func (x *StageChange) GetTakes() []string {
+	if x != nil {
+		return x.Takes
+	}
+	return nil
+}
+
+func (x *StageChange) GetReleases() []string {
+	if x != nil {
+		return x.Releases
+	}
+	return nil
+}
+
+type WaitingStage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	StageId       string                 `protobuf:"bytes,2,opt,name=stage_id,json=stageId,proto3" json:"stage_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"` // empty for those far down a long list
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitingStage) Reset() {
+	*x = WaitingStage{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitingStage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitingStage) ProtoMessage() {}
+
+func (x *WaitingStage) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitingStage.ProtoReflect.Descriptor instead.
+func (*WaitingStage) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *WaitingStage) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *WaitingStage) GetStageId() string {
+	if x != nil {
+		return x.StageId
+	}
+	return ""
+}
+
+func (x *WaitingStage) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type WhatIfRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	LoseSidecars  []string               `protobuf:"bytes,1,rep,name=lose_sidecars,json=loseSidecars,proto3" json:"lose_sidecars,omitempty"` // at most 10,000
+	LoseZones     []string               `protobuf:"bytes,2,rep,name=lose_zones,json=loseZones,proto3" json:"lose_zones,omitempty"`          // at most 100
+	Limit         uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`                                  // of each list; 0 = 1,000, at most 10,000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhatIfRequest) Reset() {
+	*x = WhatIfRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhatIfRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhatIfRequest) ProtoMessage() {}
+
+func (x *WhatIfRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhatIfRequest.ProtoReflect.Descriptor instead.
+func (*WhatIfRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *WhatIfRequest) GetLoseSidecars() []string {
+	if x != nil {
+		return x.LoseSidecars
+	}
+	return nil
+}
+
+func (x *WhatIfRequest) GetLoseZones() []string {
+	if x != nil {
+		return x.LoseZones
+	}
+	return nil
+}
+
+func (x *WhatIfRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type WhatIfResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Lost          uint32                 `protobuf:"varint,3,opt,name=lost,proto3" json:"lost,omitempty"` // sidecars
+	Outlook       *PlacementOutlook      `protobuf:"bytes,4,opt,name=outlook,proto3" json:"outlook,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhatIfResponse) Reset() {
+	*x = WhatIfResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhatIfResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhatIfResponse) ProtoMessage() {}
+
+func (x *WhatIfResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhatIfResponse.ProtoReflect.Descriptor instead.
+func (*WhatIfResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *WhatIfResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *WhatIfResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *WhatIfResponse) GetLost() uint32 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
+func (x *WhatIfResponse) GetOutlook() *PlacementOutlook {
+	if x != nil {
+		return x.Outlook
+	}
+	return nil
+}
+
 var File_conveyor_etl_cluster_proto protoreflect.FileDescriptor
 
 const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\x1aconveyor_etl/cluster.proto\x12\x14conveyor_etl.cluster\x1a\x19conveyor_etl/common.proto\x1a\x1aconveyor_etl/sidecar.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x02\n" +
+	"\x1aconveyor_etl/cluster.proto\x12\x14conveyor_etl.cluster\x1a\x19conveyor_etl/common.proto\x1a\x19conveyor_etl/router.proto\x1a\x1aconveyor_etl/sidecar.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x02\n" +
 	"\x06Member\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12\x1b\n" +
 	"\tpeer_addr\x18\x02 \x01(\tR\bpeerAddr\x12\x1f\n" +
@@ -4599,7 +5951,132 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"pipelineId\"6\n" +
 	"\x13ListAppliedResponse\x12\x1f\n" +
 	"\vsidecar_ids\x18\x01 \x03(\tR\n" +
-	"sidecarIds*\xa3\x01\n" +
+	"sidecarIds\"\x9b\x03\n" +
+	"\x10PlacementQuality\x12'\n" +
+	"\x0finstances_asked\x18\x01 \x01(\rR\x0einstancesAsked\x12)\n" +
+	"\x10instances_placed\x18\x02 \x01(\rR\x0finstancesPlaced\x12%\n" +
+	"\x0estages_pending\x18\x03 \x01(\rR\rstagesPending\x12\x14\n" +
+	"\x05edges\x18\x04 \x01(\rR\x05edges\x12 \n" +
+	"\fedges_in_pod\x18\x05 \x01(\rR\n" +
+	"edgesInPod\x12\"\n" +
+	"\redges_in_node\x18\x06 \x01(\rR\vedgesInNode\x12\"\n" +
+	"\redges_in_zone\x18\a \x01(\rR\vedgesInZone\x12(\n" +
+	"\x10local_edge_share\x18\b \x01(\x01R\x0elocalEdgeShare\x12!\n" +
+	"\fhighest_load\x18\t \x01(\x01R\vhighestLoad\x12\x1b\n" +
+	"\tmean_load\x18\n" +
+	" \x01(\x01R\bmeanLoad\x12\"\n" +
+	"\rmax_over_mean\x18\v \x01(\x01R\vmaxOverMean\"^\n" +
+	"\tPlanMoves\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
+	"\x05moves\x18\x02 \x01(\rR\x05moves\x12\x1f\n" +
+	"\vleast_moves\x18\x03 \x01(\rR\n" +
+	"leastMoves\"=\n" +
+	"\x1aGetPlacementQualityRequest\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\"\xcf\x01\n" +
+	"\x1bGetPlacementQualityResponse\x12@\n" +
+	"\aquality\x18\x01 \x01(\v2&.conveyor_etl.cluster.PlacementQualityR\aquality\x12<\n" +
+	"\tlast_plan\x18\x02 \x01(\v2\x1f.conveyor_etl.cluster.PlanMovesR\blastPlan\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\"j\n" +
+	"\x16ExplainPipelineRequest\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x19\n" +
+	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\"\x9b\x01\n" +
+	"\x17ExplainPipelineResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12<\n" +
+	"\x06stages\x18\x03 \x03(\v2$.conveyor_etl.cluster.ExplainedStageR\x06stages\x12\x10\n" +
+	"\x03cut\x18\x04 \x01(\bR\x03cut\"\x99\x04\n" +
+	"\x0eExplainedStage\x12\x19\n" +
+	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x19\n" +
+	"\basks_for\x18\x02 \x01(\tR\aasksFor\x12'\n" +
+	"\x0finstances_asked\x18\x03 \x01(\rR\x0einstancesAsked\x12\x1c\n" +
+	"\tinstances\x18\x04 \x01(\rR\tinstances\x12\x1f\n" +
+	"\vsidecar_ids\x18\x05 \x03(\tR\n" +
+	"sidecarIds\x12%\n" +
+	"\x0epending_reason\x18\x06 \x01(\tR\rpendingReason\x12\x1a\n" +
+	"\boffering\x18\a \x01(\rR\boffering\x12\x1c\n" +
+	"\tstrangers\x18\b \x01(\rR\tstrangers\x12D\n" +
+	"\n" +
+	"candidates\x18\t \x03(\v2$.conveyor_etl.cluster.StageCandidateR\n" +
+	"candidates\x12>\n" +
+	"\bverdicts\x18\n" +
+	" \x03(\v2\".conveyor_etl.cluster.VerdictCountR\bverdicts\x12\x1e\n" +
+	"\n" +
+	"unexamined\x18\v \x01(\bR\n" +
+	"unexamined\x12:\n" +
+	"\tnext_hops\x18\f \x03(\v2\x1d.conveyor_etl.cluster.NextHopR\bnextHops\x12&\n" +
+	"\x0fnext_hops_total\x18\r \x01(\rR\rnextHopsTotal\"\x98\x01\n" +
+	"\x0eStageCandidate\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12%\n" +
+	"\x0elocal_endpoint\x18\x02 \x01(\tR\rlocalEndpoint\x12\x12\n" +
+	"\x04runs\x18\x03 \x01(\bR\x04runs\x12\x18\n" +
+	"\averdict\x18\x04 \x01(\tR\averdict\x12\x12\n" +
+	"\x04load\x18\x05 \x01(\x01R\x04load\">\n" +
+	"\fVerdictCount\x12\x18\n" +
+	"\averdict\x18\x01 \x01(\tR\averdict\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\"\xa9\x01\n" +
+	"\aNextHop\x12&\n" +
+	"\x0ffrom_sidecar_id\x18\x01 \x01(\tR\rfromSidecarId\x12\x19\n" +
+	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\"\n" +
+	"\rto_sidecar_id\x18\x03 \x01(\tR\vtoSidecarId\x12\x1f\n" +
+	"\vto_endpoint\x18\x04 \x01(\tR\n" +
+	"toEndpoint\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\"o\n" +
+	"\x14PlanPipelinesRequest\x12A\n" +
+	"\tpipelines\x18\x01 \x03(\v2#.conveyor_etl.router.PipelineConfigR\tpipelines\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\"\xd0\x01\n" +
+	"\x15PlanPipelinesResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12C\n" +
+	"\tpipelines\x18\x03 \x03(\v2%.conveyor_etl.cluster.PlannedPipelineR\tpipelines\x12@\n" +
+	"\aoutlook\x18\x04 \x01(\v2&.conveyor_etl.cluster.PlacementOutlookR\aoutlook\"\x84\x01\n" +
+	"\x0fPlannedPipeline\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x16\n" +
+	"\x06result\x18\x02 \x01(\tR\x06result\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\x04R\aversion\x12\x1e\n" +
+	"\n" +
+	"violations\x18\x04 \x03(\tR\n" +
+	"violations\"\xc5\x03\n" +
+	"\x10PlacementOutlook\x12\x14\n" +
+	"\x05moves\x18\x01 \x01(\rR\x05moves\x12\x1f\n" +
+	"\vleast_moves\x18\x02 \x01(\rR\n" +
+	"leastMoves\x12;\n" +
+	"\achanges\x18\x03 \x03(\v2!.conveyor_etl.cluster.StageChangeR\achanges\x12#\n" +
+	"\rchanges_total\x18\x04 \x01(\rR\fchangesTotal\x12\x1a\n" +
+	"\brerouted\x18\x05 \x01(\rR\brerouted\x12<\n" +
+	"\awaiting\x18\x06 \x03(\v2\".conveyor_etl.cluster.WaitingStageR\awaiting\x12#\n" +
+	"\rwaiting_total\x18\a \x01(\rR\fwaitingTotal\x12>\n" +
+	"\x06before\x18\b \x01(\v2&.conveyor_etl.cluster.PlacementQualityR\x06before\x12<\n" +
+	"\x05after\x18\t \x01(\v2&.conveyor_etl.cluster.PlacementQualityR\x05after\x12\x1b\n" +
+	"\tunder_way\x18\n" +
+	" \x01(\rR\bunderWay\"\x95\x01\n" +
+	"\vStageChange\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x19\n" +
+	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\x18\n" +
+	"\aurgency\x18\x03 \x01(\tR\aurgency\x12\x14\n" +
+	"\x05takes\x18\x04 \x03(\tR\x05takes\x12\x1a\n" +
+	"\breleases\x18\x05 \x03(\tR\breleases\"b\n" +
+	"\fWaitingStage\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x19\n" +
+	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"i\n" +
+	"\rWhatIfRequest\x12#\n" +
+	"\rlose_sidecars\x18\x01 \x03(\tR\floseSidecars\x12\x1d\n" +
+	"\n" +
+	"lose_zones\x18\x02 \x03(\tR\tloseZones\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\"\x98\x01\n" +
+	"\x0eWhatIfResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04lost\x18\x03 \x01(\rR\x04lost\x12@\n" +
+	"\aoutlook\x18\x04 \x01(\v2&.conveyor_etl.cluster.PlacementOutlookR\aoutlook*\xa3\x01\n" +
 	"\x0eOperationState\x12\x1f\n" +
 	"\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17OPERATION_STATE_RUNNING\x10\x01\x12\x18\n" +
@@ -4618,7 +6095,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
 	"\x15SIDECAR_STATE_EXPIRED\x10\x032b\n" +
 	"\aCommits\x12W\n" +
-	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\xf3\x13\n" +
+	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\x9e\x17\n" +
 	"\aCluster\x12k\n" +
 	"\x0eTransferLeader\x12+.conveyor_etl.cluster.TransferLeaderRequest\x1a,.conveyor_etl.cluster.TransferLeaderResponse\x12e\n" +
 	"\fGetStateHash\x12).conveyor_etl.cluster.GetStateHashRequest\x1a*.conveyor_etl.cluster.GetStateHashResponse\x12e\n" +
@@ -4632,7 +6109,11 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"ListGroups\x12'.conveyor_etl.cluster.ListGroupsRequest\x1a(.conveyor_etl.cluster.ListGroupsResponse\x12Y\n" +
 	"\bGetGroup\x12%.conveyor_etl.cluster.GetGroupRequest\x1a&.conveyor_etl.cluster.GetGroupResponse\x12k\n" +
 	"\x0eGetConvergence\x12+.conveyor_etl.cluster.GetConvergenceRequest\x1a,.conveyor_etl.cluster.GetConvergenceResponse\x12d\n" +
-	"\vListApplied\x12(.conveyor_etl.cluster.ListAppliedRequest\x1a).conveyor_etl.cluster.ListAppliedResponse0\x01\x12^\n" +
+	"\vListApplied\x12(.conveyor_etl.cluster.ListAppliedRequest\x1a).conveyor_etl.cluster.ListAppliedResponse0\x01\x12n\n" +
+	"\x0fExplainPipeline\x12,.conveyor_etl.cluster.ExplainPipelineRequest\x1a-.conveyor_etl.cluster.ExplainPipelineResponse\x12h\n" +
+	"\rPlanPipelines\x12*.conveyor_etl.cluster.PlanPipelinesRequest\x1a+.conveyor_etl.cluster.PlanPipelinesResponse\x12S\n" +
+	"\x06WhatIf\x12#.conveyor_etl.cluster.WhatIfRequest\x1a$.conveyor_etl.cluster.WhatIfResponse\x12z\n" +
+	"\x13GetPlacementQuality\x120.conveyor_etl.cluster.GetPlacementQualityRequest\x1a1.conveyor_etl.cluster.GetPlacementQualityResponse\x12^\n" +
 	"\fWatchChanges\x12).conveyor_etl.cluster.WatchChangesRequest\x1a!.conveyor_etl.cluster.ChangeEvent0\x01\x12b\n" +
 	"\vListMembers\x12(.conveyor_etl.cluster.ListMembersRequest\x1a).conveyor_etl.cluster.ListMembersResponse\x12_\n" +
 	"\n" +
@@ -4663,7 +6144,7 @@ func file_conveyor_etl_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 81)
 var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(OperationState)(0),                  // 0: conveyor_etl.cluster.OperationState
 	(Outcome)(0),                         // 1: conveyor_etl.cluster.Outcome
@@ -4730,11 +6211,30 @@ var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(*PendingStage)(nil),                 // 62: conveyor_etl.cluster.PendingStage
 	(*ListAppliedRequest)(nil),           // 63: conveyor_etl.cluster.ListAppliedRequest
 	(*ListAppliedResponse)(nil),          // 64: conveyor_etl.cluster.ListAppliedResponse
-	nil,                                  // 65: conveyor_etl.cluster.MemberState.HashesEntry
-	(*timestamppb.Timestamp)(nil),        // 66: google.protobuf.Timestamp
-	(*commonpb.Watermark)(nil),           // 67: conveyor_etl.common.Watermark
-	(*sidecarpb.LocalService)(nil),       // 68: conveyor_etl.sidecar.LocalService
-	(*sidecarpb.PipelineAssignment)(nil), // 69: conveyor_etl.sidecar.PipelineAssignment
+	(*PlacementQuality)(nil),             // 65: conveyor_etl.cluster.PlacementQuality
+	(*PlanMoves)(nil),                    // 66: conveyor_etl.cluster.PlanMoves
+	(*GetPlacementQualityRequest)(nil),   // 67: conveyor_etl.cluster.GetPlacementQualityRequest
+	(*GetPlacementQualityResponse)(nil),  // 68: conveyor_etl.cluster.GetPlacementQualityResponse
+	(*ExplainPipelineRequest)(nil),       // 69: conveyor_etl.cluster.ExplainPipelineRequest
+	(*ExplainPipelineResponse)(nil),      // 70: conveyor_etl.cluster.ExplainPipelineResponse
+	(*ExplainedStage)(nil),               // 71: conveyor_etl.cluster.ExplainedStage
+	(*StageCandidate)(nil),               // 72: conveyor_etl.cluster.StageCandidate
+	(*VerdictCount)(nil),                 // 73: conveyor_etl.cluster.VerdictCount
+	(*NextHop)(nil),                      // 74: conveyor_etl.cluster.NextHop
+	(*PlanPipelinesRequest)(nil),         // 75: conveyor_etl.cluster.PlanPipelinesRequest
+	(*PlanPipelinesResponse)(nil),        // 76: conveyor_etl.cluster.PlanPipelinesResponse
+	(*PlannedPipeline)(nil),              // 77: conveyor_etl.cluster.PlannedPipeline
+	(*PlacementOutlook)(nil),             // 78: conveyor_etl.cluster.PlacementOutlook
+	(*StageChange)(nil),                  // 79: conveyor_etl.cluster.StageChange
+	(*WaitingStage)(nil),                 // 80: conveyor_etl.cluster.WaitingStage
+	(*WhatIfRequest)(nil),                // 81: conveyor_etl.cluster.WhatIfRequest
+	(*WhatIfResponse)(nil),               // 82: conveyor_etl.cluster.WhatIfResponse
+	nil,                                  // 83: conveyor_etl.cluster.MemberState.HashesEntry
+	(*timestamppb.Timestamp)(nil),        // 84: google.protobuf.Timestamp
+	(*commonpb.Watermark)(nil),           // 85: conveyor_etl.common.Watermark
+	(*sidecarpb.LocalService)(nil),       // 86: conveyor_etl.sidecar.LocalService
+	(*sidecarpb.PipelineAssignment)(nil), // 87: conveyor_etl.sidecar.PipelineAssignment
+	(*adminpb.PipelineConfig)(nil),       // 88: conveyor_etl.router.PipelineConfig
 }
 var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	3,  // 0: conveyor_etl.cluster.ListMembersResponse.members:type_name -> conveyor_etl.cluster.Member
@@ -4743,32 +6243,32 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	16, // 3: conveyor_etl.cluster.ReplaceMemberResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	15, // 4: conveyor_etl.cluster.ReplaceMemberResponse.checks:type_name -> conveyor_etl.cluster.PreflightCheck
 	0,  // 5: conveyor_etl.cluster.Operation.state:type_name -> conveyor_etl.cluster.OperationState
-	66, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
-	66, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
-	66, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	84, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
+	84, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
+	84, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
 	16, // 9: conveyor_etl.cluster.ListOperationsResponse.operations:type_name -> conveyor_etl.cluster.Operation
 	16, // 10: conveyor_etl.cluster.UndoRestoreResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	26, // 11: conveyor_etl.cluster.CheckStateResponse.members:type_name -> conveyor_etl.cluster.MemberState
-	65, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
+	83, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
 	28, // 13: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
 	29, // 14: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
 	30, // 15: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
 	31, // 16: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
 	32, // 17: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
-	66, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	66, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	67, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
+	84, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	84, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	85, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
 	34, // 21: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
 	1,  // 22: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
-	68, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
+	86, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
 	2,  // 24: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
-	66, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
-	66, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
-	69, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	66, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
+	84, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
+	84, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
+	87, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	84, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
 	40, // 29: conveyor_etl.cluster.SidecarInfo.releases:type_name -> conveyor_etl.cluster.PendingRelease
-	66, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
-	66, // 31: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
+	84, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
+	84, // 31: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
 	39, // 32: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 33: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 34: conveyor_etl.cluster.DrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
@@ -4778,63 +6278,85 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	52, // 38: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
 	61, // 39: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
 	62, // 40: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
-	27, // 41: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	35, // 42: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	37, // 43: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	41, // 44: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	43, // 45: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	45, // 46: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	47, // 47: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
-	49, // 48: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
-	53, // 49: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	55, // 50: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	59, // 51: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
-	63, // 52: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
-	57, // 53: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 54: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 55: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 56: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 57: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 58: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 59: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 60: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 61: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 62: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 63: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 64: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 65: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 66: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 67: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 68: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 69: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	42, // 70: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	44, // 71: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	46, // 72: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	48, // 73: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
-	50, // 74: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
-	54, // 75: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	56, // 76: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	60, // 77: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
-	64, // 78: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
-	58, // 79: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 80: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 81: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 82: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 83: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 84: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 85: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 86: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 87: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 88: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 89: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 90: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 91: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 92: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	67, // [67:93] is the sub-list for method output_type
-	41, // [41:67] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	65, // 41: conveyor_etl.cluster.GetPlacementQualityResponse.quality:type_name -> conveyor_etl.cluster.PlacementQuality
+	66, // 42: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
+	71, // 43: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
+	72, // 44: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
+	73, // 45: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
+	74, // 46: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
+	88, // 47: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
+	77, // 48: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
+	78, // 49: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	79, // 50: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
+	80, // 51: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
+	65, // 52: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
+	65, // 53: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
+	78, // 54: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	27, // 55: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 56: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 57: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	41, // 58: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	43, // 59: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	45, // 60: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	47, // 61: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
+	49, // 62: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
+	53, // 63: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	55, // 64: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	59, // 65: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
+	63, // 66: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
+	69, // 67: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
+	75, // 68: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
+	81, // 69: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
+	67, // 70: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
+	57, // 71: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 72: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 73: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 74: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 75: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 76: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 77: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 78: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 79: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 80: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 81: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 82: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 83: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 84: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 85: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 86: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 87: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	42, // 88: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	44, // 89: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	46, // 90: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	48, // 91: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
+	50, // 92: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
+	54, // 93: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	56, // 94: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	60, // 95: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	64, // 96: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	70, // 97: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
+	76, // 98: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
+	82, // 99: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
+	68, // 100: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
+	58, // 101: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 102: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 103: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 104: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 105: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 106: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 107: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 108: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 109: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 110: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 111: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 112: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 113: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 114: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	85, // [85:115] is the sub-list for method output_type
+	55, // [55:85] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }
@@ -4856,7 +6378,7 @@ func file_conveyor_etl_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_cluster_proto_rawDesc), len(file_conveyor_etl_cluster_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   63,
+			NumMessages:   81,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -127,31 +127,35 @@ var Commits_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Cluster_TransferLeader_FullMethodName    = "/conveyor_etl.cluster.Cluster/TransferLeader"
-	Cluster_GetStateHash_FullMethodName      = "/conveyor_etl.cluster.Cluster/GetStateHash"
-	Cluster_ListSidecars_FullMethodName      = "/conveyor_etl.cluster.Cluster/ListSidecars"
-	Cluster_GetSidecar_FullMethodName        = "/conveyor_etl.cluster.Cluster/GetSidecar"
-	Cluster_DeregisterSidecar_FullMethodName = "/conveyor_etl.cluster.Cluster/DeregisterSidecar"
-	Cluster_DrainSidecar_FullMethodName      = "/conveyor_etl.cluster.Cluster/DrainSidecar"
-	Cluster_UndrainSidecar_FullMethodName    = "/conveyor_etl.cluster.Cluster/UndrainSidecar"
-	Cluster_ListGroups_FullMethodName        = "/conveyor_etl.cluster.Cluster/ListGroups"
-	Cluster_GetGroup_FullMethodName          = "/conveyor_etl.cluster.Cluster/GetGroup"
-	Cluster_GetConvergence_FullMethodName    = "/conveyor_etl.cluster.Cluster/GetConvergence"
-	Cluster_ListApplied_FullMethodName       = "/conveyor_etl.cluster.Cluster/ListApplied"
-	Cluster_WatchChanges_FullMethodName      = "/conveyor_etl.cluster.Cluster/WatchChanges"
-	Cluster_ListMembers_FullMethodName       = "/conveyor_etl.cluster.Cluster/ListMembers"
-	Cluster_JoinMember_FullMethodName        = "/conveyor_etl.cluster.Cluster/JoinMember"
-	Cluster_AddMember_FullMethodName         = "/conveyor_etl.cluster.Cluster/AddMember"
-	Cluster_PromoteMember_FullMethodName     = "/conveyor_etl.cluster.Cluster/PromoteMember"
-	Cluster_RemoveMember_FullMethodName      = "/conveyor_etl.cluster.Cluster/RemoveMember"
-	Cluster_UpdateMember_FullMethodName      = "/conveyor_etl.cluster.Cluster/UpdateMember"
-	Cluster_ReplaceMember_FullMethodName     = "/conveyor_etl.cluster.Cluster/ReplaceMember"
-	Cluster_ListOperations_FullMethodName    = "/conveyor_etl.cluster.Cluster/ListOperations"
-	Cluster_GetOperation_FullMethodName      = "/conveyor_etl.cluster.Cluster/GetOperation"
-	Cluster_CancelOperation_FullMethodName   = "/conveyor_etl.cluster.Cluster/CancelOperation"
-	Cluster_WaitOperation_FullMethodName     = "/conveyor_etl.cluster.Cluster/WaitOperation"
-	Cluster_UndoRestore_FullMethodName       = "/conveyor_etl.cluster.Cluster/UndoRestore"
-	Cluster_CheckState_FullMethodName        = "/conveyor_etl.cluster.Cluster/CheckState"
+	Cluster_TransferLeader_FullMethodName      = "/conveyor_etl.cluster.Cluster/TransferLeader"
+	Cluster_GetStateHash_FullMethodName        = "/conveyor_etl.cluster.Cluster/GetStateHash"
+	Cluster_ListSidecars_FullMethodName        = "/conveyor_etl.cluster.Cluster/ListSidecars"
+	Cluster_GetSidecar_FullMethodName          = "/conveyor_etl.cluster.Cluster/GetSidecar"
+	Cluster_DeregisterSidecar_FullMethodName   = "/conveyor_etl.cluster.Cluster/DeregisterSidecar"
+	Cluster_DrainSidecar_FullMethodName        = "/conveyor_etl.cluster.Cluster/DrainSidecar"
+	Cluster_UndrainSidecar_FullMethodName      = "/conveyor_etl.cluster.Cluster/UndrainSidecar"
+	Cluster_ListGroups_FullMethodName          = "/conveyor_etl.cluster.Cluster/ListGroups"
+	Cluster_GetGroup_FullMethodName            = "/conveyor_etl.cluster.Cluster/GetGroup"
+	Cluster_GetConvergence_FullMethodName      = "/conveyor_etl.cluster.Cluster/GetConvergence"
+	Cluster_ListApplied_FullMethodName         = "/conveyor_etl.cluster.Cluster/ListApplied"
+	Cluster_ExplainPipeline_FullMethodName     = "/conveyor_etl.cluster.Cluster/ExplainPipeline"
+	Cluster_PlanPipelines_FullMethodName       = "/conveyor_etl.cluster.Cluster/PlanPipelines"
+	Cluster_WhatIf_FullMethodName              = "/conveyor_etl.cluster.Cluster/WhatIf"
+	Cluster_GetPlacementQuality_FullMethodName = "/conveyor_etl.cluster.Cluster/GetPlacementQuality"
+	Cluster_WatchChanges_FullMethodName        = "/conveyor_etl.cluster.Cluster/WatchChanges"
+	Cluster_ListMembers_FullMethodName         = "/conveyor_etl.cluster.Cluster/ListMembers"
+	Cluster_JoinMember_FullMethodName          = "/conveyor_etl.cluster.Cluster/JoinMember"
+	Cluster_AddMember_FullMethodName           = "/conveyor_etl.cluster.Cluster/AddMember"
+	Cluster_PromoteMember_FullMethodName       = "/conveyor_etl.cluster.Cluster/PromoteMember"
+	Cluster_RemoveMember_FullMethodName        = "/conveyor_etl.cluster.Cluster/RemoveMember"
+	Cluster_UpdateMember_FullMethodName        = "/conveyor_etl.cluster.Cluster/UpdateMember"
+	Cluster_ReplaceMember_FullMethodName       = "/conveyor_etl.cluster.Cluster/ReplaceMember"
+	Cluster_ListOperations_FullMethodName      = "/conveyor_etl.cluster.Cluster/ListOperations"
+	Cluster_GetOperation_FullMethodName        = "/conveyor_etl.cluster.Cluster/GetOperation"
+	Cluster_CancelOperation_FullMethodName     = "/conveyor_etl.cluster.Cluster/CancelOperation"
+	Cluster_WaitOperation_FullMethodName       = "/conveyor_etl.cluster.Cluster/WaitOperation"
+	Cluster_UndoRestore_FullMethodName         = "/conveyor_etl.cluster.Cluster/UndoRestore"
+	Cluster_CheckState_FullMethodName          = "/conveyor_etl.cluster.Cluster/CheckState"
 )
 
 // ClusterClient is the client API for Cluster service.
@@ -179,6 +183,18 @@ type ClusterClient interface {
 	// ListApplied answers which of the sidecars that a pipeline concerns are known to
 	// this node to have applied what was decided about it.
 	ListApplied(ctx context.Context, in *ListAppliedRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListAppliedResponse], error)
+	// ExplainPipeline says of the stages of a pipeline where they run, who else could
+	// run them and what rules the others out, why one waits, and where records are
+	// handed on. Like the next two it is answered by any node from what is applied
+	// there, one call at a time: RESOURCE_EXHAUSTED when too many ask.
+	ExplainPipeline(ctx context.Context, in *ExplainPipelineRequest, opts ...grpc.CallOption) (*ExplainPipelineResponse, error)
+	// PlanPipelines says what would come of applying pipelines, and changes nothing.
+	// Of equally good places the leader may take others in the end.
+	PlanPipelines(ctx context.Context, in *PlanPipelinesRequest, opts ...grpc.CallOption) (*PlanPipelinesResponse, error)
+	// WhatIf says what would come of losing sidecars, and changes nothing.
+	WhatIf(ctx context.Context, in *WhatIfRequest, opts ...grpc.CallOption) (*WhatIfResponse, error)
+	// GetPlacementQuality says how good it is where the stages run.
+	GetPlacementQuality(ctx context.Context, in *GetPlacementQualityRequest, opts ...grpc.CallOption) (*GetPlacementQualityResponse, error)
 	// WatchChanges streams what happens in the cluster, for people and tools.
 	WatchChanges(ctx context.Context, in *WatchChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChangeEvent], error)
 	// Membership. Changes work on every node and are made one at a time.
@@ -334,6 +350,46 @@ func (c *clusterClient) ListApplied(ctx context.Context, in *ListAppliedRequest,
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Cluster_ListAppliedClient = grpc.ServerStreamingClient[ListAppliedResponse]
+
+func (c *clusterClient) ExplainPipeline(ctx context.Context, in *ExplainPipelineRequest, opts ...grpc.CallOption) (*ExplainPipelineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainPipelineResponse)
+	err := c.cc.Invoke(ctx, Cluster_ExplainPipeline_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) PlanPipelines(ctx context.Context, in *PlanPipelinesRequest, opts ...grpc.CallOption) (*PlanPipelinesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PlanPipelinesResponse)
+	err := c.cc.Invoke(ctx, Cluster_PlanPipelines_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) WhatIf(ctx context.Context, in *WhatIfRequest, opts ...grpc.CallOption) (*WhatIfResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WhatIfResponse)
+	err := c.cc.Invoke(ctx, Cluster_WhatIf_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *clusterClient) GetPlacementQuality(ctx context.Context, in *GetPlacementQualityRequest, opts ...grpc.CallOption) (*GetPlacementQualityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetPlacementQualityResponse)
+	err := c.cc.Invoke(ctx, Cluster_GetPlacementQuality_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *clusterClient) WatchChanges(ctx context.Context, in *WatchChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChangeEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -509,6 +565,18 @@ type ClusterServer interface {
 	// ListApplied answers which of the sidecars that a pipeline concerns are known to
 	// this node to have applied what was decided about it.
 	ListApplied(*ListAppliedRequest, grpc.ServerStreamingServer[ListAppliedResponse]) error
+	// ExplainPipeline says of the stages of a pipeline where they run, who else could
+	// run them and what rules the others out, why one waits, and where records are
+	// handed on. Like the next two it is answered by any node from what is applied
+	// there, one call at a time: RESOURCE_EXHAUSTED when too many ask.
+	ExplainPipeline(context.Context, *ExplainPipelineRequest) (*ExplainPipelineResponse, error)
+	// PlanPipelines says what would come of applying pipelines, and changes nothing.
+	// Of equally good places the leader may take others in the end.
+	PlanPipelines(context.Context, *PlanPipelinesRequest) (*PlanPipelinesResponse, error)
+	// WhatIf says what would come of losing sidecars, and changes nothing.
+	WhatIf(context.Context, *WhatIfRequest) (*WhatIfResponse, error)
+	// GetPlacementQuality says how good it is where the stages run.
+	GetPlacementQuality(context.Context, *GetPlacementQualityRequest) (*GetPlacementQualityResponse, error)
 	// WatchChanges streams what happens in the cluster, for people and tools.
 	WatchChanges(*WatchChangesRequest, grpc.ServerStreamingServer[ChangeEvent]) error
 	// Membership. Changes work on every node and are made one at a time.
@@ -578,6 +646,18 @@ func (UnimplementedClusterServer) GetConvergence(context.Context, *GetConvergenc
 }
 func (UnimplementedClusterServer) ListApplied(*ListAppliedRequest, grpc.ServerStreamingServer[ListAppliedResponse]) error {
 	return status.Error(codes.Unimplemented, "method ListApplied not implemented")
+}
+func (UnimplementedClusterServer) ExplainPipeline(context.Context, *ExplainPipelineRequest) (*ExplainPipelineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainPipeline not implemented")
+}
+func (UnimplementedClusterServer) PlanPipelines(context.Context, *PlanPipelinesRequest) (*PlanPipelinesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PlanPipelines not implemented")
+}
+func (UnimplementedClusterServer) WhatIf(context.Context, *WhatIfRequest) (*WhatIfResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WhatIf not implemented")
+}
+func (UnimplementedClusterServer) GetPlacementQuality(context.Context, *GetPlacementQualityRequest) (*GetPlacementQualityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetPlacementQuality not implemented")
 }
 func (UnimplementedClusterServer) WatchChanges(*WatchChangesRequest, grpc.ServerStreamingServer[ChangeEvent]) error {
 	return status.Error(codes.Unimplemented, "method WatchChanges not implemented")
@@ -832,6 +912,78 @@ func _Cluster_ListApplied_Handler(srv interface{}, stream grpc.ServerStream) err
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Cluster_ListAppliedServer = grpc.ServerStreamingServer[ListAppliedResponse]
+
+func _Cluster_ExplainPipeline_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainPipelineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).ExplainPipeline(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_ExplainPipeline_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).ExplainPipeline(ctx, req.(*ExplainPipelineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_PlanPipelines_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PlanPipelinesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).PlanPipelines(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_PlanPipelines_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).PlanPipelines(ctx, req.(*PlanPipelinesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_WhatIf_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WhatIfRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).WhatIf(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_WhatIf_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).WhatIf(ctx, req.(*WhatIfRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Cluster_GetPlacementQuality_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetPlacementQualityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).GetPlacementQuality(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_GetPlacementQuality_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).GetPlacementQuality(ctx, req.(*GetPlacementQualityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _Cluster_WatchChanges_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchChangesRequest)
@@ -1124,6 +1276,22 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetConvergence",
 			Handler:    _Cluster_GetConvergence_Handler,
+		},
+		{
+			MethodName: "ExplainPipeline",
+			Handler:    _Cluster_ExplainPipeline_Handler,
+		},
+		{
+			MethodName: "PlanPipelines",
+			Handler:    _Cluster_PlanPipelines_Handler,
+		},
+		{
+			MethodName: "WhatIf",
+			Handler:    _Cluster_WhatIf_Handler,
+		},
+		{
+			MethodName: "GetPlacementQuality",
+			Handler:    _Cluster_GetPlacementQuality_Handler,
 		},
 		{
 			MethodName: "ListMembers",

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"conveyor.etl/router/rpc/routerpb/adminpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
+)
+
+// qualityWait bounds the question for figures that are shown beside what was asked
+// for: without them the rest is shown all the same.
+const qualityWait = 2 * time.Second
+
+// pipelineQuality returns the figures of a pipeline, nil when they are not to be
+// had.
+func pipelineQuality(ctx context.Context, c *clients, id string) *clusterpb.GetPlacementQualityResponse {
+	ctx, cancel := context.WithTimeout(ctx, qualityWait)
+	defer cancel()
+	reply, err := c.Cluster.GetPlacementQuality(ctx, &clusterpb.GetPlacementQualityRequest{PipelineId: id})
+	if err != nil {
+		return nil // an older node, or it is gone meanwhile
+	}
+	return reply
+}
+
+// clusterQuality returns the figures of all pipelines, nil when nobody leads or they
+// are not to be had.
+func clusterQuality(ctx context.Context, c *clients, st *adminpb.GetClusterStatusResponse) *clusterpb.GetPlacementQualityResponse {
+	if st.GetLeaderId() == 0 || st.GetHealth() == adminpb.ClusterHealth_CLUSTER_HEALTH_UNHEALTHY {
+		return nil
+	}
+	reply := pipelineQuality(ctx, c, "")
+	if reply.GetQuality() == nil {
+		return nil
+	}
+	return reply
+}
+
+// qualityLine says in a line how good a placement is.
+func qualityLine(r *clusterpb.GetPlacementQualityResponse) string {
+	q := r.GetQuality()
+	var parts []string
+	parts = append(parts, fmt.Sprintf("%d of %d instances run", q.GetInstancesPlaced(), q.GetInstancesAsked()))
+	if n := q.GetStagesPending(); n > 0 {
+		parts = append(parts, count(n, "stage waits", "stages wait"))
+	}
+	parts = append(parts, fmt.Sprintf("%s of the edges stay in the pod", percent(q.GetLocalEdgeShare())),
+		fmt.Sprintf("load max/mean %.2f", q.GetMaxOverMean()))
+	if p := r.GetLastPlan(); p != nil {
+		parts = append(parts, fmt.Sprintf("last plan: %s, at least %d", count(p.GetMoves(), "move", "moves"), p.GetLeastMoves()))
+	}
+	return strings.Join(parts, "; ")
+}
+
+func percent(share float64) string { return fmt.Sprintf("%.0f%%", 100*share) }
+
+// count puts a number before the word for one or for several.
+func count(n uint32, one, several string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, several)
+}
+
+// shownPipeline is a pipeline as apply reads it, with a status that apply ignores.
+type shownPipeline struct {
+	config *adminpb.PipelineConfig
+	status pipelineStatus
+}
+
+// MarshalJSON implements json.Marshaler.
+func (p shownPipeline) MarshalJSON() ([]byte, error) {
+	raw, err := protojson.Marshal(p.config)
+	if err != nil {
+		return nil, err
+	}
+	status, err := json.Marshal(p.status)
+	if err != nil {
+		return nil, err
+	}
+	raw = raw[:len(raw)-1]
+	if len(raw) > 1 {
+		raw = append(raw, ',')
+	}
+	raw = append(raw, `"status":`...)
+	return append(append(raw, status...), '}'), nil
+}
+
+type pipelineStatus struct {
+	Version uint64 `json:"version"`
+	Epoch   uint64 `json:"epoch"`
+	// Placement is left out when the node that was asked does not tell.
+	Placement *qualityStatus `json:"placement,omitempty"`
+}
+
+// qualityStatus is a PlacementQuality with what is zero, which there means
+// something.
+type qualityStatus struct {
+	InstancesAsked  uint32  `json:"instancesAsked"`
+	InstancesPlaced uint32  `json:"instancesPlaced"`
+	StagesPending   uint32  `json:"stagesPending"`
+	Edges           uint32  `json:"edges"`
+	EdgesInPod      uint32  `json:"edgesInPod"`
+	EdgesInNode     uint32  `json:"edgesInNode"`
+	EdgesInZone     uint32  `json:"edgesInZone"`
+	LocalEdgeShare  float64 `json:"localEdgeShare"`
+	HighestLoad     float64 `json:"highestLoad"`
+	MeanLoad        float64 `json:"meanLoad"`
+	MaxOverMean     float64 `json:"maxOverMean"`
+	// LastPlan is left out when the leader has made none of it since it leads, or
+	// does not answer.
+	LastPlan *planMoves `json:"lastPlan,omitempty"`
+}
+
+type planMoves struct {
+	Revision   uint64 `json:"revision"`
+	Moves      uint32 `json:"moves"`
+	LeastMoves uint32 `json:"leastMoves"`
+}
+
+func statusOf(st *adminpb.PipelineStatus, r *clusterpb.GetPlacementQualityResponse) pipelineStatus {
+	out := pipelineStatus{Version: st.GetVersion(), Epoch: st.GetEpoch()}
+	if q := r.GetQuality(); q != nil {
+		out.Placement = &qualityStatus{
+			q.GetInstancesAsked(), q.GetInstancesPlaced(), q.GetStagesPending(), q.GetEdges(), q.GetEdgesInPod(), q.GetEdgesInNode(),
+			q.GetEdgesInZone(), q.GetLocalEdgeShare(), q.GetHighestLoad(), q.GetMeanLoad(), q.GetMaxOverMean(), nil,
+		}
+		if p := r.GetLastPlan(); p != nil {
+			out.Placement.LastPlan = &planMoves{p.GetRevision(), p.GetMoves(), p.GetLeastMoves()}
+		}
+	}
+	return out
+}
