@@ -114,6 +114,7 @@ func watch(b *testing.B, r *replica) *watched {
 	}
 	w := &watched{m: m, sub: sub, waits: newWaits()}
 	w.Placer = NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, Quiet: time.Microsecond, Planned: func(i PlanInfo) { w.infos = append(w.infos, i) }})
+	w.term, w.budget = 1, newBudget(1, time.Now())
 	return w
 }
 

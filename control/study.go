@@ -27,12 +27,9 @@ type StudyConfig struct {
 	Waiting int64
 	// Burst is how long a Study may work at once, Share the part of all time it
 	// may work for in the long run. Defaults 5 s and 1/4.
-	Burst time.Duration
-	Share float64
-	// Clutter bounds what the questions may leave behind in the indexes: with
-	// more, the state is read anew. Default 1,000.
-	Clutter int
-	Logger  *slog.Logger
+	Burst  time.Duration
+	Share  float64
+	Logger *slog.Logger
 }
 
 // EnsureDefaults fills what is zero.
@@ -48,9 +45,6 @@ func (c *StudyConfig) EnsureDefaults() {
 	}
 	if c.Share <= 0 {
 		c.Share = 0.25
-	}
-	if c.Clutter <= 0 {
-		c.Clutter = 1000
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -72,9 +66,7 @@ type Study struct {
 	turn   chan struct{}
 	mirror *mirror
 	sub    *router.Subscription
-	// clutter is that of the mirror when it was made.
-	clutter int
-	pace    pace
+	pace   pace
 
 	waiting atomic.Int64
 	reads   atomic.Int64 // times the state was read
@@ -242,9 +234,6 @@ func turn[T any](ctx context.Context, s *Study, fn func(e *placement.Engine) T) 
 	}
 	a.at = router.Point{Revision: s.mirror.revision, Epoch: s.mirror.epoch}
 	a.value = fn(s.mirror.engine)
-	if s.mirror.engine.Clutter() > s.clutter+s.c.Clutter {
-		s.forget()
-	}
 	return a
 }
 
@@ -301,7 +290,7 @@ func (s *Study) catchUp() error {
 			return err
 		}
 		m.engine.Plan()
-		s.mirror, s.sub, s.clutter = m, sub, m.engine.Clutter()
+		s.mirror, s.sub = m, sub
 		return nil
 	}
 	return fmt.Errorf("%w: the state changes faster than this node can read it; nothing was done: ask again", raftnode.ErrBusy)

