@@ -46,7 +46,7 @@ func (a *api) noted() {
 // Goal: what a sidecar has let go of is reported when its heartbeats say or show
 // so, not before, and by no heartbeat about another epoch.
 func TestHandoverIsConfirmed(t *testing.T) {
-	a := newAPI(t, nil)
+	a := newAPI(t)
 	a.registerSidecar("ns/says")
 	a.registerSidecar("ns/plain")
 	a.registerSidecar("ns/other")
@@ -96,7 +96,7 @@ func TestHandoverIsConfirmed(t *testing.T) {
 // Goal: a drain is recorded once, shown everywhere, and taken back; bad ones are
 // refused.
 func TestDrainAPI(t *testing.T) {
-	a := newAPI(t, nil)
+	a := newAPI(t)
 	a.registerSidecar("ns/a")
 	_, err := a.cluster.DrainSidecar(a.ctx(), &clusterpb.DrainSidecarRequest{SidecarId: "ns/none"})
 	wantCode(t, err, codes.NotFound)
@@ -128,7 +128,7 @@ func TestDrainAPI(t *testing.T) {
 // Goal: where a sidecar runs is taken from its labels; a capacity that is none is
 // warned of and counts as one.
 func TestPlacementLabels(t *testing.T) {
-	a := newAPI(t, nil)
+	a := newAPI(t)
 	register := func(labels map[string]string) (*sidecarpb.RegisterSidecarResponse, *clusterpb.SidecarInfo) {
 		t.Helper()
 		r, err := a.sidecar.RegisterSidecar(a.ctx(), &sidecarpb.RegisterSidecarRequest{
