@@ -17,6 +17,10 @@
 // proposed. Plan does the same for one Input, as a pure function, and Placements
 // explain one after the fact by computing it again.
 //
+// What must not run twice is handed over in two steps (handovers.go), the second once
+// the state says that the first has taken effect; moves that nothing forces wait for a
+// budget (budget.go).
+//
 // # Liveness
 //
 // Heartbeats live in the leader's memory and never enter the log; only
