@@ -144,8 +144,9 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 			return r
 		}
 	}
+	var pipeline lastPipeline
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c.PlannedRevision) {
+		if !t.applyChange(ch, c.PlannedRevision, &pipeline) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -174,8 +175,26 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	return nil
 }
 
+// lastPipeline is the pipeline of the change before: changes of one pipeline stand
+// together, and one of a thousand stages takes longer to decode than all the rest of
+// a change.
+type lastPipeline struct {
+	id string
+	p  *commandpb.Pipeline // nil = there is none
+}
+
+func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
+	if l.id != id {
+		l.id, l.p = id, &commandpb.Pipeline{}
+		if !t.load(t.buf.single(prefixPipeline, id), l.p) {
+			l.p = nil
+		}
+	}
+	return l.p
+}
+
 // applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64, pipeline *lastPipeline) bool {
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
 	newer := func(created uint64) bool { return planned != 0 && created > planned }
@@ -191,8 +210,8 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
 		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
 		return false
 	}
-	var p commandpb.Pipeline
-	if !t.load(t.buf.single(prefixPipeline, ch.PipelineId), &p) || p.Version != ch.PipelineVersion ||
+	p := pipeline.load(t, ch.PipelineId)
+	if p == nil || p.Version != ch.PipelineVersion ||
 		newer(p.CreateRevision) || !p.GetSpec().GetEnabled() {
 		return false
 	}
