@@ -170,19 +170,21 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 	}
 }
 
-// drain takes over the changes that are there, without waiting for any.
-func drain(m *mirror, sub *router.Subscription) error {
+// drain takes over the changes that are there, without waiting for any. It reports
+// whether any of them is not of the placer's own making; see foreign.
+func drain(m *mirror, sub *router.Subscription, own map[uint64]bool) (others bool, err error) {
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
 	for {
 		changes, at, err := sub.Next(now)
 		switch {
 		case errors.Is(err, context.Canceled):
-			return nil
+			return others, nil
 		case err != nil:
-			return err
+			return others, err
 		}
 		m.follow(changes, at)
+		others = others || foreign(changes, own)
 	}
 }
 
@@ -204,12 +206,13 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) 
 		start := time.Now()
 		// What this placer's commands did is there once they are answered: a
 		// plan that did not know of it could send records round.
-		if err := drain(m, sub); err != nil {
+		if _, err := drain(m, sub, own); err != nil {
 			return nil, err
 		}
 		plan := m.engine.Plan()
 		changes := changesOf(plan.Steps)
-		info := PlanInfo{Revision: m.revision, Took: time.Since(start), Changes: len(changes), Quality: plan.Quality}
+		planned, moved := m.revision, false
+		info := PlanInfo{Revision: planned, Took: time.Since(start), Changes: len(changes), Quality: plan.Quality}
 		for _, chunk := range p.chunks(changes) {
 			res, err := p.c.Submit.Submit(ctx, &commandpb.Command{
 				TimeMs: uint64(p.c.Now().UnixMilli()),
@@ -217,7 +220,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) 
 				// versions the plan was made from.
 				ExpectedEpoch: &m.epoch,
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
-					Changes: chunk, PlannedRevision: m.revision,
+					Changes: chunk, PlannedRevision: planned,
 				}},
 			})
 			if err != nil {
@@ -231,13 +234,21 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) 
 			}
 			own[res.GetRevision()] = true
 			info.Stale += int(res.GetStale())
+			// A large plan is more than what is kept for subscribers. Whoever took its
+			// changes over only at the end would have lost its place by then, and
+			// read the whole state again.
+			others, err := drain(m, sub, own)
+			if err != nil {
+				return nil, err
+			}
+			moved = moved || others
 		}
 		p.c.Planned(info)
 		if len(changes) > 0 {
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
 				"least", plan.Quality.Least, "revision", info.Revision, "took", info.Took)
 		}
-		if info.Stale == 0 {
+		if info.Stale == 0 && !moved {
 			return own, nil
 		}
 		if !sleep(ctx, p.c.Quiet) {
