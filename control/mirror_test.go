@@ -45,3 +45,31 @@ func TestPlacerFollowsServices(t *testing.T) {
 		step("deregistered", "nothing is assigned\n")
 	})
 }
+
+// TestPlacerKeepsItsPlace: a plan of more changes than are kept for subscribers is
+// carried out without losing track of them, and what others change meanwhile is
+// planned for before anything is waited for.
+func TestPlacerKeepsItsPlace(t *testing.T) {
+	r := bigFleet(t, router.Options{HistoryBytes: 32 << 10}, 400, 4, 1)
+	defer func() {
+		if err := r.fsm.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	w := watch(t, r)
+	w.c.ChunkChanges = 20
+	w.step(t)
+	r.chain(t, "fleet/wide", "", 400, "wide-source", "wide-sink")
+	r.before = func() { // the first command of the plan
+		r.chain(t, "fleet/late", "", 1, "wide-source", "wide-sink")
+	}
+	if changes := w.step(t); changes < 401 {
+		t.Fatalf("%d changes", changes)
+	}
+	if others, err := drain(w.m, w.sub, nil); others || err != nil {
+		t.Fatalf("the placer lost its place or left something behind: %v", err)
+	}
+	if runs := w.m.engine.Explain("fleet/late", false); len(runs) != 2 || len(runs[0].Sidecars) != 1 {
+		t.Fatalf("what was applied meanwhile was not planned for: %+v", runs)
+	}
+}

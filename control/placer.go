@@ -247,19 +247,21 @@ func (p *Placer) next(ctx context.Context, m *mirror, sub *router.Subscription) 
 	return changes, at, err
 }
 
-// drain takes over the changes that are there, without waiting for any.
-func drain(m *mirror, sub *router.Subscription) error {
+// drain takes over the changes that are there, without waiting for any. It reports
+// whether any of them is not of the placer's own making; see foreign.
+func drain(m *mirror, sub *router.Subscription, own map[uint64]bool) (others bool, err error) {
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
 	for {
 		changes, at, err := sub.Next(now)
 		switch {
 		case errors.Is(err, context.Canceled):
-			return nil
+			return others, nil
 		case err != nil:
-			return err
+			return others, err
 		}
 		m.follow(changes, at)
+		others = others || foreign(changes, own)
 	}
 }
 
@@ -281,23 +283,24 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		start := time.Now()
 		// What this placer's commands did is there once they are answered: a
 		// plan that did not know of it could send records round.
-		if err := drain(m, sub); err != nil {
+		if _, err := drain(m, sub, own); err != nil {
 			return nil, err
 		}
 		if err := p.tidy(ctx, m, w); err != nil {
 			return nil, err
 		}
-		if err := drain(m, sub); err != nil {
+		if _, err := drain(m, sub, own); err != nil {
 			return nil, err
 		}
 		plan := m.engine.Plan()
-		info := PlanInfo{Revision: m.revision, Quality: plan.Quality}
+		planned, moved := m.revision, false
+		info := PlanInfo{Revision: planned, Quality: plan.Quality}
 		changes := p.now(m, plan.Steps, w, &info)
 		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
 			res, err := p.submit(ctx, m, 0, &commandpb.Command{
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
-					Changes: chunk, PlannedRevision: m.revision, Handovers: true,
+					Changes: chunk, PlannedRevision: planned, Handovers: true,
 				}},
 			})
 			if err != nil {
@@ -308,9 +311,14 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			}
 			own[res.GetRevision()] = true
 			info.Stale += int(res.GetStale())
-		}
-		if err := drain(m, sub); err != nil {
-			return nil, err
+			// A large plan is more than what is kept for subscribers. Whoever took its
+			// changes over only at the end would have lost its place by then, and
+			// read the whole state again.
+			others, err := drain(m, sub, own)
+			if err != nil {
+				return nil, err
+			}
+			moved = moved || others
 		}
 		if err := p.watchClock(m, w); err != nil {
 			return nil, err
@@ -322,7 +330,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
 				"least", plan.Quality.Least, "held", info.Held, "waiting", info.Waiting, "revision", info.Revision, "took", info.Took)
 		}
-		if info.Stale == 0 {
+		if info.Stale == 0 && !moved {
 			return own, nil
 		}
 		if !sleep(ctx, pause) {

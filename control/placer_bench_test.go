@@ -15,7 +15,7 @@ import (
 )
 
 // spent is how much processor time this process has had.
-func spent(b *testing.B) time.Duration {
+func spent(b testing.TB) time.Duration {
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
 		b.Skip(err)
@@ -27,8 +27,10 @@ func spent(b *testing.B) time.Duration {
 // k is served by the sidecars i with i modulo pipelines = k, half of which offer all
 // three of its services and the others two, and every sidecar offers a source
 // and a sink besides for one pipeline that all of them run.
-func bigFleet(b *testing.B, sidecars, pipelines, parallelism int) *replica {
-	fsm, err := router.Open(vfs.NewMem(), "state", router.Options{Bootstrap: router.Position{Index: 1, Term: 1}})
+func bigFleet(b testing.TB, o router.Options, sidecars, pipelines, parallelism int) *replica {
+	b.Helper()
+	o.Bootstrap = router.Position{Index: 1, Term: 1}
+	fsm, err := router.Open(vfs.NewMem(), "state", o)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -54,7 +56,7 @@ func bigFleet(b *testing.B, sidecars, pipelines, parallelism int) *replica {
 	return r
 }
 
-func (r *replica) must(b *testing.B, cmd *commandpb.Command) {
+func (r *replica) must(b testing.TB, cmd *commandpb.Command) {
 	b.Helper()
 	if res, err := r.apply(cmd); err != nil || res.GetRejection() != nil {
 		b.Fatal(err, res)
@@ -63,7 +65,7 @@ func (r *replica) must(b *testing.B, cmd *commandpb.Command) {
 
 // chain applies a pipeline of one stage per service, sources first and a sink
 // last.
-func (r *replica) chain(b *testing.B, id, form string, parallelism int, services ...string) {
+func (r *replica) chain(b testing.TB, id, form string, parallelism int, services ...string) {
 	b.Helper()
 	p := &commandpb.PipelineSpec{Id: id, Name: id, Enabled: true}
 	for k, name := range services {
@@ -85,7 +87,7 @@ func (r *replica) chain(b *testing.B, id, form string, parallelism int, services
 }
 
 // turn lets sidecar i be found in another condition.
-func (r *replica) turn(b *testing.B, i int, to commandpb.SidecarState) {
+func (r *replica) turn(b testing.TB, i int, to commandpb.SidecarState) {
 	b.Helper()
 	r.must(b, &commandpb.Command{Op: &commandpb.Command_TransitionSidecar{TransitionSidecar: &commandpb.TransitionSidecar{
 		SidecarId: fmt.Sprintf("fleet/pod-%06d", i), State: to,
@@ -101,7 +103,7 @@ type watched struct {
 	infos []PlanInfo
 }
 
-func watch(b *testing.B, r *replica) *watched {
+func watch(b testing.TB, r *replica) *watched {
 	v := r.View()
 	defer v.Close()
 	m, err := newMirror(v)
@@ -119,7 +121,7 @@ func watch(b *testing.B, r *replica) *watched {
 }
 
 // step takes over what has happened and plans until nothing is left to do.
-func (w *watched) step(b *testing.B) (changes int) {
+func (w *watched) step(b testing.TB) (changes int) {
 	b.Helper()
 	w.infos = w.infos[:0]
 	if _, err := w.plan(context.Background(), w.m, w.sub, w.waits); err != nil {
@@ -141,7 +143,7 @@ func (w *watched) step(b *testing.B) (changes int) {
 func BenchmarkWidePipeline(b *testing.B) {
 	for _, n := range []int{1000, 4000, 10_000} {
 		b.Run(fmt.Sprintf("sidecars=%d", n), func(b *testing.B) {
-			r := bigFleet(b, n, min(1000, n/4), 1)
+			r := bigFleet(b, router.Options{}, n, min(1000, n/4), 1)
 			defer r.fsm.Close()
 			w := watch(b, r)
 			w.step(b)
@@ -179,13 +181,13 @@ func BenchmarkWidePipeline(b *testing.B) {
 	}
 }
 
-// BenchmarkMassReassignment lets 10,000 of 40,000 sidecars expire, with no limit to
+// BenchmarkMassReassignment lets 10,000 of 100,000 sidecars expire, with no limit to
 // how many may go at once, and measures from the first expiry in the state until
 // all they ran has been given to others in the state. Leases, whose end
 // BenchmarkMassExpiry measures, and the log are left out.
 func BenchmarkMassReassignment(b *testing.B) {
-	const fleet, lost, pipelines = 40_000, 10_000, 4000
-	r := bigFleet(b, fleet, pipelines, 5)
+	const fleet, lost, pipelines = 100_000, 10_000, 10_000
+	r := bigFleet(b, router.Options{}, fleet, pipelines, 8)
 	defer r.fsm.Close()
 	w := watch(b, r)
 	w.step(b)

@@ -151,8 +151,9 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 			return r
 		}
 	}
+	var pipeline lastPipeline
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c) {
+		if !t.applyChange(ch, c, &pipeline) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -186,8 +187,26 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	return nil
 }
 
+// lastPipeline is the pipeline of the change before: changes of one pipeline stand
+// together, and one of a thousand stages takes longer to decode than all the rest of
+// a change.
+type lastPipeline struct {
+	id string
+	p  *commandpb.Pipeline // nil = there is none
+}
+
+func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
+	if l.id != id {
+		l.id, l.p = id, &commandpb.Pipeline{}
+		if !t.load(t.buf.single(prefixPipeline, id), l.p) {
+			l.p = nil
+		}
+	}
+	return l.p
+}
+
 // applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments, pipeline *lastPipeline) bool {
 	planned := c.PlannedRevision
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
@@ -206,8 +225,8 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.GraceUntilMs == 0 {
 		return false
 	}
-	var p commandpb.Pipeline
-	if !t.load(t.buf.single(prefixPipeline, ch.PipelineId), &p) || p.Version != ch.PipelineVersion ||
+	p := pipeline.load(t, ch.PipelineId)
+	if p == nil || p.Version != ch.PipelineVersion ||
 		newer(p.CreateRevision) || !p.GetSpec().GetEnabled() {
 		return false
 	}
@@ -222,7 +241,7 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 	}
 	had, has := local(prev), local(next)
 	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
-	if c.Handovers && len(takes) > 0 && !t.mayTake(ch.SidecarId, &p, takes) {
+	if c.Handovers && len(takes) > 0 && !t.mayTake(ch.SidecarId, p, takes) {
 		return false
 	}
 	letGo, shared := released(ch, prev, has)
