@@ -49,14 +49,16 @@ func (s *sidecarStream) answer(ctx context.Context) error {
 			return ctx.Err()
 		case err := <-s.ended:
 			if err == nil {
-				err = s.flush(ctx) // it may still read
+				err = aside(func() error { return s.flush(ctx) }) // it may still read
 			}
 			return err
 		case <-s.bell:
-			if err := settle(ctx, s.bell, last); err != nil {
-				return err
-			}
-			if err := s.flush(ctx); err != nil {
+			if err := aside(func() error {
+				if err := settle(ctx, s.bell, last); err != nil {
+					return err
+				}
+				return s.flush(ctx)
+			}); err != nil {
 				return err
 			}
 			last = time.Now()
