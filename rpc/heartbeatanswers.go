@@ -36,9 +36,13 @@ func (s *sidecarStream) next(some []dueMember) []dueMember {
 	return some
 }
 
-// answersPerMessage bounds how many sidecars one message answers: what they may
-// have to run together has to stay below what a client takes.
-const answersPerMessage = 64
+const (
+	// answersAtOnce is how many sidecars a worker of the pusher works for at a time.
+	answersAtOnce = 64
+	// maxAnswersBytes is where a message ends that answers several: gRPC's clients
+	// take 4 MiB.
+	maxAnswersBytes = 1 << 20
+)
 
 // answer tells members what is due to them until the stream ends.
 func (s *sidecarStream) answer(ctx context.Context) error {
@@ -68,23 +72,36 @@ func (s *sidecarStream) answer(ctx context.Context) error {
 
 // flush tells what is due now.
 func (s *sidecarStream) flush(ctx context.Context) error {
-	some := make([]dueMember, 0, answersPerMessage)
+	some := make([]dueMember, 0, answersAtOnce)
 	for some = s.next(some); len(some) > 0; some = s.next(some) {
 		resp, err := s.work(ctx, some)
 		if err != nil {
 			return err
 		}
-		if len(resp.Answers) == 0 {
-			continue
-		}
-		s.sending.Store(s.api.cfg.Now().UnixNano())
-		err = s.stream.Send(resp)
-		s.sending.Store(0)
-		if err != nil {
-			return err
+		for rest := resp.Answers; len(rest) > 0; {
+			resp.Answers, rest = cutAnswers(rest, maxAnswersBytes)
+			s.sending.Store(s.api.cfg.Now().UnixNano())
+			err = s.stream.Send(resp)
+			s.sending.Store(0)
+			if err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// cutAnswers takes as many answers as fit limit, and at least one, off the head of
+// all.
+func cutAnswers(all []*sidecarpb.StreamedHeartbeatResponse, limit int) (head, rest []*sidecarpb.StreamedHeartbeatResponse) {
+	n, size := 0, 0
+	for n < len(all) {
+		if size += all[n].SizeVT() + 8; n > 0 && size > limit {
+			break
+		}
+		n++
+	}
+	return all[:n], all[n:]
 }
 
 // work works out what to tell some members. As with watches that is done by the

@@ -252,7 +252,7 @@ func (s *sidecarStream) isRead() bool {
 // judgement waits for a quorum, and this may be the time in which there is none.
 func (s *sidecarStream) judge(m *streamMember, news *sidecarpb.SidecarHeartbeatRequest) {
 	what := dueJudge | dueBeat
-	if m.fault == "" && s.api.rivals.find(s.stream.Context(), m.id, s.api.cfg.Now()) == "" {
+	if m.fault == "" && s.isRead() && s.api.rivals.find(s.stream.Context(), m.id, s.api.cfg.Now()) == "" {
 		sc, err := s.api.localSidecar(m.id)
 		if err == nil && beatRefusal(sc, m.id, m.registration) == "" {
 			s.api.cfg.Beats.Touch(m.id, "")

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +54,16 @@ func (c *beatClient) alive(numbers ...uint32) {
 // answer returns the next answer, which has to be for this number.
 func (c *beatClient) answer(number uint32) *sidecarpb.HeartbeatResponse {
 	c.a.t.Helper()
+	next := c.next()
+	if next.GetNumber() != number {
+		c.a.t.Fatalf("an answer for number %d, want one for %d: %v", next.GetNumber(), number, next)
+	}
+	return next.GetResponse()
+}
+
+// next returns the next answer.
+func (c *beatClient) next() *sidecarpb.StreamedHeartbeatResponse {
+	c.a.t.Helper()
 	for len(c.queue) == 0 {
 		resp, err := c.stream.Recv()
 		noError(c.a.t, err)
@@ -60,10 +71,7 @@ func (c *beatClient) answer(number uint32) *sidecarpb.HeartbeatResponse {
 	}
 	next := c.queue[0]
 	c.queue = c.queue[1:]
-	if next.GetNumber() != number {
-		c.a.t.Fatalf("an answer for number %d, want one for %d: %v", next.GetNumber(), number, next)
-	}
-	return next.GetResponse()
+	return next
 }
 
 // ends returns the status the stream ends with.
@@ -393,6 +401,7 @@ func TestStreamIsNotRead(t *testing.T) {
 	a := newAPI(t)
 	a.registerSidecar("ns/pod")
 	a.registerSidecar("ns/other")
+	a.registerSidecar("ns/new")
 	services := []string{"x"}
 	for i := range 400 { // so that a few answers fill the stream's window
 		services = append(services, fmt.Sprintf("stage-with-a-rather-long-name-%04d", i))
@@ -423,12 +432,25 @@ func TestStreamIsNotRead(t *testing.T) {
 	a.clock.advance(a.cfg.SidecarTTL)
 	c.alive(0)
 	c.send(full(0, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod"}))
+	c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/new"}))
+	eventually(t, "all of it was received", func() bool { return a.streamed.Load() == 3 })
+	if n := a.beats.count("ns/new", ""); n != 0 {
+		t.Error("a sidecar is heard of on a stream that is not read")
+	}
 	want := a.assignments("ns/pod")["p"]
 	answers := 0
-	for {
-		r := c.answer(0)
+	for fresh := false; ; {
+		next := c.next()
+		r := next.GetResponse()
+		if next.GetNumber() == 1 {
+			fresh = r.GetAcknowledged()
+			continue
+		}
 		answers++
 		if cmds := r.GetCommands(); len(cmds) > 0 && cmds[len(cmds)-1].GetAssign().GetGeneration() == want {
+			if !fresh && !c.answer(1).GetAcknowledged() {
+				t.Error("the new sidecar is refused")
+			}
 			break
 		}
 	}
@@ -441,6 +463,29 @@ func TestStreamIsNotRead(t *testing.T) {
 	eventually(t, "the send is over", func() bool { return s.sending.Load() == 0 })
 	c.alive(0)
 	a.touched("ns/pod", before+2)
+}
+
+// Goal: answers that are too large together go out in several messages, and one
+// that is too large alone goes out all the same.
+func TestCutAnswers(t *testing.T) {
+	var all []*sidecarpb.StreamedHeartbeatResponse
+	for i, size := range []int{400, 400, 400, 2000, 10, 10} {
+		all = append(all, &sidecarpb.StreamedHeartbeatResponse{
+			Number: uint32(i), Response: &sidecarpb.HeartbeatResponse{Reason: strings.Repeat("x", size)},
+		})
+	}
+	var got []int
+	for rest := all; len(rest) > 0; {
+		var head []*sidecarpb.StreamedHeartbeatResponse
+		head, rest = cutAnswers(rest, 1000)
+		got = append(got, len(head))
+		if resp := (&sidecarpb.HeartbeatStreamResponse{Answers: head}); len(head) > 1 && resp.SizeVT() > 1000 {
+			t.Errorf("a message of %d answers has %d bytes", len(head), resp.SizeVT())
+		}
+	}
+	if want := []int{2, 1, 1, 2}; !slices.Equal(got, want) {
+		t.Errorf("cut into %v, want %v", got, want)
+	}
 }
 
 // Goal: an earlier pod with the same id, known by its address, is told to stop on
