@@ -294,7 +294,7 @@ func (e *Engine) match(hosts []int32) {
 	for _, h := range moved {
 		x := &e.hosts[h]
 		if x.profile >= 0 {
-			touched[x.profile] = touched[x.profile]
+			touched[x.profile] = false
 			e.countOpen(h, -1)
 			e.setProfile(h, -1)
 		}
