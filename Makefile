@@ -104,7 +104,7 @@ bench-recovery: build ## figures of backup, restore and catch-up, beside etcd's;
 		-rows '$(or $(ROWS),recovery)' -systems $(SYSTEMS) -objects $(OBJECTS) -content $(CONTENT)
 
 # The set that fits two cores: three nodes and the fleet share the machine.
-FLEET ?= --sidecars 10000 --watchers 10000 --pipelines 1000 --duration 30s --scenarios steady,one,mass,storm,leader
+FLEET ?= --sidecars 10000 --watchers 10000 --pipelines 1000 --beats stream --duration 30s --scenarios steady,one,mass,storm,leader
 .PHONY: bench-fleet
 bench-fleet: build ## figures of a simulated fleet on three nodes; FLEET= takes other flags
 	$(BIN)/router bench fleet --nodes 3 $(FLEET)

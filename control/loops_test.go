@@ -236,6 +236,37 @@ func beat(l *Liveness, d time.Duration, ids ...string) {
 
 const threeStages = "orders:source -> clean:transform -> lake:sink"
 
+// TestFirstChangeAfterACalm: a change that comes alone is planned at once, those
+// that follow it together.
+func TestFirstChangeAfterACalm(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("a", "orders:source")
+	r.register("b", "clean:transform")
+	r.register("c", "lake:sink")
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		r.setLeading(true)
+		beat(l, 5*time.Second, "a", "b", "c")
+		r.putPipeline("p", threeStages)
+		synctest.Wait()
+		if got := r.table(); !contains(got, "p b: clean") {
+			t.Fatalf("the first change after a calm waits:\n%s", got)
+		}
+		r.putPipeline("q", threeStages)
+		pass(10 * time.Millisecond)
+		r.putPipeline("r", threeStages)
+		pass(15 * time.Millisecond)
+		synctest.Wait()
+		if got := r.table(); contains(got, "q b: clean") || contains(got, "r b: clean") {
+			t.Fatalf("a change right after another is planned alone:\n%s", got)
+		}
+		pass(10 * time.Millisecond)
+		synctest.Wait()
+		if got := r.table(); !contains(got, "q b: clean") || !contains(got, "r b: clean") {
+			t.Fatalf("they are not planned once things are calm:\n%s", got)
+		}
+	})
+}
+
 // TestLossAndReturn: a sidecar that falls silent keeps its stages while it is
 // suspect and loses them when it expires; when it is heard of again it is alive
 // at once and takes nothing back.

@@ -5,6 +5,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"conveyor.etl/router/placement"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
@@ -69,7 +70,7 @@ func TestPlacerKeepsItsPlace(t *testing.T) {
 	if others, err := drain(w.m, w.sub, nil); others || err != nil {
 		t.Fatalf("the placer lost its place or left something behind: %v", err)
 	}
-	if runs := w.m.engine.Explain("fleet/late", false); len(runs) != 2 || len(runs[0].Sidecars) != 1 {
+	if runs := w.m.engine.Explain("fleet/late", placement.Query{}); len(runs) != 2 || len(runs[0].Sidecars) != 1 {
 		t.Fatalf("what was applied meanwhile was not planned for: %+v", runs)
 	}
 }

@@ -264,7 +264,7 @@ func (s *Study) rested(ctx context.Context) error {
 // planned, so that answers are about where things will be left as they are.
 func (s *Study) catchUp() error {
 	if s.mirror != nil {
-		err := drain(s.mirror, s.sub)
+		_, err := drain(s.mirror, s.sub, nil)
 		if err == nil {
 			s.mirror.revision = max(s.mirror.revision, s.sub.Reached())
 			s.mirror.engine.Plan()

@@ -158,7 +158,7 @@ func NewEngine(v View) *Engine {
 	for i := range e.profiles {
 		p := &e.profiles[i]
 		slices.SortFunc(p.members, e.compareHosts)
-		e.renumber(p, 0)
+		p.stale = true
 	}
 	e.building = false
 	as := slices.Clone(v.Assignments)

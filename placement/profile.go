@@ -20,6 +20,11 @@ type profile struct {
 	members []int32
 	keys    []uint64
 	win     []int32
+	// stale: sidecars came or left since keys, win and the positions of the members
+	// were right. They are put right when somebody asks, for that costs a look at
+	// all members: a fleet that registers in one go would pay it for each sidecar.
+	stale bool
+	e     *Engine
 	// open is the number of members that take stages, capacity theirs together.
 	open     int
 	capacity int64
@@ -115,7 +120,7 @@ func (p *profile) play(k int) int32 {
 
 // set gives the member at position i another key.
 func (p *profile) set(i int32, key uint64) {
-	if p.keys[i] == key {
+	if p.stale || p.keys[i] == key {
 		return
 	}
 	p.keys[i] = key
@@ -129,6 +134,7 @@ func (p *profile) least() (h int32, key uint64) {
 	if len(p.members) == 0 {
 		return -1, closed
 	}
+	p.refresh()
 	at := p.winner(1)
 	if p.keys[at] == closed {
 		return -1, closed
@@ -138,6 +144,7 @@ func (p *profile) least() (h int32, key uint64) {
 
 // leastOf is least among the members at positions [lo, hi).
 func (p *profile) leastOf(lo, hi int) (h int32, key uint64) {
+	p.refresh()
 	best, key := int32(-1), uint64(closed)
 	take := func(k int) {
 		if at := p.winner(k); p.keys[at] < key || (p.keys[at] == key && key != closed && at < best) {
@@ -233,7 +240,7 @@ func (e *Engine) profileOf(fits []fit) int32 {
 		e.profiles = append(e.profiles, profile{})
 	}
 	p := &e.profiles[id]
-	*p = profile{key: key, fits: slices.Clone(fits), members: p.members[:0], keys: p.keys[:0], win: p.win[:0]}
+	*p = profile{e: e, key: key, fits: slices.Clone(fits), members: p.members[:0], keys: p.keys[:0], win: p.win[:0]}
 	e.profileID[key] = id
 	for _, f := range fits {
 		w := &e.wants[f.want]
@@ -259,7 +266,7 @@ func (e *Engine) enter(h int32) {
 	}
 	at, _ := slices.BinarySearchFunc(p.members, h, e.compareHosts)
 	p.members = slices.Insert(p.members, at, h)
-	e.renumber(p, at)
+	p.stale = true
 }
 
 // few is up to how many sidecars change their profile one by one; each of them
@@ -283,13 +290,12 @@ func (e *Engine) match(hosts []int32) {
 		}
 		return
 	}
-	touched := make(map[int32]bool)
+	touched := make(map[int32]bool) // true: some came, not only left
 	for _, h := range moved {
 		x := &e.hosts[h]
 		if x.profile >= 0 {
-			touched[x.profile] = true
+			touched[x.profile] = false
 			e.countOpen(h, -1)
-			e.profiles[x.profile].members[x.pos] = -1
 			e.setProfile(h, -1)
 		}
 	}
@@ -301,13 +307,15 @@ func (e *Engine) match(hosts []int32) {
 	e.building = false
 	for _, id := range slices.Sorted(maps.Keys(touched)) {
 		p := &e.profiles[id]
-		p.members = slices.DeleteFunc(p.members, func(h int32) bool { return h < 0 })
+		p.members = slices.DeleteFunc(p.members, func(h int32) bool { return e.hosts[h].profile != id })
 		if len(p.members) == 0 {
 			e.dropProfile(id)
 			continue
 		}
-		slices.SortFunc(p.members, e.compareHosts)
-		e.renumber(p, 0)
+		if touched[id] {
+			slices.SortFunc(p.members, e.compareHosts)
+		}
+		p.stale = true
 	}
 }
 
@@ -317,20 +325,27 @@ func (e *Engine) leave(h int32) {
 	p := &e.profiles[x.profile]
 	e.countOpen(h, -1)
 	at := int(x.pos)
+	if p.stale {
+		at, _ = slices.BinarySearchFunc(p.members, h, e.compareHosts)
+	}
 	p.members = slices.Delete(p.members, at, at+1)
-	if len(p.members) > 0 {
-		e.renumber(p, at)
-	} else {
+	p.stale = true
+	if len(p.members) == 0 {
 		e.dropProfile(x.profile)
 	}
 	e.setProfile(h, -1)
 }
 
-func (e *Engine) renumber(p *profile, from int) {
-	for i := from; i < len(p.members); i++ {
-		e.hosts[p.members[i]].pos = int32(i)
+// refresh puts right what is stale.
+func (p *profile) refresh() {
+	if !p.stale {
+		return
 	}
-	p.rebuild(e.hostKey)
+	p.stale = false
+	for i, h := range p.members {
+		p.e.hosts[h].pos = int32(i)
+	}
+	p.rebuild(p.e.hostKey)
 }
 
 // dropProfile forgets a profile without members.

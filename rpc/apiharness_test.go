@@ -249,6 +249,12 @@ func (b *beatLog) Touch(sidecar, service string) {
 	b.beats = append(b.beats, [2]string{sidecar, service})
 }
 
+func (b *beatLog) TouchSidecars(ids []string) {
+	for _, id := range ids {
+		b.Touch(id, "")
+	}
+}
+
 func (b *beatLog) count(sidecar, service string) int {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -39,6 +39,11 @@ type told struct {
 	// applied, 0 when there is none; changedAt is when the oldest came.
 	changed   uint64
 	changedAt time.Time
+	// member is the sidecar on the stream it beats on; nil when it beats by calls.
+	member *streamMember
+	// gone: no longer remembered. A stream that still holds the entry has to ask
+	// for another one.
+	gone bool
 
 	// mu is held while an answer is made: two heartbeats of one sidecar may
 	// be in progress at once.
@@ -115,16 +120,30 @@ func (t *toldSidecars) insertLocked(id string, now time.Time) *told {
 		t.inserted = 0
 		for k, e := range t.by {
 			if now.Sub(e.heard) > t.staleAfter {
-				delete(t.by, k)
+				t.dropLocked(k, e, false)
 			}
 		}
 	}
 	if len(t.by) >= t.limit {
 		t.evictLocked()
 	}
+	t.dropLocked(id, t.by[id], true)
 	e := &told{heard: now, full: now}
 	t.by[id] = e
 	return e
+}
+
+// dropLocked forgets an entry, which may be nil. The stream its sidecar beats on
+// looks at that anew with the next heartbeat, with tell at once.
+func (t *toldSidecars) dropLocked(id string, e *told, tell bool) {
+	if e == nil {
+		return
+	}
+	delete(t.by, id)
+	e.gone = true
+	if tell && e.member != nil {
+		e.member.judgeAgain()
+	}
 }
 
 // evictLocked drops the longest silent of a few arbitrary entries: exact order
@@ -141,7 +160,7 @@ func (t *toldSidecars) evictLocked() {
 			break
 		}
 	}
-	delete(t.by, victim)
+	t.dropLocked(victim, t.by[victim], false)
 }
 
 // changed notes that an assignment of a sidecar has changed.
@@ -156,6 +175,18 @@ func (t *toldSidecars) changed(id string, revision uint64) {
 		e.changedAt = t.now()
 	}
 	e.changed = max(e.changed, revision)
+	if e.member != nil {
+		e.member.changed()
+	}
+}
+
+// expired notes that the lease of a sidecar has run out.
+func (t *toldSidecars) expired(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if e := t.by[id]; e != nil && e.member != nil {
+		e.member.leaseLost()
+	}
 }
 
 // again notes that a sidecar has to be told something once more.
@@ -172,7 +203,7 @@ func (t *toldSidecars) again(id string) {
 func (t *toldSidecars) forget(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.by, id)
+	t.dropLocked(id, t.by[id], true)
 }
 
 // reset notes that anything may have changed.
@@ -181,6 +212,9 @@ func (t *toldSidecars) reset() {
 	defer t.mu.Unlock()
 	for _, e := range t.by {
 		e.dirty = true
+		if e.member != nil {
+			e.member.changed()
+		}
 	}
 }
 
@@ -201,8 +235,8 @@ func (t *toldSidecars) registered(id string, now time.Time, assignments []*comma
 
 // commands compares what the sidecar was told with its assignments in v and
 // returns what to tell it, and whether its next heartbeat has to be told
-// something again.
-func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidecarpb.SidecarCommand, again bool, err error) {
+// something again. With once nothing has to, for the answer cannot be lost alone.
+func (e *told) commands(v *router.View, sidecar string, what due, once bool) (cmds []*sidecarpb.SidecarCommand, again bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.pipelines == nil {
@@ -228,7 +262,7 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 			return true
 		}
 		// The first telling of anything is repeated once: its reply may be lost.
-		now.again, now.telling = change, telling
+		now.again, now.telling = change && !once, telling
 		if !change && was.telling != 0 && was.telling <= e.confirmed {
 			now.telling = was.telling // it is known to have read that one
 		}
@@ -257,9 +291,12 @@ func (e *told) commands(v *router.View, sidecar string, what due) (cmds []*sidec
 			delete(e.pipelines, pipeline)
 			continue
 		}
-		next := toldPipeline{revoked: true, again: !was.revoked, telling: telling}
-		e.pipelines[pipeline] = next
-		again = true
+		if once {
+			delete(e.pipelines, pipeline)
+		} else {
+			e.pipelines[pipeline] = toldPipeline{revoked: true, again: !was.revoked, telling: telling}
+			again = true
+		}
 		drain, err := drainFirst(v, pipeline)
 		if err != nil {
 			return nil, true, err

@@ -81,6 +81,33 @@ func (b *Beats) Touch(sidecarID, serviceID string) {
 	}
 }
 
+// TouchSidecars takes a heartbeat of each of ids, a slice that it does not keep.
+func (b *Beats) TouchSidecars(ids []string) {
+	leading := b.c.Node.Leadership().Leading
+	if leading {
+		for _, id := range ids {
+			b.c.Sink(id, "")
+		}
+	}
+	b.mu.Lock()
+	if leading {
+		now := time.Now()
+		for _, id := range ids {
+			b.recent.add(now, id, "")
+		}
+		b.mu.Unlock()
+		return
+	}
+	first := b.pending.empty()
+	for _, id := range ids {
+		b.lost += b.pending.add(id, "")
+	}
+	b.mu.Unlock()
+	if first {
+		b.poke()
+	}
+}
+
 func (b *Beats) poke() {
 	select {
 	case b.wake <- struct{}{}:

@@ -56,7 +56,8 @@ func beatFleet(b testing.TB, n int) (*Server, []*sidecarpb.SidecarHeartbeatReque
 // nullBeats takes heartbeats and does nothing with them.
 type nullBeats struct{ n atomic.Uint64 }
 
-func (b *nullBeats) Touch(_, _ string) { b.n.Add(1) }
+func (b *nullBeats) Touch(_, _ string)          { b.n.Add(1) }
+func (b *nullBeats) TouchSidecars(ids []string) { b.n.Add(uint64(len(ids))) }
 
 // BenchmarkHeartbeatHandler measures what a node does itself for one plain
 // heartbeat, without gRPC.

@@ -253,6 +253,7 @@ func (a *adminAPI) metrics() (map[string]float64, error) {
 		"stream_commits_total":     float64(a.commits.Load()),
 		"panics_total":             float64(a.panics.Load()),
 		"told_sidecars":            float64(a.told.len()),
+		"streamed_sidecars":        float64(a.streamed.Load()),
 		"process_goroutines":       float64(runtime.NumGoroutine()),
 		"process_heap_bytes":       float64(mem.HeapAlloc),
 		"process_memory_bytes":     float64(mem.Sys),

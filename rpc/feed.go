@@ -67,6 +67,7 @@ type feed struct {
 	// Called from the goroutine of follow, without mu; set before it starts.
 	onAssignment func(sidecar string, revision uint64)
 	onSidecar    func(sidecar string)
+	onExpired    func(sidecar string)
 	onReplaced   func(prev, next *commandpb.Sidecar)
 	onReset      func()
 	onHandover   func(prev, next *commandpb.Handover)
@@ -99,6 +100,7 @@ func newFeed(state *router.FSM, log *slog.Logger) *feed {
 		log:          log,
 		onAssignment: func(string, uint64) {},
 		onSidecar:    func(string) {},
+		onExpired:    func(string) {},
 		onReplaced:   func(_, _ *commandpb.Sidecar) {},
 		onReset:      func() {},
 		onHandover:   func(_, _ *commandpb.Handover) {},
@@ -217,13 +219,17 @@ func (f *feed) dispatch(changes []router.Change, reached uint64) {
 		case router.TableSidecars:
 			prev, _ := c.Prev.(*commandpb.Sidecar)
 			next, _ := c.Next.(*commandpb.Sidecar)
+			// Before onSidecar, by which a stream looks at its sidecar anew.
+			if prev != nil && next != nil && prev.Endpoint != next.Endpoint {
+				f.onReplaced(prev, next)
+			}
+			if expired := commandpb.SidecarState_SIDECAR_STATE_EXPIRED; prev != nil && next.GetState() == expired && prev.State != expired {
+				f.onExpired(next.SidecarId)
+			}
 			// A new registration, or none: what was told before counts no
 			// more. A change of its liveness says nothing about its memory.
 			if prev == nil || next == nil || prev.Generation != next.Generation || prev.RegisteredAtMs != next.RegisteredAtMs {
 				f.onSidecar(cmp.Or(next.GetSidecarId(), prev.GetSidecarId()))
-			}
-			if prev != nil && next != nil && prev.Endpoint != next.Endpoint {
-				f.onReplaced(prev, next)
 			}
 		}
 	}

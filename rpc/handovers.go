@@ -104,6 +104,14 @@ func (h *handovers) heard(sidecar string, revision, epoch uint64) {
 	}
 }
 
+// confirm ends the handovers that a sidecar's last heartbeat, of a call or of a
+// stream, is the confirmation of.
+func (s *Server) confirm(id string, e *told) {
+	if revision, epoch := e.upTo(); revision > 0 && epoch == s.cfg.State.Epoch() {
+		s.handovers.heard(id, revision, epoch)
+	}
+}
+
 // take returns what is to be reported, a bounded part of it.
 func (h *handovers) take() (ended []*commandpb.EndedHandover, epoch uint64) {
 	h.mu.Lock()

@@ -93,6 +93,33 @@ func TestHandoverIsConfirmed(t *testing.T) {
 	eventually(t, "the one that says so is done", func() bool { return slices.Equal(a.handovers(), []string{"ns/other"}) })
 }
 
+// Goal: on a stream a heartbeat that says so ends a handover, and one that says
+// nothing does not: it does not show that the answer before was read.
+func TestStreamConfirmsHandover(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/pod")
+	a.create(chain("p", "x", "y"))
+	a.assign("ns/pod", "p")
+	a.noted()
+	c := a.streamBeats()
+	c.introduce(1, "ns/pod")
+	v := a.node.fsm.View()
+	as, err := v.Assignment("ns/pod", "p")
+	noError(t, err)
+	v.Close()
+	a.takeAway("ns/pod", "p", as.Stages[0].StageId)
+	c.answer(1) // the revocation
+	before := a.beats.count("ns/pod", "")
+	c.alive(1)
+	c.alive(1)
+	a.touched("ns/pod", before+2)
+	if got := a.handovers(); len(got) != 1 {
+		t.Fatalf("pending are %v", got)
+	}
+	c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
+	eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
+}
+
 // Goal: a drain is recorded once, shown everywhere, and taken back; bad ones are
 // refused.
 func TestDrainAPI(t *testing.T) {

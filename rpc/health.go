@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/health"
@@ -22,6 +23,8 @@ type healthReporter struct {
 	grace time.Duration
 	gate  *StateGate
 	names []string
+	// leaderless: there has been no leader for longer than grace.
+	leaderless atomic.Bool
 }
 
 func newHealthReporter(node ServerNode, grace time.Duration, gate *StateGate) *healthReporter {
@@ -65,6 +68,7 @@ func (h *healthReporter) follow(ctx context.Context) {
 			timer = time.NewTimer(h.grace)
 			expired = timer.C
 		} else {
+			h.leaderless.Store(false)
 			h.set(true)
 		}
 		for waiting := true; waiting; {
@@ -84,6 +88,7 @@ func (h *healthReporter) follow(ctx context.Context) {
 			case <-gate:
 				waiting = false
 			case <-expired:
+				h.leaderless.Store(true)
 				h.set(false)
 			}
 		}

@@ -40,6 +40,8 @@ const (
 	MaxPipelineBytes = 1 << 20
 	// MaxLocalServices bounds the services one sidecar reports.
 	MaxLocalServices = 256
+	// MaxStreamedSidecars bounds the sidecars that beat on one stream.
+	MaxStreamedSidecars = 4096
 	// MaxLabels bounds every map of labels or metadata.
 	MaxLabels = 128
 	// MaxText bounds one free string: a name, label key, version, capability.
@@ -247,6 +249,19 @@ func checkRegisterSidecar(r *sidecarpb.RegisterSidecarRequest) error {
 		}
 	}
 	return checkLabels("labels", r.GetLabels())
+}
+
+func checkHeartbeat(r *sidecarpb.SidecarHeartbeatRequest) error {
+	if err := checkID("sidecar_id", r.GetSidecarId()); err != nil {
+		return err
+	}
+	if err := checkText("registration_id", r.GetRegistrationId(), MaxText); err != nil {
+		return err
+	}
+	if n := len(r.GetServiceHealth()); n > MaxLocalServices {
+		return invalid("service_health", "%d services, the limit is %d", n, MaxLocalServices)
+	}
+	return nil
 }
 
 func checkRegister(r *registrypb.RegisterRequest) error {

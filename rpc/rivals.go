@@ -13,6 +13,7 @@ import (
 
 	grpcpeer "google.golang.org/grpc/peer"
 
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 )
@@ -141,16 +142,20 @@ func (r *rivals) alarms(now time.Time) []string {
 func (a *sidecarAPI) answerRival(ctx context.Context, id, reason string, resp *sidecarpb.HeartbeatResponse) (*sidecarpb.HeartbeatResponse, error) {
 	v := a.cfg.State.View()
 	defer v.Close()
+	if err := tellRival(v, id, reason, resp); err != nil {
+		return nil, err
+	}
+	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
+	return resp, nil
+}
+
+func tellRival(v *router.View, id, reason string, resp *sidecarpb.HeartbeatResponse) error {
 	err := v.Assignments(id, func(as *commandpb.Assignment) bool {
 		resp.Commands = append(resp.Commands, revokeCommand(as.PipelineId, true))
 		return true
 	})
-	if err != nil {
-		return nil, err
-	}
 	resp.Acknowledged, resp.Reason, resp.Revision = true, reason, v.Revision()
-	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
-	return resp, nil
+	return err
 }
 
 // registrationOf is the id of one registration of a sidecar.

@@ -44,6 +44,8 @@ type BeatSink interface {
 	// Touch notes that a sidecar, a service, or both were heard of. It does
 	// not block.
 	Touch(sidecarID, serviceID string)
+	// TouchSidecars is Touch for several sidecars. It does not keep ids.
+	TouchSidecars(ids []string)
 }
 
 var _ BeatSink = (*Beats)(nil)
@@ -278,6 +280,7 @@ type Server struct {
 	calls    sync.Pool                   // of *commitCall
 	streams  atomic.Pointer[openStreams] // those that may be open now
 	watches  atomic.Int64
+	streamed atomic.Int64  // sidecars that beat on streams
 	commits  atomic.Uint64 // operations committed over Commit streams
 	panics   atomic.Uint64
 	run      context.Context // ends when Shutdown is called
@@ -334,6 +337,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	s.feed.onAssignment = s.told.changed
 	s.feed.onHandover, s.feed.onLoad = s.handovers.changed, s.handovers.load
 	s.feed.onSidecar = s.told.forget
+	s.feed.onExpired = s.told.expired
 	s.feed.onReplaced = s.rivals.replaced
 	s.feed.onReset = s.told.reset
 	revision, err := s.feed.load()

@@ -172,14 +172,8 @@ func (a *sidecarAPI) currentAssignments(id string) (out []*commandpb.Assignment,
 // never writes to the log.
 func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartbeatRequest) (*sidecarpb.HeartbeatResponse, error) {
 	id := req.GetSidecarId()
-	if err := checkID("sidecar_id", id); err != nil {
+	if err := checkHeartbeat(req); err != nil {
 		return nil, err
-	}
-	if err := checkText("registration_id", req.GetRegistrationId(), MaxText); err != nil {
-		return nil, err
-	}
-	if n := len(req.GetServiceHealth()); n > MaxLocalServices {
-		return nil, invalid("service_health", "%d services, the limit is %d", n, MaxLocalServices)
 	}
 	resp := &sidecarpb.HeartbeatResponse{
 		HeartbeatIntervalMs: a.nextBeatMs(),
@@ -224,9 +218,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		entry, what = a.told.first(id, a.cfg.Now()), firstDue
 	}
 	a.told.heardBack(ctx, entry, req)
-	if revision, epoch := entry.upTo(); revision > 0 && epoch == a.cfg.State.Epoch() {
-		a.handovers.heard(id, revision, epoch)
-	}
+	a.confirm(id, entry)
 	if what != nothingDue {
 		if what == firstDue && !current {
 			if err := a.reader.Wait(ctx); err != nil {
@@ -235,7 +227,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 			}
 		}
 		v := a.cfg.State.View()
-		cmds, again, err := entry.commands(v, id, what)
+		cmds, again, err := entry.commands(v, id, what, false)
 		resp.Revision, resp.Commands = v.Revision(), cmds
 		v.Close()
 		if err != nil {
@@ -285,11 +277,18 @@ func (a *sidecarAPI) otherRegistration(ctx context.Context, id, registration str
 		return "", err
 	case sc == nil:
 		return unknownSidecar(id), nil
-	case registration == registrationOf(id, sc.Generation):
-		return "", nil
+	}
+	return replacedRegistration(sc, registration), nil
+}
+
+// replacedRegistration says why a registration of sc does not count, "" when it
+// is the one in force.
+func replacedRegistration(sc *commandpb.Sidecar, registration string) string {
+	if registration == registrationOf(sc.SidecarId, sc.Generation) {
+		return ""
 	}
 	return fmt.Sprintf("registration %q of sidecar %s is not in force any more: pod %s at %s has registered since, as %q; register again to take over",
-		registration, id, podName(sc), sc.Endpoint, registrationOf(id, sc.Generation)), nil
+		registration, sc.SidecarId, podName(sc), sc.Endpoint, registrationOf(sc.SidecarId, sc.Generation))
 }
 
 // noteHealth passes on what a sidecar says of the health of its services, when

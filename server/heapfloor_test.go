@@ -16,9 +16,14 @@ func TestFloorPercent(t *testing.T) {
 			t.Errorf("with %d bytes alive and %d scanned the heap is collected at %d, want %d", c.live, c.scanned, goal, heapFloor)
 		}
 	}
-	for _, c := range []struct{ live, scanned uint64 }{{heapFloor / 2, 0}, {heapFloor, mb}, {1 << 40, 0}, {20 * mb, 1 << 30}} {
+	for _, c := range []struct{ live, scanned uint64 }{{heapFloor / 2, 0}, {heapFloor, mb}, {heapRoom, 0}, {20 * mb, 1 << 30}} {
 		if p := floorPercent(c.live, c.scanned); p != goDefaultPercent {
 			t.Errorf("with %d bytes alive and %d scanned the percentage is %d, want Go's default", c.live, c.scanned, p)
+		}
+	}
+	for live, want := range map[uint64]int{heapRoom * 5 / 4: 80, 2 * heapRoom: 50, 1 << 40: 50} {
+		if p := floorPercent(live, 0); p != want {
+			t.Errorf("with %d bytes alive the percentage is %d, want %d", live, p, want)
 		}
 	}
 	for _, live := range []uint64{0, 1, mb} {

@@ -27,7 +27,11 @@ func (f *Fleet) startBeats() {
 					return
 				case chunk := <-f.due:
 					for _, i := range chunk {
-						f.beat(int(i))
+						if k := int(i) - len(f.sidecars); k >= 0 {
+							f.carriers[k].beat()
+						} else {
+							f.beat(int(i))
+						}
 					}
 				}
 			}
@@ -92,6 +96,13 @@ func (f *Fleet) beat(i int) {
 	if err != nil || !reply.GetAcknowledged() {
 		return
 	}
+	f.obey(i, reply)
+}
+
+// obey does what an answer to a heartbeat of sidecar i says. The caller holds its
+// mu.
+func (f *Fleet) obey(i int, reply *sidecarpb.HeartbeatResponse) {
+	s := &f.sidecars[i]
 	if f.c.Heartbeat == 0 && reply.GetHeartbeatIntervalMs() > 0 {
 		f.interval.Store(int64(time.Duration(reply.GetHeartbeatIntervalMs()) * time.Millisecond))
 	}

@@ -31,6 +31,8 @@ const (
 	// maxStreams is how many watches share a connection at most; the servers
 	// allow some more.
 	maxStreams = 4000
+	// maxPerStream is how many sidecars the servers take on one heartbeat stream.
+	maxPerStream = 4096
 )
 
 // Config says what fleet to simulate on which cluster. EnsureDefaults fills
@@ -45,6 +47,10 @@ type Config struct {
 	Connections int `json:"connections"`
 	// Watchers is how many of the sidecars watch their assignments.
 	Watchers int `json:"watchers"`
+	// Beats is how heartbeats travel: BeatsUnary (the default), BeatsStream or
+	// BeatsMixed. PerStream sidecars share a heartbeat stream.
+	Beats     string `json:"beats"`
+	PerStream int    `json:"per_stream"`
 	// Zones is how many zones the sidecars are spread over.
 	Zones     int      `json:"zones"`
 	Scenarios []string `json:"scenarios"`
@@ -87,6 +93,10 @@ func (c *Config) EnsureDefaults() {
 	set(&c.Pipelines, max(1, c.Sidecars/10))
 	set(&c.Connections, max(8, c.Watchers/1000, c.Sidecars/2000))
 	set(&c.Zones, 3)
+	set(&c.PerStream, 1)
+	if c.Beats == "" {
+		c.Beats = BeatsUnary
+	}
 	set(&c.Rounds, 20)
 	set(&c.InFlight, 256)
 	set(&c.Workers, 128)
@@ -127,8 +137,9 @@ func (c *Config) Validate() error {
 	within("rounds", c.Rounds, 1, 100_000)
 	within("calls in flight", c.InFlight, 1, 10_000)
 	within("workers", c.Workers, 1, 10_000)
-	if c.Connections > 0 && c.Watchers/c.Connections > maxStreams {
-		bad("%d watchers on %d connections are more than %d streams each; use more connections", c.Watchers, c.Connections, maxStreams)
+	errs = append(errs, c.checkBeats()...)
+	if n := c.Watchers + c.streams(); c.Connections > 0 && n/c.Connections > maxStreams {
+		bad("%d watches and heartbeat streams on %d connections are more than %d each; use more connections", n, c.Connections, maxStreams)
 	}
 	if c.Duration < 0 || c.Settle <= 0 || c.Heartbeat < 0 {
 		bad("a duration is negative")

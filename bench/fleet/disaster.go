@@ -3,7 +3,6 @@ package fleet
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"sync"
 	"time"
 )
@@ -16,6 +15,7 @@ func (f *Fleet) stopSidecar(i int) {
 	stop := s.stop
 	s.stop = nil
 	s.mu.Unlock()
+	f.stopBeating(i)
 	if stop != nil {
 		stop()
 	}
@@ -123,7 +123,7 @@ func (f *Fleet) zoneLoss(w *window) error {
 		s.mu.Lock()
 		s.up = true
 		s.mu.Unlock()
-		f.wheel.add(i, rand.N(f.every()))
+		f.startBeating(i)
 		if f.content.watches(i) {
 			f.startWatch(i)
 		}

@@ -32,13 +32,16 @@ type Fleet struct {
 	c        Config
 	content  content
 	sidecars []sidecar
-	pool     *pool
-	ask      *grpc.ClientConn // for what a sidecar does not ask
-	wheel    *wheel
-	due      chan []int32
-	interval atomic.Int64 // ns between heartbeats
-	tally    tally
-	probe    atomic.Pointer[probe]
+	// carriers are the heartbeat streams; carriedBy says on which a sidecar
+	// beats, nil = by calls.
+	carriers, carriedBy []*carrier
+	pool                *pool
+	ask                 *grpc.ClientConn // for what a sidecar does not ask
+	wheel               *wheel
+	due                 chan []int32
+	interval            atomic.Int64 // ns between heartbeats
+	tally               tally
+	probe               atomic.Pointer[probe]
 	// forms are the forms the pipelines are in; of the goroutine of Run.
 	forms []int
 	wide  int
@@ -59,9 +62,11 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	defer cancel()
 	f := &Fleet{
 		c: c, content: content{c.Sidecars, c.Pipelines, c.Watchers, c.Zones},
-		sidecars: make([]sidecar, c.Sidecars), wheel: newWheel(c.Sidecars), due: make(chan []int32, c.Workers),
+		sidecars: make([]sidecar, c.Sidecars), due: make(chan []int32, c.Workers),
 		forms: make([]int, c.Pipelines), ctx: ctx,
 	}
+	f.carriers, f.carriedBy = carriersOf(f)
+	f.wheel = newWheel(len(f.sidecars) + len(f.carriers)) // a carrier's entry is behind those of the sidecars
 	f.tally.init()
 	var err error
 	if f.pool, err = newPool(c.Endpoints, c.Connections); err != nil {
@@ -194,8 +199,7 @@ func (f *Fleet) registered(i int, reply *sidecarpb.RegisterSidecarResponse) erro
 		}
 	}
 	s.mu.Unlock()
-	// Not all at once, as they do not start at once.
-	f.wheel.add(i, rand.N(f.every()))
+	f.startBeating(i)
 	return nil
 }
 

@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
@@ -165,6 +166,10 @@ func (f *Fleet) watched() (pipelines, by []int) {
 	return pipelines, by
 }
 
+// calm is the least time between two single changes: those that follow each other
+// at once are put together, and this is about those that come alone.
+const calm = 50 * time.Millisecond
+
 // one changes pipelines that one watcher runs, one after the other.
 func (f *Fleet) one(w *window) error {
 	receipt, call := newLatencies(), newLatencies()
@@ -175,6 +180,9 @@ func (f *Fleet) one(w *window) error {
 			break
 		}
 		p := pipelines[(int(f.c.Seed)+round*7919)%len(pipelines)]
+		if !pause(f.ctx, calm+rand.N(calm)) {
+			return f.ctx.Err()
+		}
 		pr := newProbe(1, about(pipelineID(p)))
 		began := time.Now()
 		if err := f.change(pr, func(ctx context.Context) error { return f.turnForm(ctx, p) }); err != nil {

@@ -15,6 +15,7 @@ const maxFaults = 20
 // counts only grow; what happened in a while is the difference of two.
 type counts struct {
 	Beats, BeatErrors, Unacknowledged int64
+	BeatStreamsEnded                  int64
 	StreamsEnded, Resyncs             int64
 	Suspected, Expired, Revived       int64
 	Registered, RegistrationsRepeated int64
@@ -24,6 +25,7 @@ type counts struct {
 func (c counts) minus(o counts) counts {
 	return counts{
 		c.Beats - o.Beats, c.BeatErrors - o.BeatErrors, c.Unacknowledged - o.Unacknowledged,
+		c.BeatStreamsEnded - o.BeatStreamsEnded,
 		c.StreamsEnded - o.StreamsEnded, c.Resyncs - o.Resyncs,
 		c.Suspected - o.Suspected, c.Expired - o.Expired, c.Revived - o.Revived,
 		c.Registered - o.Registered, c.RegistrationsRepeated - o.RegistrationsRepeated,
@@ -83,6 +85,29 @@ func (t *tally) beat(d time.Duration, err error, acknowledged bool) {
 		t.counts.Beats++
 		t.beats.record(d)
 	}
+}
+
+// streamed notes heartbeats that were sent on a stream, where nobody answers them
+// as a rule.
+func (t *tally) streamed(n int) { t.add(func(c *counts) { c.Beats += int64(n) }) }
+
+// answered notes an answer on a heartbeat stream.
+func (t *tally) answered(acknowledged bool, reason string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !acknowledged {
+		t.counts.Unacknowledged++
+	}
+	if reason != "" {
+		t.lastError = "answer to a heartbeat: " + reason
+	}
+}
+
+func (t *tally) beatStreamEnded(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.counts.BeatStreamsEnded++
+	t.lastError = "heartbeat stream: " + status.Convert(err).Message()
 }
 
 func (t *tally) streamEnded(err error) {

@@ -89,6 +89,7 @@ func (w *window) end() counts {
 		n    int64
 	}{
 		{"heartbeats that failed", d.BeatErrors}, {"heartbeats not acknowledged", d.Unacknowledged},
+		{"heartbeat streams ended", d.BeatStreamsEnded},
 		{"sidecars suspected", d.Suspected}, {"sidecars expired", d.Expired}, {"sidecars back", d.Revived},
 		{"registrations repeated", d.RegistrationsRepeated}, {"watches ended", d.StreamsEnded}, {"watches begun anew (RESYNC)", d.Resyncs},
 	} {
@@ -111,6 +112,9 @@ func (w *window) end() counts {
 func (w *window) unhurt(d counts) {
 	if d.BeatErrors > 0 {
 		w.s.fault("%d heartbeats failed", d.BeatErrors)
+	}
+	if d.BeatStreamsEnded > 0 {
+		w.s.fault("%d heartbeat streams ended", d.BeatStreamsEnded)
 	}
 	w.leasesKept(d)
 }

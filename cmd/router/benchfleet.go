@@ -51,6 +51,8 @@ to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
 	f.IntVar(&c.Sidecars, "sidecars", 1000, "sidecars to simulate")
 	f.IntVar(&c.Pipelines, "pipelines", 0, "pipelines of three stages; 0 = one for ten sidecars")
 	f.IntVar(&c.Watchers, "watchers", 0, "how many of the sidecars watch their assignments; the others learn them by heartbeats")
+	f.StringVar(&c.Beats, "beats", fleet.BeatsUnary, "how heartbeats travel: "+strings.Join(fleet.BeatKinds, ", "))
+	f.IntVar(&c.PerStream, "per-stream", 1, "sidecars that share a heartbeat stream, as those of one machine do behind an agent")
 	f.IntVar(&c.Connections, "connections", 0, "connections they share; 0 = as many as needed")
 	f.IntVar(&c.Zones, "zones", 3, "zones they are spread over")
 	f.StringSliceVar(&c.Scenarios, "scenarios", []string{fleet.Steady}, "what to do with them, in this order: "+strings.Join(fleet.Scenarios, ", "))
@@ -68,6 +70,7 @@ to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
 	f.DurationVar(&own.Leases.HeartbeatEvery, "heartbeat-interval", 10*time.Second, "with --nodes: how often the cluster asks for heartbeats")
 	f.DurationVar(&own.Leases.SuspectAfter, "suspect-after", 20*time.Second, "with --nodes: silence after which a sidecar is suspect")
 	f.DurationVar(&own.Leases.ExpireAfter, "expire-after", 30*time.Second, "with --nodes: silence after which its stages move")
+	_ = cmd.RegisterFlagCompletionFunc("beats", cobra.FixedCompletions(fleet.BeatKinds, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("scenarios", cobra.FixedCompletions(fleet.Scenarios, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -729,6 +729,243 @@ func (x *HeartbeatResponse) GetReason() string {
 	return ""
 }
 
+// HeartbeatStreamRequest carries heartbeats of any number of sidecars of one stream.
+type HeartbeatStreamRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Sidecars that begin to beat here, and those that have something new to say: their health, or what they have applied.
+	Full []*StreamedHeartbeat `protobuf:"bytes,1,rep,name=full,proto3" json:"full,omitempty"`
+	// Numbers of sidecars that are alive and say the same as before.
+	Alive []uint32 `protobuf:"varint,2,rep,packed,name=alive,proto3" json:"alive,omitempty"`
+	// Numbers of sidecars that beat here no more. They keep their leases, which run out unless they beat elsewhere.
+	Leave         []uint32 `protobuf:"varint,3,rep,packed,name=leave,proto3" json:"leave,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeartbeatStreamRequest) Reset() {
+	*x = HeartbeatStreamRequest{}
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeartbeatStreamRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeartbeatStreamRequest) ProtoMessage() {}
+
+func (x *HeartbeatStreamRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeartbeatStreamRequest.ProtoReflect.Descriptor instead.
+func (*HeartbeatStreamRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *HeartbeatStreamRequest) GetFull() []*StreamedHeartbeat {
+	if x != nil {
+		return x.Full
+	}
+	return nil
+}
+
+func (x *HeartbeatStreamRequest) GetAlive() []uint32 {
+	if x != nil {
+		return x.Alive
+	}
+	return nil
+}
+
+func (x *HeartbeatStreamRequest) GetLeave() []uint32 {
+	if x != nil {
+		return x.Leave
+	}
+	return nil
+}
+
+type StreamedHeartbeat struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By which the client calls the sidecar on this stream, from 0 to 4095: the smallest that are free, since the server
+	// keeps a table up to the largest.
+	Number uint32 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// What it says. service_health replaces what was said before; empty fields of an introduced sidecar change nothing.
+	Heartbeat *SidecarHeartbeatRequest `protobuf:"bytes,2,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
+	// It learns by WatchPipelineAssignments what to run, and needs no commands here.
+	Watches       bool `protobuf:"varint,3,opt,name=watches,proto3" json:"watches,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamedHeartbeat) Reset() {
+	*x = StreamedHeartbeat{}
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamedHeartbeat) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamedHeartbeat) ProtoMessage() {}
+
+func (x *StreamedHeartbeat) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamedHeartbeat.ProtoReflect.Descriptor instead.
+func (*StreamedHeartbeat) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *StreamedHeartbeat) GetNumber() uint32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *StreamedHeartbeat) GetHeartbeat() *SidecarHeartbeatRequest {
+	if x != nil {
+		return x.Heartbeat
+	}
+	return nil
+}
+
+func (x *StreamedHeartbeat) GetWatches() bool {
+	if x != nil {
+		return x.Watches
+	}
+	return false
+}
+
+// HeartbeatStreamResponse carries what there is to say to sidecars of the stream. Each introduced one is answered once;
+// later answers come when something changes for it.
+type HeartbeatStreamResponse struct {
+	state         protoimpl.MessageState       `protogen:"open.v1"`
+	Answers       []*StreamedHeartbeatResponse `protobuf:"bytes,1,rep,name=answers,proto3" json:"answers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeartbeatStreamResponse) Reset() {
+	*x = HeartbeatStreamResponse{}
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeartbeatStreamResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeartbeatStreamResponse) ProtoMessage() {}
+
+func (x *HeartbeatStreamResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeartbeatStreamResponse.ProtoReflect.Descriptor instead.
+func (*HeartbeatStreamResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *HeartbeatStreamResponse) GetAnswers() []*StreamedHeartbeatResponse {
+	if x != nil {
+		return x.Answers
+	}
+	return nil
+}
+
+type StreamedHeartbeatResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Number uint32                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// As the answer of Heartbeat, with one difference: heartbeat_interval_ms and ttl_ms are 0 when what was said before
+	// still holds. The client itself varies the interval by a tenth, so that a fleet does not beat in step. When it is not
+	// acknowledged, heartbeats of this sidecar count for nothing until what reason says has been mended.
+	Response      *HeartbeatResponse `protobuf:"bytes,2,opt,name=response,proto3" json:"response,omitempty"`
+	Epoch         uint64             `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"` // restore epoch of response.revision
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamedHeartbeatResponse) Reset() {
+	*x = StreamedHeartbeatResponse{}
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamedHeartbeatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamedHeartbeatResponse) ProtoMessage() {}
+
+func (x *StreamedHeartbeatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamedHeartbeatResponse.ProtoReflect.Descriptor instead.
+func (*StreamedHeartbeatResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *StreamedHeartbeatResponse) GetNumber() uint32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *StreamedHeartbeatResponse) GetResponse() *HeartbeatResponse {
+	if x != nil {
+		return x.Response
+	}
+	return nil
+}
+
+func (x *StreamedHeartbeatResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type SidecarCommand struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Command:
@@ -743,7 +980,7 @@ type SidecarCommand struct {
 
 func (x *SidecarCommand) Reset() {
 	*x = SidecarCommand{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[7]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -755,7 +992,7 @@ func (x *SidecarCommand) String() string {
 func (*SidecarCommand) ProtoMessage() {}
 
 func (x *SidecarCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[7]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -768,7 +1005,7 @@ func (x *SidecarCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SidecarCommand.ProtoReflect.Descriptor instead.
 func (*SidecarCommand) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{7}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SidecarCommand) GetCommand() isSidecarCommand_Command {
@@ -840,7 +1077,7 @@ type PipelineAssignment struct {
 
 func (x *PipelineAssignment) Reset() {
 	*x = PipelineAssignment{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[8]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +1089,7 @@ func (x *PipelineAssignment) String() string {
 func (*PipelineAssignment) ProtoMessage() {}
 
 func (x *PipelineAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[8]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +1102,7 @@ func (x *PipelineAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PipelineAssignment.ProtoReflect.Descriptor instead.
 func (*PipelineAssignment) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{8}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PipelineAssignment) GetPipelineId() string {
@@ -917,7 +1154,7 @@ type StageAssignment struct {
 
 func (x *StageAssignment) Reset() {
 	*x = StageAssignment{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[9]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +1166,7 @@ func (x *StageAssignment) String() string {
 func (*StageAssignment) ProtoMessage() {}
 
 func (x *StageAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[9]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1179,7 @@ func (x *StageAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageAssignment.ProtoReflect.Descriptor instead.
 func (*StageAssignment) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{9}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StageAssignment) GetStageId() string {
@@ -1003,7 +1240,7 @@ type RemoteSidecar struct {
 
 func (x *RemoteSidecar) Reset() {
 	*x = RemoteSidecar{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[10]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1015,7 +1252,7 @@ func (x *RemoteSidecar) String() string {
 func (*RemoteSidecar) ProtoMessage() {}
 
 func (x *RemoteSidecar) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[10]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1028,7 +1265,7 @@ func (x *RemoteSidecar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoteSidecar.ProtoReflect.Descriptor instead.
 func (*RemoteSidecar) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{10}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoteSidecar) GetSidecarId() string {
@@ -1055,7 +1292,7 @@ type PipelineRevocation struct {
 
 func (x *PipelineRevocation) Reset() {
 	*x = PipelineRevocation{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[11]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +1304,7 @@ func (x *PipelineRevocation) String() string {
 func (*PipelineRevocation) ProtoMessage() {}
 
 func (x *PipelineRevocation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[11]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +1317,7 @@ func (x *PipelineRevocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PipelineRevocation.ProtoReflect.Descriptor instead.
 func (*PipelineRevocation) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{11}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PipelineRevocation) GetPipelineId() string {
@@ -1107,7 +1344,7 @@ type DrainCommand struct {
 
 func (x *DrainCommand) Reset() {
 	*x = DrainCommand{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[12]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1119,7 +1356,7 @@ func (x *DrainCommand) String() string {
 func (*DrainCommand) ProtoMessage() {}
 
 func (x *DrainCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[12]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1132,7 +1369,7 @@ func (x *DrainCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainCommand.ProtoReflect.Descriptor instead.
 func (*DrainCommand) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{12}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DrainCommand) GetPipelineIds() []string {
@@ -1160,7 +1397,7 @@ type WatchAssignmentsRequest struct {
 
 func (x *WatchAssignmentsRequest) Reset() {
 	*x = WatchAssignmentsRequest{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[13]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1172,7 +1409,7 @@ func (x *WatchAssignmentsRequest) String() string {
 func (*WatchAssignmentsRequest) ProtoMessage() {}
 
 func (x *WatchAssignmentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[13]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1185,7 +1422,7 @@ func (x *WatchAssignmentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchAssignmentsRequest.ProtoReflect.Descriptor instead.
 func (*WatchAssignmentsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{13}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WatchAssignmentsRequest) GetSidecarId() string {
@@ -1223,7 +1460,7 @@ type PipelineAssignmentEvent struct {
 
 func (x *PipelineAssignmentEvent) Reset() {
 	*x = PipelineAssignmentEvent{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[14]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1235,7 +1472,7 @@ func (x *PipelineAssignmentEvent) String() string {
 func (*PipelineAssignmentEvent) ProtoMessage() {}
 
 func (x *PipelineAssignmentEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[14]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1248,7 +1485,7 @@ func (x *PipelineAssignmentEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PipelineAssignmentEvent.ProtoReflect.Descriptor instead.
 func (*PipelineAssignmentEvent) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{14}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PipelineAssignmentEvent) GetEventType() EventType {
@@ -1307,7 +1544,7 @@ type PushRecordsRequest struct {
 
 func (x *PushRecordsRequest) Reset() {
 	*x = PushRecordsRequest{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[15]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1556,7 @@ func (x *PushRecordsRequest) String() string {
 func (*PushRecordsRequest) ProtoMessage() {}
 
 func (x *PushRecordsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[15]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1569,7 @@ func (x *PushRecordsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushRecordsRequest.ProtoReflect.Descriptor instead.
 func (*PushRecordsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{15}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PushRecordsRequest) GetMsg() isPushRecordsRequest_Msg {
@@ -1401,7 +1638,7 @@ type PushInit struct {
 
 func (x *PushInit) Reset() {
 	*x = PushInit{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[16]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1650,7 @@ func (x *PushInit) String() string {
 func (*PushInit) ProtoMessage() {}
 
 func (x *PushInit) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[16]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1663,7 @@ func (x *PushInit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushInit.ProtoReflect.Descriptor instead.
 func (*PushInit) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{16}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PushInit) GetSourceId() string {
@@ -1451,7 +1688,7 @@ type PushHeartbeat struct {
 
 func (x *PushHeartbeat) Reset() {
 	*x = PushHeartbeat{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[17]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1700,7 @@ func (x *PushHeartbeat) String() string {
 func (*PushHeartbeat) ProtoMessage() {}
 
 func (x *PushHeartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[17]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1713,7 @@ func (x *PushHeartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushHeartbeat.ProtoReflect.Descriptor instead.
 func (*PushHeartbeat) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{21}
 }
 
 type PushRecordsResponse struct {
@@ -1493,7 +1730,7 @@ type PushRecordsResponse struct {
 
 func (x *PushRecordsResponse) Reset() {
 	*x = PushRecordsResponse{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[18]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1505,7 +1742,7 @@ func (x *PushRecordsResponse) String() string {
 func (*PushRecordsResponse) ProtoMessage() {}
 
 func (x *PushRecordsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[18]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1518,7 +1755,7 @@ func (x *PushRecordsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushRecordsResponse.ProtoReflect.Descriptor instead.
 func (*PushRecordsResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{18}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PushRecordsResponse) GetMsg() isPushRecordsResponse_Msg {
@@ -1588,7 +1825,7 @@ type PushAck struct {
 
 func (x *PushAck) Reset() {
 	*x = PushAck{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[19]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1600,7 +1837,7 @@ func (x *PushAck) String() string {
 func (*PushAck) ProtoMessage() {}
 
 func (x *PushAck) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[19]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1613,7 +1850,7 @@ func (x *PushAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushAck.ProtoReflect.Descriptor instead.
 func (*PushAck) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{19}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PushAck) GetBatchId() string {
@@ -1648,7 +1885,7 @@ type RecordAck struct {
 
 func (x *RecordAck) Reset() {
 	*x = RecordAck{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[20]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1897,7 @@ func (x *RecordAck) String() string {
 func (*RecordAck) ProtoMessage() {}
 
 func (x *RecordAck) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[20]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1910,7 @@ func (x *RecordAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordAck.ProtoReflect.Descriptor instead.
 func (*RecordAck) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{20}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RecordAck) GetRecordId() *commonpb.RecordId {
@@ -1708,7 +1945,7 @@ type PushBackpressure struct {
 
 func (x *PushBackpressure) Reset() {
 	*x = PushBackpressure{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[21]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1957,7 @@ func (x *PushBackpressure) String() string {
 func (*PushBackpressure) ProtoMessage() {}
 
 func (x *PushBackpressure) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[21]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1970,7 @@ func (x *PushBackpressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushBackpressure.ProtoReflect.Descriptor instead.
 func (*PushBackpressure) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PushBackpressure) GetPause() bool {
@@ -1766,7 +2003,7 @@ type PushCredits struct {
 
 func (x *PushCredits) Reset() {
 	*x = PushCredits{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[22]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1778,7 +2015,7 @@ func (x *PushCredits) String() string {
 func (*PushCredits) ProtoMessage() {}
 
 func (x *PushCredits) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[22]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +2028,7 @@ func (x *PushCredits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushCredits.ProtoReflect.Descriptor instead.
 func (*PushCredits) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PushCredits) GetGranted() uint64 {
@@ -1813,7 +2050,7 @@ type ReceiveRecordsRequest struct {
 
 func (x *ReceiveRecordsRequest) Reset() {
 	*x = ReceiveRecordsRequest{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[23]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1825,7 +2062,7 @@ func (x *ReceiveRecordsRequest) String() string {
 func (*ReceiveRecordsRequest) ProtoMessage() {}
 
 func (x *ReceiveRecordsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[23]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1838,7 +2075,7 @@ func (x *ReceiveRecordsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReceiveRecordsRequest.ProtoReflect.Descriptor instead.
 func (*ReceiveRecordsRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ReceiveRecordsRequest) GetPipelineId() string {
@@ -1880,7 +2117,7 @@ type ReceiveRecordsResponse struct {
 
 func (x *ReceiveRecordsResponse) Reset() {
 	*x = ReceiveRecordsResponse{}
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[24]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +2129,7 @@ func (x *ReceiveRecordsResponse) String() string {
 func (*ReceiveRecordsResponse) ProtoMessage() {}
 
 func (x *ReceiveRecordsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_sidecar_proto_msgTypes[24]
+	mi := &file_conveyor_etl_sidecar_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +2142,7 @@ func (x *ReceiveRecordsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReceiveRecordsResponse.ProtoReflect.Descriptor instead.
 func (*ReceiveRecordsResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_etl_sidecar_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReceiveRecordsResponse) GetSuccess() bool {
@@ -1981,7 +2218,21 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\brevision\x18d \x01(\x04R\brevision\x122\n" +
 	"\x15heartbeat_interval_ms\x18e \x01(\x04R\x13heartbeatIntervalMs\x12\x15\n" +
 	"\x06ttl_ms\x18f \x01(\x04R\x05ttlMs\x12\x16\n" +
-	"\x06reason\x18g \x01(\tR\x06reason\"\xdf\x01\n" +
+	"\x06reason\x18g \x01(\tR\x06reason\"\x81\x01\n" +
+	"\x16HeartbeatStreamRequest\x12;\n" +
+	"\x04full\x18\x01 \x03(\v2'.conveyor_etl.sidecar.StreamedHeartbeatR\x04full\x12\x14\n" +
+	"\x05alive\x18\x02 \x03(\rR\x05alive\x12\x14\n" +
+	"\x05leave\x18\x03 \x03(\rR\x05leave\"\x92\x01\n" +
+	"\x11StreamedHeartbeat\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\rR\x06number\x12K\n" +
+	"\theartbeat\x18\x02 \x01(\v2-.conveyor_etl.sidecar.SidecarHeartbeatRequestR\theartbeat\x12\x18\n" +
+	"\awatches\x18\x03 \x01(\bR\awatches\"d\n" +
+	"\x17HeartbeatStreamResponse\x12I\n" +
+	"\aanswers\x18\x01 \x03(\v2/.conveyor_etl.sidecar.StreamedHeartbeatResponseR\aanswers\"\x8e\x01\n" +
+	"\x19StreamedHeartbeatResponse\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\rR\x06number\x12C\n" +
+	"\bresponse\x18\x02 \x01(\v2'.conveyor_etl.sidecar.HeartbeatResponseR\bresponse\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\"\xdf\x01\n" +
 	"\x0eSidecarCommand\x12B\n" +
 	"\x06assign\x18\x01 \x01(\v2(.conveyor_etl.sidecar.PipelineAssignmentH\x00R\x06assign\x12B\n" +
 	"\x06revoke\x18\x02 \x01(\v2(.conveyor_etl.sidecar.PipelineRevocationH\x00R\x06revoke\x12:\n" +
@@ -2087,11 +2338,12 @@ const file_conveyor_etl_sidecar_proto_rawDesc = "" +
 	"\x16ACK_STATUS_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ACK_STATUS_SUCCESS\x10\x01\x12\x15\n" +
 	"\x11ACK_STATUS_FAILED\x10\x02\x12\x14\n" +
-	"\x10ACK_STATUS_RETRY\x10\x032\xe5\x02\n" +
+	"\x10ACK_STATUS_RETRY\x10\x032\xda\x03\n" +
 	"\x12SidecarCoordinator\x12n\n" +
 	"\x0fRegisterSidecar\x12,.conveyor_etl.sidecar.RegisterSidecarRequest\x1a-.conveyor_etl.sidecar.RegisterSidecarResponse\x12c\n" +
 	"\tHeartbeat\x12-.conveyor_etl.sidecar.SidecarHeartbeatRequest\x1a'.conveyor_etl.sidecar.HeartbeatResponse\x12z\n" +
-	"\x18WatchPipelineAssignments\x12-.conveyor_etl.sidecar.WatchAssignmentsRequest\x1a-.conveyor_etl.sidecar.PipelineAssignmentEvent0\x012\xe7\x01\n" +
+	"\x18WatchPipelineAssignments\x12-.conveyor_etl.sidecar.WatchAssignmentsRequest\x1a-.conveyor_etl.sidecar.PipelineAssignmentEvent0\x01\x12s\n" +
+	"\x10StreamHeartbeats\x12,.conveyor_etl.sidecar.HeartbeatStreamRequest\x1a-.conveyor_etl.sidecar.HeartbeatStreamResponse(\x010\x012\xe7\x01\n" +
 	"\x10SidecarDataPlane\x12f\n" +
 	"\vPushRecords\x12(.conveyor_etl.sidecar.PushRecordsRequest\x1a).conveyor_etl.sidecar.PushRecordsResponse(\x010\x01\x12k\n" +
 	"\x0eReceiveRecords\x12+.conveyor_etl.sidecar.ReceiveRecordsRequest\x1a,.conveyor_etl.sidecar.ReceiveRecordsResponseB,Z*conveyor.etl/router/rpc/routerpb/sidecarpbb\x06proto3"
@@ -2109,81 +2361,91 @@ func file_conveyor_etl_sidecar_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_sidecar_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_sidecar_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_conveyor_etl_sidecar_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_conveyor_etl_sidecar_proto_goTypes = []any{
-	(ServiceType)(0),                // 0: conveyor_etl.sidecar.ServiceType
-	(EventType)(0),                  // 1: conveyor_etl.sidecar.EventType
-	(AckStatus)(0),                  // 2: conveyor_etl.sidecar.AckStatus
-	(*LocalService)(nil),            // 3: conveyor_etl.sidecar.LocalService
-	(*RegisterSidecarRequest)(nil),  // 4: conveyor_etl.sidecar.RegisterSidecarRequest
-	(*RegisterSidecarResponse)(nil), // 5: conveyor_etl.sidecar.RegisterSidecarResponse
-	(*LocalServiceHealth)(nil),      // 6: conveyor_etl.sidecar.LocalServiceHealth
-	(*SidecarLoad)(nil),             // 7: conveyor_etl.sidecar.SidecarLoad
-	(*SidecarHeartbeatRequest)(nil), // 8: conveyor_etl.sidecar.SidecarHeartbeatRequest
-	(*HeartbeatResponse)(nil),       // 9: conveyor_etl.sidecar.HeartbeatResponse
-	(*SidecarCommand)(nil),          // 10: conveyor_etl.sidecar.SidecarCommand
-	(*PipelineAssignment)(nil),      // 11: conveyor_etl.sidecar.PipelineAssignment
-	(*StageAssignment)(nil),         // 12: conveyor_etl.sidecar.StageAssignment
-	(*RemoteSidecar)(nil),           // 13: conveyor_etl.sidecar.RemoteSidecar
-	(*PipelineRevocation)(nil),      // 14: conveyor_etl.sidecar.PipelineRevocation
-	(*DrainCommand)(nil),            // 15: conveyor_etl.sidecar.DrainCommand
-	(*WatchAssignmentsRequest)(nil), // 16: conveyor_etl.sidecar.WatchAssignmentsRequest
-	(*PipelineAssignmentEvent)(nil), // 17: conveyor_etl.sidecar.PipelineAssignmentEvent
-	(*PushRecordsRequest)(nil),      // 18: conveyor_etl.sidecar.PushRecordsRequest
-	(*PushInit)(nil),                // 19: conveyor_etl.sidecar.PushInit
-	(*PushHeartbeat)(nil),           // 20: conveyor_etl.sidecar.PushHeartbeat
-	(*PushRecordsResponse)(nil),     // 21: conveyor_etl.sidecar.PushRecordsResponse
-	(*PushAck)(nil),                 // 22: conveyor_etl.sidecar.PushAck
-	(*RecordAck)(nil),               // 23: conveyor_etl.sidecar.RecordAck
-	(*PushBackpressure)(nil),        // 24: conveyor_etl.sidecar.PushBackpressure
-	(*PushCredits)(nil),             // 25: conveyor_etl.sidecar.PushCredits
-	(*ReceiveRecordsRequest)(nil),   // 26: conveyor_etl.sidecar.ReceiveRecordsRequest
-	(*ReceiveRecordsResponse)(nil),  // 27: conveyor_etl.sidecar.ReceiveRecordsResponse
-	nil,                             // 28: conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntry
-	(*commonpb.RecordBatch)(nil),    // 29: conveyor_etl.common.RecordBatch
-	(*commonpb.RecordId)(nil),       // 30: conveyor_etl.common.RecordId
+	(ServiceType)(0),                  // 0: conveyor_etl.sidecar.ServiceType
+	(EventType)(0),                    // 1: conveyor_etl.sidecar.EventType
+	(AckStatus)(0),                    // 2: conveyor_etl.sidecar.AckStatus
+	(*LocalService)(nil),              // 3: conveyor_etl.sidecar.LocalService
+	(*RegisterSidecarRequest)(nil),    // 4: conveyor_etl.sidecar.RegisterSidecarRequest
+	(*RegisterSidecarResponse)(nil),   // 5: conveyor_etl.sidecar.RegisterSidecarResponse
+	(*LocalServiceHealth)(nil),        // 6: conveyor_etl.sidecar.LocalServiceHealth
+	(*SidecarLoad)(nil),               // 7: conveyor_etl.sidecar.SidecarLoad
+	(*SidecarHeartbeatRequest)(nil),   // 8: conveyor_etl.sidecar.SidecarHeartbeatRequest
+	(*HeartbeatResponse)(nil),         // 9: conveyor_etl.sidecar.HeartbeatResponse
+	(*HeartbeatStreamRequest)(nil),    // 10: conveyor_etl.sidecar.HeartbeatStreamRequest
+	(*StreamedHeartbeat)(nil),         // 11: conveyor_etl.sidecar.StreamedHeartbeat
+	(*HeartbeatStreamResponse)(nil),   // 12: conveyor_etl.sidecar.HeartbeatStreamResponse
+	(*StreamedHeartbeatResponse)(nil), // 13: conveyor_etl.sidecar.StreamedHeartbeatResponse
+	(*SidecarCommand)(nil),            // 14: conveyor_etl.sidecar.SidecarCommand
+	(*PipelineAssignment)(nil),        // 15: conveyor_etl.sidecar.PipelineAssignment
+	(*StageAssignment)(nil),           // 16: conveyor_etl.sidecar.StageAssignment
+	(*RemoteSidecar)(nil),             // 17: conveyor_etl.sidecar.RemoteSidecar
+	(*PipelineRevocation)(nil),        // 18: conveyor_etl.sidecar.PipelineRevocation
+	(*DrainCommand)(nil),              // 19: conveyor_etl.sidecar.DrainCommand
+	(*WatchAssignmentsRequest)(nil),   // 20: conveyor_etl.sidecar.WatchAssignmentsRequest
+	(*PipelineAssignmentEvent)(nil),   // 21: conveyor_etl.sidecar.PipelineAssignmentEvent
+	(*PushRecordsRequest)(nil),        // 22: conveyor_etl.sidecar.PushRecordsRequest
+	(*PushInit)(nil),                  // 23: conveyor_etl.sidecar.PushInit
+	(*PushHeartbeat)(nil),             // 24: conveyor_etl.sidecar.PushHeartbeat
+	(*PushRecordsResponse)(nil),       // 25: conveyor_etl.sidecar.PushRecordsResponse
+	(*PushAck)(nil),                   // 26: conveyor_etl.sidecar.PushAck
+	(*RecordAck)(nil),                 // 27: conveyor_etl.sidecar.RecordAck
+	(*PushBackpressure)(nil),          // 28: conveyor_etl.sidecar.PushBackpressure
+	(*PushCredits)(nil),               // 29: conveyor_etl.sidecar.PushCredits
+	(*ReceiveRecordsRequest)(nil),     // 30: conveyor_etl.sidecar.ReceiveRecordsRequest
+	(*ReceiveRecordsResponse)(nil),    // 31: conveyor_etl.sidecar.ReceiveRecordsResponse
+	nil,                               // 32: conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntry
+	(*commonpb.RecordBatch)(nil),      // 33: conveyor_etl.common.RecordBatch
+	(*commonpb.RecordId)(nil),         // 34: conveyor_etl.common.RecordId
 }
 var file_conveyor_etl_sidecar_proto_depIdxs = []int32{
 	0,  // 0: conveyor_etl.sidecar.LocalService.service_type:type_name -> conveyor_etl.sidecar.ServiceType
 	3,  // 1: conveyor_etl.sidecar.RegisterSidecarRequest.local_services:type_name -> conveyor_etl.sidecar.LocalService
-	28, // 2: conveyor_etl.sidecar.RegisterSidecarRequest.labels:type_name -> conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntry
-	11, // 3: conveyor_etl.sidecar.RegisterSidecarResponse.initial_assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	32, // 2: conveyor_etl.sidecar.RegisterSidecarRequest.labels:type_name -> conveyor_etl.sidecar.RegisterSidecarRequest.LabelsEntry
+	15, // 3: conveyor_etl.sidecar.RegisterSidecarResponse.initial_assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
 	6,  // 4: conveyor_etl.sidecar.SidecarHeartbeatRequest.service_health:type_name -> conveyor_etl.sidecar.LocalServiceHealth
 	7,  // 5: conveyor_etl.sidecar.SidecarHeartbeatRequest.load:type_name -> conveyor_etl.sidecar.SidecarLoad
-	10, // 6: conveyor_etl.sidecar.HeartbeatResponse.commands:type_name -> conveyor_etl.sidecar.SidecarCommand
-	11, // 7: conveyor_etl.sidecar.SidecarCommand.assign:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	14, // 8: conveyor_etl.sidecar.SidecarCommand.revoke:type_name -> conveyor_etl.sidecar.PipelineRevocation
-	15, // 9: conveyor_etl.sidecar.SidecarCommand.drain:type_name -> conveyor_etl.sidecar.DrainCommand
-	12, // 10: conveyor_etl.sidecar.PipelineAssignment.stages:type_name -> conveyor_etl.sidecar.StageAssignment
-	13, // 11: conveyor_etl.sidecar.StageAssignment.remote_sidecar:type_name -> conveyor_etl.sidecar.RemoteSidecar
-	1,  // 12: conveyor_etl.sidecar.PipelineAssignmentEvent.event_type:type_name -> conveyor_etl.sidecar.EventType
-	11, // 13: conveyor_etl.sidecar.PipelineAssignmentEvent.assignment:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	19, // 14: conveyor_etl.sidecar.PushRecordsRequest.init:type_name -> conveyor_etl.sidecar.PushInit
-	29, // 15: conveyor_etl.sidecar.PushRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
-	20, // 16: conveyor_etl.sidecar.PushRecordsRequest.heartbeat:type_name -> conveyor_etl.sidecar.PushHeartbeat
-	22, // 17: conveyor_etl.sidecar.PushRecordsResponse.ack:type_name -> conveyor_etl.sidecar.PushAck
-	24, // 18: conveyor_etl.sidecar.PushRecordsResponse.backpressure:type_name -> conveyor_etl.sidecar.PushBackpressure
-	25, // 19: conveyor_etl.sidecar.PushRecordsResponse.credits:type_name -> conveyor_etl.sidecar.PushCredits
-	23, // 20: conveyor_etl.sidecar.PushAck.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
-	30, // 21: conveyor_etl.sidecar.RecordAck.record_id:type_name -> conveyor_etl.common.RecordId
-	2,  // 22: conveyor_etl.sidecar.RecordAck.status:type_name -> conveyor_etl.sidecar.AckStatus
-	29, // 23: conveyor_etl.sidecar.ReceiveRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
-	23, // 24: conveyor_etl.sidecar.ReceiveRecordsResponse.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
-	4,  // 25: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:input_type -> conveyor_etl.sidecar.RegisterSidecarRequest
-	8,  // 26: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:input_type -> conveyor_etl.sidecar.SidecarHeartbeatRequest
-	16, // 27: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:input_type -> conveyor_etl.sidecar.WatchAssignmentsRequest
-	18, // 28: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:input_type -> conveyor_etl.sidecar.PushRecordsRequest
-	26, // 29: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:input_type -> conveyor_etl.sidecar.ReceiveRecordsRequest
-	5,  // 30: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:output_type -> conveyor_etl.sidecar.RegisterSidecarResponse
-	9,  // 31: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:output_type -> conveyor_etl.sidecar.HeartbeatResponse
-	17, // 32: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:output_type -> conveyor_etl.sidecar.PipelineAssignmentEvent
-	21, // 33: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:output_type -> conveyor_etl.sidecar.PushRecordsResponse
-	27, // 34: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:output_type -> conveyor_etl.sidecar.ReceiveRecordsResponse
-	30, // [30:35] is the sub-list for method output_type
-	25, // [25:30] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	14, // 6: conveyor_etl.sidecar.HeartbeatResponse.commands:type_name -> conveyor_etl.sidecar.SidecarCommand
+	11, // 7: conveyor_etl.sidecar.HeartbeatStreamRequest.full:type_name -> conveyor_etl.sidecar.StreamedHeartbeat
+	8,  // 8: conveyor_etl.sidecar.StreamedHeartbeat.heartbeat:type_name -> conveyor_etl.sidecar.SidecarHeartbeatRequest
+	13, // 9: conveyor_etl.sidecar.HeartbeatStreamResponse.answers:type_name -> conveyor_etl.sidecar.StreamedHeartbeatResponse
+	9,  // 10: conveyor_etl.sidecar.StreamedHeartbeatResponse.response:type_name -> conveyor_etl.sidecar.HeartbeatResponse
+	15, // 11: conveyor_etl.sidecar.SidecarCommand.assign:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	18, // 12: conveyor_etl.sidecar.SidecarCommand.revoke:type_name -> conveyor_etl.sidecar.PipelineRevocation
+	19, // 13: conveyor_etl.sidecar.SidecarCommand.drain:type_name -> conveyor_etl.sidecar.DrainCommand
+	16, // 14: conveyor_etl.sidecar.PipelineAssignment.stages:type_name -> conveyor_etl.sidecar.StageAssignment
+	17, // 15: conveyor_etl.sidecar.StageAssignment.remote_sidecar:type_name -> conveyor_etl.sidecar.RemoteSidecar
+	1,  // 16: conveyor_etl.sidecar.PipelineAssignmentEvent.event_type:type_name -> conveyor_etl.sidecar.EventType
+	15, // 17: conveyor_etl.sidecar.PipelineAssignmentEvent.assignment:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	23, // 18: conveyor_etl.sidecar.PushRecordsRequest.init:type_name -> conveyor_etl.sidecar.PushInit
+	33, // 19: conveyor_etl.sidecar.PushRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
+	24, // 20: conveyor_etl.sidecar.PushRecordsRequest.heartbeat:type_name -> conveyor_etl.sidecar.PushHeartbeat
+	26, // 21: conveyor_etl.sidecar.PushRecordsResponse.ack:type_name -> conveyor_etl.sidecar.PushAck
+	28, // 22: conveyor_etl.sidecar.PushRecordsResponse.backpressure:type_name -> conveyor_etl.sidecar.PushBackpressure
+	29, // 23: conveyor_etl.sidecar.PushRecordsResponse.credits:type_name -> conveyor_etl.sidecar.PushCredits
+	27, // 24: conveyor_etl.sidecar.PushAck.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
+	34, // 25: conveyor_etl.sidecar.RecordAck.record_id:type_name -> conveyor_etl.common.RecordId
+	2,  // 26: conveyor_etl.sidecar.RecordAck.status:type_name -> conveyor_etl.sidecar.AckStatus
+	33, // 27: conveyor_etl.sidecar.ReceiveRecordsRequest.batch:type_name -> conveyor_etl.common.RecordBatch
+	27, // 28: conveyor_etl.sidecar.ReceiveRecordsResponse.record_acks:type_name -> conveyor_etl.sidecar.RecordAck
+	4,  // 29: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:input_type -> conveyor_etl.sidecar.RegisterSidecarRequest
+	8,  // 30: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:input_type -> conveyor_etl.sidecar.SidecarHeartbeatRequest
+	20, // 31: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:input_type -> conveyor_etl.sidecar.WatchAssignmentsRequest
+	10, // 32: conveyor_etl.sidecar.SidecarCoordinator.StreamHeartbeats:input_type -> conveyor_etl.sidecar.HeartbeatStreamRequest
+	22, // 33: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:input_type -> conveyor_etl.sidecar.PushRecordsRequest
+	30, // 34: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:input_type -> conveyor_etl.sidecar.ReceiveRecordsRequest
+	5,  // 35: conveyor_etl.sidecar.SidecarCoordinator.RegisterSidecar:output_type -> conveyor_etl.sidecar.RegisterSidecarResponse
+	9,  // 36: conveyor_etl.sidecar.SidecarCoordinator.Heartbeat:output_type -> conveyor_etl.sidecar.HeartbeatResponse
+	21, // 37: conveyor_etl.sidecar.SidecarCoordinator.WatchPipelineAssignments:output_type -> conveyor_etl.sidecar.PipelineAssignmentEvent
+	12, // 38: conveyor_etl.sidecar.SidecarCoordinator.StreamHeartbeats:output_type -> conveyor_etl.sidecar.HeartbeatStreamResponse
+	25, // 39: conveyor_etl.sidecar.SidecarDataPlane.PushRecords:output_type -> conveyor_etl.sidecar.PushRecordsResponse
+	31, // 40: conveyor_etl.sidecar.SidecarDataPlane.ReceiveRecords:output_type -> conveyor_etl.sidecar.ReceiveRecordsResponse
+	35, // [35:41] is the sub-list for method output_type
+	29, // [29:35] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_sidecar_proto_init() }
@@ -2191,21 +2453,21 @@ func file_conveyor_etl_sidecar_proto_init() {
 	if File_conveyor_etl_sidecar_proto != nil {
 		return
 	}
-	file_conveyor_etl_sidecar_proto_msgTypes[7].OneofWrappers = []any{
+	file_conveyor_etl_sidecar_proto_msgTypes[11].OneofWrappers = []any{
 		(*SidecarCommand_Assign)(nil),
 		(*SidecarCommand_Revoke)(nil),
 		(*SidecarCommand_Drain)(nil),
 	}
-	file_conveyor_etl_sidecar_proto_msgTypes[9].OneofWrappers = []any{
+	file_conveyor_etl_sidecar_proto_msgTypes[13].OneofWrappers = []any{
 		(*StageAssignment_LocalEndpoint)(nil),
 		(*StageAssignment_RemoteSidecar)(nil),
 	}
-	file_conveyor_etl_sidecar_proto_msgTypes[15].OneofWrappers = []any{
+	file_conveyor_etl_sidecar_proto_msgTypes[19].OneofWrappers = []any{
 		(*PushRecordsRequest_Init)(nil),
 		(*PushRecordsRequest_Batch)(nil),
 		(*PushRecordsRequest_Heartbeat)(nil),
 	}
-	file_conveyor_etl_sidecar_proto_msgTypes[18].OneofWrappers = []any{
+	file_conveyor_etl_sidecar_proto_msgTypes[22].OneofWrappers = []any{
 		(*PushRecordsResponse_Ack)(nil),
 		(*PushRecordsResponse_Backpressure)(nil),
 		(*PushRecordsResponse_Credits)(nil),
@@ -2216,7 +2478,7 @@ func file_conveyor_etl_sidecar_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_sidecar_proto_rawDesc), len(file_conveyor_etl_sidecar_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   26,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

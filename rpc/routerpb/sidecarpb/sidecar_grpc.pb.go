@@ -22,6 +22,7 @@ const (
 	SidecarCoordinator_RegisterSidecar_FullMethodName          = "/conveyor_etl.sidecar.SidecarCoordinator/RegisterSidecar"
 	SidecarCoordinator_Heartbeat_FullMethodName                = "/conveyor_etl.sidecar.SidecarCoordinator/Heartbeat"
 	SidecarCoordinator_WatchPipelineAssignments_FullMethodName = "/conveyor_etl.sidecar.SidecarCoordinator/WatchPipelineAssignments"
+	SidecarCoordinator_StreamHeartbeats_FullMethodName         = "/conveyor_etl.sidecar.SidecarCoordinator/StreamHeartbeats"
 )
 
 // SidecarCoordinatorClient is the client API for SidecarCoordinator service.
@@ -33,6 +34,11 @@ type SidecarCoordinatorClient interface {
 	RegisterSidecar(ctx context.Context, in *RegisterSidecarRequest, opts ...grpc.CallOption) (*RegisterSidecarResponse, error)
 	Heartbeat(ctx context.Context, in *SidecarHeartbeatRequest, opts ...grpc.CallOption) (*HeartbeatResponse, error)
 	WatchPipelineAssignments(ctx context.Context, in *WatchAssignmentsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PipelineAssignmentEvent], error)
+	// StreamHeartbeats takes the heartbeats of one sidecar, or of all that one agent speaks for, over one stream. A
+	// sidecar is introduced once, by its heartbeat in full; then its number says that it is alive and nothing else has
+	// changed. It is answered only when there is something to say, and at once when there is. A heartbeat means the same
+	// as with Heartbeat; a sidecar that knows neither method to be better uses that.
+	StreamHeartbeats(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HeartbeatStreamRequest, HeartbeatStreamResponse], error)
 }
 
 type sidecarCoordinatorClient struct {
@@ -82,6 +88,19 @@ func (c *sidecarCoordinatorClient) WatchPipelineAssignments(ctx context.Context,
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type SidecarCoordinator_WatchPipelineAssignmentsClient = grpc.ServerStreamingClient[PipelineAssignmentEvent]
 
+func (c *sidecarCoordinatorClient) StreamHeartbeats(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HeartbeatStreamRequest, HeartbeatStreamResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SidecarCoordinator_ServiceDesc.Streams[1], SidecarCoordinator_StreamHeartbeats_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HeartbeatStreamRequest, HeartbeatStreamResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SidecarCoordinator_StreamHeartbeatsClient = grpc.BidiStreamingClient[HeartbeatStreamRequest, HeartbeatStreamResponse]
+
 // SidecarCoordinatorServer is the server API for SidecarCoordinator service.
 // All implementations must embed UnimplementedSidecarCoordinatorServer
 // for forward compatibility.
@@ -91,6 +110,11 @@ type SidecarCoordinatorServer interface {
 	RegisterSidecar(context.Context, *RegisterSidecarRequest) (*RegisterSidecarResponse, error)
 	Heartbeat(context.Context, *SidecarHeartbeatRequest) (*HeartbeatResponse, error)
 	WatchPipelineAssignments(*WatchAssignmentsRequest, grpc.ServerStreamingServer[PipelineAssignmentEvent]) error
+	// StreamHeartbeats takes the heartbeats of one sidecar, or of all that one agent speaks for, over one stream. A
+	// sidecar is introduced once, by its heartbeat in full; then its number says that it is alive and nothing else has
+	// changed. It is answered only when there is something to say, and at once when there is. A heartbeat means the same
+	// as with Heartbeat; a sidecar that knows neither method to be better uses that.
+	StreamHeartbeats(grpc.BidiStreamingServer[HeartbeatStreamRequest, HeartbeatStreamResponse]) error
 	mustEmbedUnimplementedSidecarCoordinatorServer()
 }
 
@@ -109,6 +133,9 @@ func (UnimplementedSidecarCoordinatorServer) Heartbeat(context.Context, *Sidecar
 }
 func (UnimplementedSidecarCoordinatorServer) WatchPipelineAssignments(*WatchAssignmentsRequest, grpc.ServerStreamingServer[PipelineAssignmentEvent]) error {
 	return status.Error(codes.Unimplemented, "method WatchPipelineAssignments not implemented")
+}
+func (UnimplementedSidecarCoordinatorServer) StreamHeartbeats(grpc.BidiStreamingServer[HeartbeatStreamRequest, HeartbeatStreamResponse]) error {
+	return status.Error(codes.Unimplemented, "method StreamHeartbeats not implemented")
 }
 func (UnimplementedSidecarCoordinatorServer) mustEmbedUnimplementedSidecarCoordinatorServer() {}
 func (UnimplementedSidecarCoordinatorServer) testEmbeddedByValue()                            {}
@@ -178,6 +205,13 @@ func _SidecarCoordinator_WatchPipelineAssignments_Handler(srv interface{}, strea
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type SidecarCoordinator_WatchPipelineAssignmentsServer = grpc.ServerStreamingServer[PipelineAssignmentEvent]
 
+func _SidecarCoordinator_StreamHeartbeats_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(SidecarCoordinatorServer).StreamHeartbeats(&grpc.GenericServerStream[HeartbeatStreamRequest, HeartbeatStreamResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SidecarCoordinator_StreamHeartbeatsServer = grpc.BidiStreamingServer[HeartbeatStreamRequest, HeartbeatStreamResponse]
+
 // SidecarCoordinator_ServiceDesc is the grpc.ServiceDesc for SidecarCoordinator service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -199,6 +233,12 @@ var SidecarCoordinator_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "WatchPipelineAssignments",
 			Handler:       _SidecarCoordinator_WatchPipelineAssignments_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "StreamHeartbeats",
+			Handler:       _SidecarCoordinator_StreamHeartbeats_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "conveyor_etl/sidecar.proto",
