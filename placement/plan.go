@@ -329,8 +329,10 @@ func (l *layout) order(st *Step) {
 			continue
 		}
 		for _, id := range c.Releases {
-			// A stage that is no longer in the pipeline may be there again soon.
-			if k := l.x.stage(id, 0); k < 0 || l.x.stages[k].entry {
+			// A stage that is no longer in the pipeline may be there again soon. Who
+			// still has a table of the pipeline is told of that as well, and waiting for
+			// it would make every change of a wide pipeline wait.
+			if k := l.x.stage(id, 0); k >= 0 && l.x.stages[k].entry || k < 0 && c.Revoke {
 				if leaving == nil {
 					leaving = make(map[string][]string)
 				}

@@ -152,8 +152,9 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 		}
 	}
 	var pipeline lastPipeline
+	pending := make(pendingStages)
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c, &pipeline) {
+		if !t.applyChange(ch, c, &pipeline, pending) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -206,7 +207,7 @@ func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
 }
 
 // applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments, pipeline *lastPipeline) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments, pipeline *lastPipeline, pending pendingStages) bool {
 	planned := c.PlannedRevision
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
@@ -219,6 +220,7 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 		letGo, shared := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
+		pending.note(ch.PipelineId, ch.SidecarId, letGo, nil)
 		return true
 	}
 	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
@@ -241,13 +243,14 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 	}
 	had, has := local(prev), local(next)
 	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
-	if c.Handovers && len(takes) > 0 && !t.mayTake(ch.SidecarId, p, takes) {
+	if c.Handovers && len(takes) > 0 && !t.mayTake(pending, ch.SidecarId, p, takes) {
 		return false
 	}
 	letGo, shared := released(ch, prev, has)
 	t.saveAssignment(prev, next)
 	t.retake(ch.SidecarId, ch.PipelineId, takes)
 	t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
+	pending.note(ch.PipelineId, ch.SidecarId, letGo, takes)
 	return true
 }
 

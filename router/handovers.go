@@ -16,7 +16,33 @@ const (
 	// flapFactor: who expires again within so many times the grace it would get
 	// comes and goes.
 	flapFactor = 10
+	// maxCountedOwners is up to which parallelism the owners of an entry stage are
+	// counted. Where more may run it, counting them for each change would cost a look
+	// at all of them, and one too many is not what a source cannot bear.
+	maxCountedOwners = 64
 )
+
+// pendingStages are the stages of pipelines that somebody has yet to let go of, and
+// who, as one command finds and leaves them. It is read once per pipeline: a change
+// of one that thousands run asks thousands of times.
+type pendingStages map[string]map[string][]string
+
+// note adds what a sidecar was told to let go of, and takes out what it was given
+// back.
+func (p pendingStages) note(pipeline, sidecar string, letGo, takes []string) {
+	stages := p[pipeline]
+	if stages == nil {
+		return // not read yet
+	}
+	for _, s := range takes {
+		stages[s] = slices.DeleteFunc(stages[s], func(by string) bool { return by == sidecar })
+	}
+	for _, s := range letGo {
+		if !slices.Contains(stages[s], sidecar) {
+			stages[s] = append(stages[s], sidecar)
+		}
+	}
+}
 
 // entryStage is true for a stage where records enter a pipeline: a source, or one
 // without an edge into it. No more sidecars than its parallelism says may run it
@@ -121,25 +147,34 @@ func (t *tx) retake(sidecar, pipeline string, stages []string) {
 // mayTake reports whether a sidecar may begin to run stages of p: nobody else has
 // yet to let go of one, and of the entry stages there are not as many owners
 // already as there may be. Who is expired owns nothing any more.
-func (t *tx) mayTake(sidecar string, p *commandpb.Pipeline, stages []string) bool {
+func (t *tx) mayTake(pending pendingStages, sidecar string, p *commandpb.Pipeline, stages []string) bool {
 	id := p.GetSpec().GetId()
-	free := true
-	t.scan(t.buf.group(prefixHandover, id), func(_, v []byte) {
-		h := &commandpb.Handover{}
-		t.fail(h.UnmarshalVT(v))
-		if h.SidecarId != sidecar && slices.ContainsFunc(h.Releases, func(r *commandpb.Release) bool { return !r.Shared && slices.Contains(stages, r.StageId) }) {
-			free = false
+	if _, read := pending[id]; !read {
+		pending[id] = make(map[string][]string)
+		t.scan(t.buf.group(prefixHandover, id), func(_, v []byte) {
+			h := &commandpb.Handover{}
+			t.fail(h.UnmarshalVT(v))
+			for _, r := range h.Releases {
+				if !r.Shared {
+					pending[id][r.StageId] = append(pending[id][r.StageId], h.SidecarId)
+				}
+			}
+		})
+	}
+	for _, s := range stages {
+		if slices.ContainsFunc(pending[id][s], func(by string) bool { return by != sidecar }) {
+			return false
 		}
-	})
+	}
 	owners := make(map[string]uint32)
 	limits := make(map[string]uint32)
 	for _, s := range p.GetSpec().GetStages() {
-		if slices.Contains(stages, s.GetId()) && entryStage(p.Spec, s) {
+		if slices.Contains(stages, s.GetId()) && s.Parallelism <= maxCountedOwners && entryStage(p.Spec, s) {
 			limits[s.Id] = max(1, s.Parallelism)
 		}
 	}
-	if !free || len(limits) == 0 {
-		return free
+	if len(limits) == 0 {
+		return true
 	}
 	var others []string
 	t.scan(t.buf.group(prefixByPipeline, id), func(k, _ []byte) {
