@@ -345,6 +345,9 @@ func newBackupDeleteCommand(a *app) *cobra.Command {
 				if err != nil {
 					return about("snapshot "+id, err)
 				}
+				for _, w := range reply.GetWarnings() {
+					fmt.Fprintf(a.stderr, "Warning: %s\n", output.Clean(w))
+				}
 				if !reply.GetExisted() {
 					return notFound("no snapshot %s on the nodes of the cluster; for a backup in a store, give --dest", id)
 				}
