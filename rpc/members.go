@@ -220,6 +220,40 @@ func (a *clusterAPI) heardOf(ctx context.Context) {
 	}
 }
 
+// notAMember is the answer to a question about a node that is no member, whatever was
+// to be done with it.
+func notAMember(id uint64) error {
+	return newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id),
+		"NOT_A_MEMBER", NotDone, 0, nil).Err()
+}
+
+// mustBeMember refuses a node that is no member. Who does not lead lets it pass: the
+// leader knows better, and the change is refused here for want of leadership.
+func (a *clusterAPI) mustBeMember(ctx context.Context, ids ...uint64) error {
+	for looks := 0; ; looks++ {
+		st := a.cfg.Node.Status()
+		if st.Leader != st.ID {
+			return nil
+		}
+		missing := uint64(0)
+		for _, id := range ids {
+			if m, ok := st.Position.Member(id); !ok || m.Removed {
+				missing = id
+			}
+		}
+		if missing == 0 {
+			return nil
+		}
+		if looks > 0 {
+			return notAMember(missing)
+		}
+		// A leader that was just elected may not have applied its being added.
+		if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
+			return err
+		}
+	}
+}
+
 func checkNodeID(field string, id uint64) error {
 	if id == 0 || id > 1<<63 {
 		return invalid(field, "%d is no node id", id)
@@ -267,6 +301,9 @@ func (a *clusterAPI) PromoteMember(ctx context.Context, req *clusterpb.PromoteMe
 		return nil, err
 	}
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		if err := a.mustBeMember(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.Promote, ID: req.NodeId})
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
 		return c.PromoteMember(ctx, req)
@@ -281,6 +318,9 @@ func (a *clusterAPI) RemoveMember(ctx context.Context, req *clusterpb.RemoveMemb
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
 		// One that was begun and came to nothing would let the node back in.
 		if err := a.endRejoins(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
+		if err := a.mustBeMember(ctx, req.NodeId); err != nil {
 			return nil, err
 		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.Remove, ID: req.NodeId})
@@ -299,6 +339,9 @@ func (a *clusterAPI) UpdateMember(ctx context.Context, req *clusterpb.UpdateMemb
 		return nil, err
 	}
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		if err := a.mustBeMember(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.UpdateAddr, ID: req.NodeId, Addr: addr})
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
 		return c.UpdateMember(ctx, req)

@@ -57,6 +57,12 @@ func (a *clusterAPI) ReplaceMember(ctx context.Context, req *clusterpb.ReplaceMe
 		if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
 			return nil, err
 		}
+		// A preflight shows it among its checks.
+		if !begin.PreflightOnly {
+			if err := a.mustBeMember(ctx, begin.OldNodeId, begin.NewNodeId); err != nil {
+				return nil, err
+			}
+		}
 		return a.beginReplace(ctx, begin)
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ReplaceMemberResponse, error) {
 		return c.ReplaceMember(ctx, begin)
