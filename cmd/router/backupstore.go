@@ -198,6 +198,9 @@ func (a *app) printBackup(m *backup.Metadata, where string) error {
 		g.Add("CONTENT", m.StateHash)
 		g.Add("SHA256", m.SHA256)
 		g.Add("TAKEN FROM", m.RouterEndpoint)
+		if m.StateAgreed {
+			g.Add("AGREED", "a majority of the voters held this state")
+		}
 		return g
 	})
 }
