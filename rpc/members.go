@@ -221,31 +221,23 @@ func (a *clusterAPI) heardOf(ctx context.Context) {
 }
 
 // notAMember is the answer to a question about a node that is no member, whatever was
-// to be done with it.
-func notAMember(id uint64) error {
-	return newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id),
+// to be done with it; advice may follow.
+func notAMember(id uint64, advice string) error {
+	return newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them%s", id, advice),
 		"NOT_A_MEMBER", NotDone, 0, nil).Err()
 }
 
 // mustBeMember refuses a node that is no member. Who does not lead lets it pass: the
 // leader knows better, and the change is refused here for want of leadership.
-func (a *clusterAPI) mustBeMember(ctx context.Context, ids ...uint64) error {
+func (a *clusterAPI) mustBeMember(ctx context.Context, id uint64) error {
 	for looks := 0; ; looks++ {
 		st := a.cfg.Node.Status()
-		if st.Leader != st.ID {
+		m, ok := st.Position.Member(id)
+		switch {
+		case st.Leader != st.ID || ok && !m.Removed:
 			return nil
-		}
-		missing := uint64(0)
-		for _, id := range ids {
-			if m, ok := st.Position.Member(id); !ok || m.Removed {
-				missing = id
-			}
-		}
-		if missing == 0 {
-			return nil
-		}
-		if looks > 0 {
-			return notAMember(missing)
+		case looks > 0:
+			return notAMember(id, "")
 		}
 		// A leader that was just elected may not have applied its being added.
 		if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {

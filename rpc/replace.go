@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/raftnode"
@@ -59,7 +61,13 @@ func (a *clusterAPI) ReplaceMember(ctx context.Context, req *clusterpb.ReplaceMe
 		}
 		// A preflight shows it among its checks.
 		if !begin.PreflightOnly {
-			if err := a.mustBeMember(ctx, begin.OldNodeId, begin.NewNodeId); err != nil {
+			if err := a.mustBeMember(ctx, begin.OldNodeId); err != nil {
+				return nil, err
+			}
+			if err := a.mustBeMember(ctx, begin.NewNodeId); err != nil {
+				if st, ok := status.FromError(err); ok && st.Code() == codes.NotFound {
+					err = notAMember(begin.NewNodeId, "; start it with --join first")
+				}
 				return nil, err
 			}
 		}

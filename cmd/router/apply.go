@@ -192,7 +192,7 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 	if !reply.GetSuccess() {
 		text := reply.GetError()
 		if len(reply.GetViolations()) > 0 {
-			return applied{}, fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))
+			return applied{}, codedError{exitUsage, fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))}
 		}
 		return applied{}, refused("pipeline "+id+" was not applied", text, expected != nil)
 	}
