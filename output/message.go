@@ -25,7 +25,7 @@ func Message(m proto.Message) ([]byte, error) {
 	n := numbers{in: json.NewDecoder(bytes.NewReader(raw))}
 	n.in.UseNumber()
 	if err := n.value(nil, m.ProtoReflect().Descriptor()); err != nil {
-		return nil, fmt.Errorf("output: %s: %w", m.ProtoReflect().Descriptor().FullName(), err)
+		return nil, fmt.Errorf("encode %s: %w", m.ProtoReflect().Descriptor().FullName(), err)
 	}
 	return n.out.Bytes(), nil
 }
