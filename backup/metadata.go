@@ -48,6 +48,9 @@ type Metadata struct {
 	Epoch       uint64            `json:"epoch,omitempty"`
 	Revision    uint64            `json:"revision,omitempty"`
 	Counts      map[string]uint64 `json:"counts,omitempty"`
+	// StateAgreed: a majority of the voters held the same state as the node that the
+	// backup was taken from, then or later. Without it nobody has looked.
+	StateAgreed bool `json:"state_agreed,omitempty"`
 	// RouterVersion is the program that made the snapshot.
 	RouterVersion string `json:"router_version,omitempty"`
 }

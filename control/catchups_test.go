@@ -302,3 +302,32 @@ func TestCatchUpOfStrangers(t *testing.T) {
 		}
 	})
 }
+
+// Goal: that a member has come back is recorded also when the leader that took it in
+// died right afterwards; not before it is back.
+func TestRejoinEndsWithoutItsLeader(t *testing.T) {
+	catchingUp(t, func(t *testing.T, c *catchUpWard) {
+		c.state.do(&commandpb.Command{TimeMs: 1, Op: &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{
+			Create: true, Operation: &commandpb.Operation{
+				OperationId: "back", Kind: router.OperationRejoin, NodeId: four.ID, State: commandpb.OperationState_OPERATION_STATE_RUNNING,
+				Detail: router.RejoinDetail(6),
+			},
+		}}})
+		is := func(want commandpb.OperationState) {
+			t.Helper()
+			pass(5 * time.Second)
+			for _, op := range c.all() {
+				if op.OperationId == "back" && op.State != want {
+					t.Fatalf("%v, want %v", op.State, want)
+				}
+			}
+		}
+		is(commandpb.OperationState_OPERATION_STATE_RUNNING)
+		c.voter(raftnode.Member{ID: four.ID, Disk: 6}, following)
+		is(commandpb.OperationState_OPERATION_STATE_RUNNING)
+		c.remove(four.ID)
+		is(commandpb.OperationState_OPERATION_STATE_RUNNING)
+		c.learner(four, receiving)
+		is(commandpb.OperationState_OPERATION_STATE_DONE)
+	})
+}

@@ -48,22 +48,19 @@ func (l *Liveness) Stats() LivenessStats {
 
 // judge sweeps the leases until ctx is done.
 func (l *Liveness) judge(ctx context.Context, term uint64, flying *sync.WaitGroup) {
-	tick := time.NewTicker(l.c.Sweep)
-	defer tick.Stop()
-	p := proposer{l: l, term: term, flying: flying, slots: make(chan struct{}, l.c.InFlight)}
-	last := l.c.Now()
+	w := watch{l: l, tick: time.NewTicker(l.c.Sweep), last: l.c.Now()}
+	defer w.tick.Stop()
+	p := proposer{l: l, term: term, watch: &w, flying: flying, slots: make(chan struct{}, l.c.InFlight)}
 	var alarmed [2]bool
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-w.tick.C:
 		case <-l.wake:
 		}
-		now := l.c.Now()
 		l.mu.Lock()
-		l.excuseLocked(last, now)
-		last = now
+		now, _ := w.lookLocked()
 		sidecars, services := l.sidecars.sweep(now), l.services.sweep(now)
 		held := [2]int{l.sidecars.due, l.services.due}
 		l.mu.Unlock()
@@ -85,16 +82,55 @@ func (l *Liveness) judge(ctx context.Context, term uint64, flying *sync.WaitGrou
 		// Who was silent here may have been heard of by a leader that took this
 		// one's place while it slept. A quorum that follows it after the leases
 		// ran out says that there was none.
-		if confirmed(ctx, l.c.Node, term, l.c.Beat) {
+		if ok, held := w.confirmed(ctx, term); ok && !held {
 			p.send(ctx, "sidecar", sidecars, isJudged)
 			p.send(ctx, "service", services, isJudged)
 		} else {
 			l.withdraw(sidecars, services)
-			if ctx.Err() == nil {
+			if !ok && ctx.Err() == nil {
 				l.c.Logger.Warn("nobody is given up: no majority confirms that this node leads")
 			}
 		}
-		last = l.c.Now() // waiting for a quorum is no absence
+	}
+}
+
+// watch looks at the clock again and again while judge works. Waiting is no
+// absence, and takes as long as it takes: heartbeats are heard all the same. Only
+// a process that does not get to look was away, wherever in its work that was.
+// Looking only before and after a wait would take one for the other.
+type watch struct {
+	l    *Liveness
+	tick *time.Ticker
+	last time.Time // of the last look
+}
+
+// look excuses an absence since the last look, and reports whether there was one.
+func (w *watch) look() (heldUp bool) {
+	w.l.mu.Lock()
+	defer w.l.mu.Unlock()
+	_, heldUp = w.lookLocked()
+	return heldUp
+}
+
+func (w *watch) lookLocked() (now time.Time, heldUp bool) {
+	now = w.l.c.Now()
+	heldUp = w.l.excuseLocked(w.last, now)
+	w.last = now
+	return now, heldUp
+}
+
+// confirmed is confirmed for who keeps watch, and reports whether this node was
+// held up meanwhile. It takes no longer than a heartbeat interval.
+func (w *watch) confirmed(ctx context.Context, term uint64) (ok, heldUp bool) {
+	said := make(chan bool, 1)
+	go func() { said <- confirmed(ctx, w.l.c.Node, term, w.l.c.Beat) }()
+	for {
+		select {
+		case ok = <-said:
+			return ok, w.look() || heldUp
+		case <-w.tick.C:
+			heldUp = w.look() || heldUp
+		}
 	}
 }
 
@@ -102,12 +138,12 @@ func (l *Liveness) judge(ctx context.Context, term uint64, flying *sync.WaitGrou
 // heartbeat interval between last and now. It could hear nobody in that time,
 // so the silence is its own: leases go on where they were, and nobody is judged
 // before everybody has had the time to beat.
-func (l *Liveness) excuseLocked(last, now time.Time) {
+func (l *Liveness) excuseLocked(last, now time.Time) (heldUp bool) {
 	// The clock leases are measured with may have stood still while the machine
 	// slept; that of the day has not. If it was only set, the pause does no harm.
 	gap, wall := now.Sub(last), now.Round(0).Sub(last.Round(0))
 	if max(gap, wall) <= l.c.Beat+l.c.Sweep {
-		return
+		return false
 	}
 	for _, t := range []*leases{l.sidecars, l.services} {
 		t.shift(now, max(gap, 0))
@@ -115,6 +151,7 @@ func (l *Liveness) excuseLocked(last, now time.Time) {
 	}
 	l.stats.HeldUp++
 	l.c.Logger.Warn("liveness was held up; all leases are extended", "by", max(gap, wall), "nobody_is_judged_for", l.c.Period)
+	return true
 }
 
 // withdraw takes back decisions that were not sent.
@@ -141,6 +178,7 @@ func isJudged(t transition) bool { return t.to != alive }
 type proposer struct {
 	l      *Liveness
 	term   uint64
+	watch  *watch
 	flying *sync.WaitGroup
 	slots  chan struct{}
 }
@@ -152,14 +190,28 @@ func (p *proposer) send(ctx context.Context, kind string, ts []transition, which
 			left = true
 			continue
 		}
-		select {
-		case p.slots <- struct{}{}:
-			p.propose(ctx, kind, t)
-		case <-ctx.Done():
+		if !p.room(ctx) {
 			return left // the leases end with the reign
 		}
+		p.propose(ctx, kind, t)
 	}
 	return left
+}
+
+// room takes a slot; false when ctx is done first.
+func (p *proposer) room(ctx context.Context) bool {
+	for {
+		select {
+		case p.slots <- struct{}{}:
+			return true
+		case <-p.watch.tick.C:
+			// An absence extends the leases, and propose then drops what was
+			// decided about them.
+			p.watch.look()
+		case <-ctx.Done():
+			return false
+		}
+	}
 }
 
 // propose sends one transition, for which a slot was taken.

@@ -28,6 +28,8 @@ type seat struct {
 	lead    raftnode.Leadership
 	changed chan struct{}
 	cut     error         // what its quorum answers
+	asked   func()        // runs once, while the quorum is asked next
+	slow    time.Duration // how long its quorum takes
 	skew    time.Duration // by how much its clock is ahead
 }
 
@@ -43,7 +45,17 @@ func (s *seat) Changed() <-chan struct{} {
 	return s.changed
 }
 
-func (s *seat) ReadIndex(context.Context) (uint64, error) {
+func (s *seat) ReadIndex(ctx context.Context) (uint64, error) {
+	s.mu.Lock()
+	asked, slow := s.asked, s.slow
+	s.asked = nil
+	s.mu.Unlock()
+	if slow > 0 && !sleep(ctx, slow) {
+		return 0, ctx.Err()
+	}
+	if asked != nil {
+		asked()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.fsm.Applied().Index, s.cut
@@ -336,6 +348,70 @@ func TestPausedLeader(t *testing.T) {
 		p.expect("43 dead alive>suspect", "46 dead suspect>expired")
 		if s.l.Stats().HeldUp != 1 {
 			t.Errorf("held up %d times", s.l.Stats().HeldUp)
+		}
+	})
+}
+
+// TestLeaderPausedWhileItAsks: a leader that was stopped while it waited for the
+// word of its quorum, or for room among what it had proposed, takes that time for
+// its own silence too, also when the word is good.
+func TestLeaderPausedWhileItAsks(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		t.Run(fmt.Sprintf("fails=%v", fails), func(t *testing.T) {
+			r := newReplica(t, router.Options{})
+			r.register("dead", "orders:source")
+			r.register("lively", "orders:source")
+			r.govern(1, nil, func(t *testing.T, p *parliament) {
+				s := p.seats[0]
+				p.elect(s, 0)
+				p.beats(29*time.Second, map[string]time.Duration{"lively": 100 * time.Millisecond})
+				s.set(func() {
+					// At 30 s "dead" is to become suspect, and the quorum is asked.
+					s.asked = func() {
+						s.set(func() {
+							s.skew = time.Minute
+							if fails {
+								s.cut = raftnode.ErrNoLeader
+							}
+						})
+					}
+				})
+				p.beats(35*time.Second, nil)
+				s.set(func() { s.cut = nil })
+				// What was heard of "lively" before is 9.9 s old, and 69.9 s with the
+				// pause.
+				p.beats(60*time.Second, map[string]time.Duration{"lively": 8900 * time.Millisecond})
+				p.expect("43 dead alive>suspect", "45 dead suspect>expired")
+				if s.l.Stats().HeldUp != 1 {
+					t.Errorf("held up %d times", s.l.Stats().HeldUp)
+				}
+			})
+		})
+	}
+}
+
+// TestLeaderWaitsForItsQuorum: a leader that only waits, however often, was not
+// held up: it hears who beats.
+func TestLeaderWaitsForItsQuorum(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("dead", "orders:source")
+	r.govern(1, nil, func(t *testing.T, p *parliament) {
+		s := p.seats[0]
+		p.elect(s, 0)
+		pass(time.Second)
+		s.set(func() {
+			s.cut = raftnode.ErrNoLeader
+			s.slow = 10 * time.Second
+		})
+		p.beats(100*time.Second, nil)
+		p.expect()
+		s.set(func() { s.cut, s.slow = nil, 9*time.Second })
+		p.beats(130*time.Second, nil)
+		if got := r.state("dead"); got != "expired" {
+			t.Errorf("dead is %s: %q", got, p.moves())
+		}
+		if st := s.l.Stats(); st.HeldUp != 0 || st.Unconfirmed == 0 {
+			t.Errorf("held up %d times, unconfirmed %d", st.HeldUp, st.Unconfirmed)
 		}
 	})
 }

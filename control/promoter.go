@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"log/slog"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
 
@@ -211,7 +213,8 @@ const tidyEvery = 20
 
 // tidy ends the operations that nobody ends otherwise: of nodes that are members no
 // more, and of voters that have caught up, which an earlier leader may have begun,
-// or whoever sent them an image.
+// or whoever sent them an image; and of members that came back while the leader that
+// took them in died.
 func (p *Promoter) tidy(ctx context.Context, st raftnode.Status) {
 	if p.c.State == nil {
 		return
@@ -219,7 +222,7 @@ func (p *Promoter) tidy(ctx context.Context, st raftnode.Status) {
 	v := p.c.State.View()
 	var all []*commandpb.Operation
 	err := v.Operations(func(op *commandpb.Operation) bool {
-		if op.Kind == KindCatchUp && running(op) {
+		if (op.Kind == KindCatchUp || op.Kind == router.OperationRejoin) && running(op) {
 			all = append(all, op)
 		}
 		return true
@@ -231,6 +234,10 @@ func (p *Promoter) tidy(ctx context.Context, st raftnode.Status) {
 	for _, op := range all {
 		m, ok := st.Position.Member(op.NodeId)
 		switch {
+		case op.Kind == router.OperationRejoin && (!ok || m.Removed || bytes.Equal(op.Detail, router.RejoinDetail(m.Disk))):
+			continue // it is not back
+		case op.Kind == router.OperationRejoin:
+			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_DONE, "it is back, on another data directory"
 		case !ok || m.Removed:
 			op.State, op.Message = commandpb.OperationState_OPERATION_STATE_CANCELLED, "the node is no member any more"
 		case !ofMember(op, m):

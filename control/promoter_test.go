@@ -110,6 +110,7 @@ func (w *ward) learner(m raftnode.Member, p raftnode.PeerStatus) {
 	defer w.mu.Unlock()
 	p.ID = m.ID
 	w.peers[m.ID] = p
+	w.members = slices.DeleteFunc(w.members, func(o raftnode.Member) bool { return o.ID == m.ID && o.Removed })
 	if !slices.ContainsFunc(w.members, func(o raftnode.Member) bool { return o.ID == m.ID }) {
 		w.members = append(w.members, m)
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -455,26 +454,6 @@ func (c *Cluster) WaitSameState() {
 		}
 		return nil
 	})
-}
-
-// freePorts asks the kernel for n unused ports. Another process may take one
-// before the router does; the router then says so and the test fails loudly.
-func freePorts(t testing.TB, n int) []int {
-	t.Helper()
-	var ports []int
-	var open []net.Listener
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		open = append(open, l)
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
-	}
-	for _, l := range open {
-		l.Close()
-	}
-	return ports
 }
 
 // eventually calls f until it returns nil, with a fresh deadline each time, and

@@ -110,7 +110,7 @@ func (c *crashTest) compareWithBinary() {
 	}
 	known := strings.Fields(list)
 	tested := slices.Concat(firstStartPoints, runningPoints, tornPoints, laggingPoints, leadingPoints, recoverPoints, rebuildPoints,
-		joinPoints, rejoinPoints, removedPoints)
+		joinPoints, rejoinPoints, removedPoints, comeBackPoints, exchangePoints, retiringPoints[1:2])
 	slices.Sort(known)
 	slices.Sort(tested)
 	if !slices.Equal(known, tested) {

@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 var (
@@ -68,9 +70,13 @@ func TestRejoinDiesAtEachStep(t *testing.T) {
 	victim, other := rest[0], rest[1]
 	ct := &crashTest{Cluster: c, t: t, victim: victim}
 	for i, point := range rejoinPoints {
-		if _, known := writeOffset(t, other, "kept", uint64(i+1)); known != Done {
-			t.Fatal("not written")
-		}
+		// On a busy machine leaders change, and one second may not be enough.
+		eventually(t, 30*time.Second, "a write", func(context.Context) error {
+			if _, known := writeOffset(t, other, "kept", uint64(i+1)); known != Done {
+				return fmt.Errorf("outcome %v", known)
+			}
+			return nil
+		})
 		victim.Kill()
 		if err := os.RemoveAll(victim.DataDir); err != nil {
 			t.Fatal(err)

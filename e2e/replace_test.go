@@ -84,20 +84,20 @@ func TestReplaceEachMember(t *testing.T) {
 	t.Logf("longest time without an acknowledged write: %v", load.LongestGap())
 
 	// What cannot be done is refused before anything is begun.
-	refuse := func(old, next uint64, text string) {
+	refuse := func(old, next uint64, code codes.Code, text string) {
 		t.Helper()
 		_, err := keep.Cluster().ReplaceMember(longCall(t), &clusterpb.ReplaceMemberRequest{OldNodeId: old, NewNodeId: next})
-		if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), text) {
+		if status.Code(err) != code || !strings.Contains(err.Error(), text) {
 			t.Errorf("%d by %d: %v, want %q", old, next, err, text)
 		}
 	}
-	refuse(keep.ID, 99, "node 99 is no member")
-	refuse(order[0].ID, keep.ID, "was removed")
+	refuse(keep.ID, 99, codes.NotFound, "node 99 is no member")
+	refuse(order[0].ID, keep.ID, codes.NotFound, fmt.Sprintf("node %d is no member", order[0].ID))
 	absent := c.Join(6, "--read-replica")
 	absent.Start()
 	c.WaitServing(absent)
 	absent.Kill()
-	refuse(keep.ID, 6, "does not answer")
+	refuse(keep.ID, 6, codes.FailedPrecondition, "does not answer")
 
 	members, err := keep.Cluster().ListMembers(t.Context(), &clusterpb.ListMembersRequest{})
 	if err != nil || len(members.GetMembers()) != 4 || !slices.Equal(members.GetRemoved(), sorted(order[0].ID, order[1].ID)) {

@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -358,5 +361,73 @@ func refusals(t *testing.T, c *Cluster, archive []byte) {
 	}
 	if len(after.GetSnapshots()) != len(before.GetSnapshots()) {
 		t.Errorf("snapshots before %v, after %v", before, after)
+	}
+}
+
+// TestUndoPointIsDeletedEverywhere deletes the state that a restore has replaced while
+// one node is down. Goal: it is gone on the nodes that run, for good; the answer says
+// where it may still be, and there it is until it is deleted once more.
+func TestUndoPointIsDeletedEverywhere(t *testing.T) {
+	c := NewCluster(t, Options{})
+	if _, known := writeOffset(t, c.Nodes[0], "old", 7); known != Done {
+		t.Fatal("not written")
+	}
+	made, err := c.Nodes[0].Backups().CreateSnapshot(longCall(t), &backuppb.CreateSnapshotRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := c.Nodes[0].Backups().RestoreSnapshot(longCall(t), &backuppb.RestoreSnapshotRequest{SnapshotId: made.GetSnapshotId()})
+	if err != nil || !res.GetSuccess() {
+		t.Fatalf("restore: %v %v", res, err)
+	}
+	c.WaitSameState()
+	const undo = "undo-1"
+	held := func(want ...uint64) {
+		t.Helper()
+		eventually(t, 30*time.Second, "who has the undo point", func(ctx context.Context) error {
+			list, err := c.Nodes[1].Backups().ListSnapshots(ctx, &backuppb.ListSnapshotsRequest{})
+			if err != nil {
+				return err
+			}
+			var on []uint64
+			for _, s := range list.GetSnapshots() {
+				if s.GetSnapshotId() == undo {
+					on = append(on, s.GetNodeId())
+				}
+			}
+			slices.Sort(on)
+			if !slices.Equal(on, want) {
+				return fmt.Errorf("it is on %v, want %v (%v)", on, want, list.GetWarnings())
+			}
+			return nil
+		})
+	}
+	held(1, 2, 3)
+	away := c.Nodes[2]
+	away.Kill()
+	gone, err := c.Nodes[1].Backups().DeleteSnapshot(longCall(t), &backuppb.DeleteSnapshotRequest{SnapshotId: undo})
+	if err != nil || !gone.GetExisted() || len(gone.GetWarnings()) != 1 || !strings.Contains(gone.GetWarnings()[0], "node 3 could not be asked") {
+		t.Fatalf("delete: %v %v", gone, err)
+	}
+	held()
+	// What a start finds, and the next change of an operation, bring it not back.
+	c.Nodes[0].Stop()
+	c.Nodes[0].Start()
+	away.Start()
+	c.WaitServing(c.Nodes...)
+	held(3)
+	gone, err = c.Nodes[0].Backups().DeleteSnapshot(longCall(t), &backuppb.DeleteSnapshotRequest{SnapshotId: undo})
+	if err != nil || !gone.GetExisted() || len(gone.GetWarnings()) != 0 {
+		t.Fatalf("delete again: %v %v", gone, err)
+	}
+	held()
+	for _, n := range c.Nodes {
+		if _, err := n.Cluster().UndoRestore(longCall(t), &clusterpb.UndoRestoreRequest{}); status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("node %d goes back to a state that was deleted: %v", n.ID, err)
+		}
+		left, err := filepath.Glob(filepath.Join(n.DataDir, "state", "undo-*"))
+		if err != nil || len(left) != 0 {
+			t.Errorf("node %d: %v %v", n.ID, left, err)
+		}
 	}
 }

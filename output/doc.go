@@ -3,6 +3,7 @@
 // of the commands, because the demo and bench commands print through it too.
 //
 // Documents of protobuf messages keep the field order and the field names of
-// the message and end with a newline; a list is one document. Tables go
+// the .proto file, have numbers as numbers and end with a newline (see Message); a
+// list is one document. Tables go
 // through text/tabwriter without borders, so that cut and awk work on them.
 package output

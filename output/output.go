@@ -10,7 +10,6 @@ import (
 	"text/tabwriter"
 
 	"go.yaml.in/yaml/v3"
-	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -158,11 +157,11 @@ func Messages[M proto.Message](list []M) []proto.Message {
 func encode(v any) ([]byte, error) {
 	switch v := v.(type) {
 	case proto.Message:
-		return protojson.Marshal(v)
+		return Message(v)
 	case []proto.Message:
 		parts := make([]json.RawMessage, len(v))
 		for i, m := range v {
-			raw, err := protojson.Marshal(m)
+			raw, err := Message(m)
 			if err != nil {
 				return nil, err
 			}

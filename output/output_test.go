@@ -6,8 +6,12 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"conveyor.etl/router/rpc/routerpb/adminpb"
+	"conveyor.etl/router/rpc/routerpb/backuppb"
+	"conveyor.etl/router/rpc/routerpb/checkpointpb"
+	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
 func TestDocuments(t *testing.T) {
@@ -38,6 +42,30 @@ metadata:
   "n": "12"
   é: ü
 `},
+		{"names and numbers", JSON, &clusterpb.Operation{
+			OperationId: "1", Done: 1 << 62, NodeId: 3, StartedAt: &timestamppb.Timestamp{Seconds: 5}, State: clusterpb.OperationState_OPERATION_STATE_DONE,
+			Message: "<7> & 8",
+		}, `{
+  "operation_id": "1",
+  "state": "OPERATION_STATE_DONE",
+  "node_id": 3,
+  "done": 4611686018427387904,
+  "message": "<7> & 8",
+  "started_at": "1970-01-01T00:00:05Z"
+}
+`},
+		{"texts that look like numbers", JSON, &backuppb.SnapshotInfo{SnapshotId: "12", SizeBytes: 34}, `{
+  "snapshot_id": "12",
+  "size_bytes": 34
+}
+`},
+		{"maps of numbers", JSON, &checkpointpb.PartitionOffsets{Offsets: map[uint32]uint64{3: 1 << 60}}, `{
+  "offsets": {
+    "3": 1152921504606846976
+  }
+}
+`},
+		{"lists of numbers", YAML, &clusterpb.ListMembersResponse{Removed: []uint64{1, 2}}, "removed:\n  - 1\n  - 2\n"},
 		{"list", YAML, Messages([]*adminpb.PipelineConfig{message, {Id: "b"}})[1:], "- id: b\n"},
 		{"empty list", JSON, []proto.Message{}, "[]\n"},
 		{"empty list as YAML", YAML, []proto.Message{}, "[]\n"},

@@ -50,6 +50,15 @@ type Config struct {
 	// Judge says of an error of Submit whether it means that nothing was and will
 	// be done, and whether trying again does not help. Required.
 	Judge func(err error) (notDone, final bool)
+	// Trusted returns why the state of this node may be wrong, nil while nothing is
+	// known against it. It must not block. Default: nothing ever is.
+	Trusted func() error
+	// Compare has the states of the members compared soon, whose result comes to
+	// Agreed; nil when they are never compared: then backups that this node makes by
+	// itself do not wait for it, and do not say that they were. It must not block.
+	Compare func()
+	// CompareWait bounds the wait for that. Default 1 min.
+	CompareWait time.Duration
 	// FS is the file system of State and Shelf.
 	FS vfs.FS
 	// MaxTransfers bounds the uploads and downloads of this node at a time.
@@ -80,6 +89,12 @@ func (c *Config) ensureDefaults() {
 	if c.ReadyWait <= 0 {
 		c.ReadyWait = 10 * time.Second
 	}
+	if c.CompareWait <= 0 {
+		c.CompareWait = time.Minute
+	}
+	if c.Trusted == nil {
+		c.Trusted = func() error { return nil }
+	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -105,6 +120,7 @@ type Recovery struct {
 	running map[string]bool // operations this process carries out
 	// transfers holds the uploads and downloads in progress.
 	transfers map[*transfer]struct{}
+	agreement agreement
 	// prepared holds the restores this process has prepared, or when it failed to.
 	prepared map[string]preparation
 }
@@ -126,7 +142,8 @@ func New(c Config) (*Recovery, error) {
 		return nil, err
 	}
 	return &Recovery{
-		c: c, log: c.Logger, transfers: map[*transfer]struct{}{}, running: map[string]bool{}, prepared: map[string]preparation{},
+		agreement: agreement{changed: make(chan struct{})},
+		c:         c, log: c.Logger, transfers: map[*transfer]struct{}{}, running: map[string]bool{}, prepared: map[string]preparation{},
 	}, nil
 }
 

@@ -182,7 +182,7 @@ func (r *Recovery) drive(ctx context.Context, op *operation, s *shelf.Reader) {
 	switch {
 	case err == nil:
 		epoch := r.c.State.Epoch()
-		message = fmt.Sprintf("the state is that of %s now, restore epoch %d; 'router backup undo-restore' goes back", op.op.Subject, epoch)
+		message = fmt.Sprintf("restored %s; the restore epoch is %d now; 'router backup undo-restore' goes back", op.op.Subject, epoch)
 		log.Info("the state was restored", "event", "restored", "epoch", epoch)
 		if err := op.end(ctx, state, message); err != nil && ctx.Err() == nil {
 			log.Warn("the end of a restore could not be recorded", "err", err)

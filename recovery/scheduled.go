@@ -32,7 +32,7 @@ func (r *Recovery) runSchedule(ctx context.Context) {
 		if !r.c.Node.Leadership().Leading || r.catchUp(ctx) != nil {
 			continue
 		}
-		history, busy, err := r.backupHistory()
+		history, _, busy, err := r.backupHistory()
 		if err != nil {
 			r.log.Error("cannot read which backups were made", "err", err)
 			continue
@@ -42,15 +42,22 @@ func (r *Recovery) runSchedule(ctx context.Context) {
 			wait = min(wait, due.Sub(now))
 			continue
 		}
-		if !busy {
-			r.scheduled(ctx)
+		if busy {
+			continue
 		}
+		if err := r.c.Trusted(); err != nil {
+			// Nothing can be recorded from here either: the commands are refused for
+			// the same reason.
+			r.log.Error("a scheduled backup is due and is not made: the state of this node may be wrong", "event", "backup_refused", "err", err)
+			continue
+		}
+		r.scheduled(ctx)
 	}
 }
 
-// backupHistory returns what the operations say of scheduled backups, and
-// whether one is running.
-func (r *Recovery) backupHistory() (h backup.History, busy bool, err error) {
+// backupHistory returns what the operations say of scheduled backups, why the newest
+// failed if it did, and whether one is running.
+func (r *Recovery) backupHistory() (h backup.History, why string, busy bool, err error) {
 	v := r.c.State.View()
 	defer v.Close()
 	err = v.Operations(func(op *commandpb.Operation) bool { // the newest first
@@ -66,13 +73,31 @@ func (r *Recovery) backupHistory() (h backup.History, busy bool, err error) {
 			return false
 		default:
 			if h.Failures == 0 {
-				h.Failed = time.UnixMilli(int64(op.EndedAtMs))
+				h.Failed, why = time.UnixMilli(int64(op.EndedAtMs)), op.Message
 			}
 			h.Failures++
 		}
 		return true
 	})
-	return h, busy, err
+	return h, why, busy, err
+}
+
+// Alarms returns, while this node leads, that the scheduled backups fail: nobody
+// looks for a backup that is missing before it is needed.
+func (r *Recovery) Alarms() []string {
+	if !r.c.Schedule.Enabled() || !r.c.Node.Leadership().Leading {
+		return nil
+	}
+	h, why, _, err := r.backupHistory()
+	if err != nil || h.Failures == 0 {
+		return nil
+	}
+	last := "none was stored before"
+	if !h.Last.IsZero() {
+		last = "the last that was stored is of " + h.Last.UTC().Format(time.RFC3339)
+	}
+	return []string{fmt.Sprintf("scheduled backups fail, %d times in a row; %s; the newest, at %s: %s",
+		h.Failures, last, h.Failed.UTC().Format(time.RFC3339), why)}
 }
 
 // scheduled makes one backup and removes those that are too many.
@@ -130,6 +155,13 @@ func (r *Recovery) backUp(ctx context.Context, op *operation) (string, uint64, e
 			r.log.Warn("the snapshot of a scheduled backup could not be removed", "snapshot", name, "err", err)
 		}
 	}()
+	if err := op.phase(ctx, "compare", "", 0); err != nil {
+		return "", 0, err
+	}
+	agreed, err := r.awaitAgreed(ctx, op.op.OperationId, rec)
+	if err != nil {
+		return "", 0, err
+	}
 	if err := op.phase(ctx, "store", "bytes", uint64(rec.Bytes)); err != nil {
 		return "", 0, err
 	}
@@ -145,7 +177,7 @@ func (r *Recovery) backUp(ctx context.Context, op *operation) (string, uint64, e
 		BackupID: name, RouterEndpoint: r.c.Endpoint, CommitIndex: rec.Index, Term: rec.Term,
 		CreatedAt: rec.Created(), Compression: archive.Zstd.String(), StateHash: rec.ContentHash,
 		ClusterID: fmt.Sprintf("%016x", rec.ClusterID), ClusterName: rec.ClusterName, Epoch: rec.Epoch, Revision: rec.Revision,
-		Counts: rec.Counts, RouterVersion: rec.Version,
+		Counts: rec.Counts, RouterVersion: rec.Version, StateAgreed: agreed,
 	}, &watchedRead{r: r, ctx: ctx, op: op, d: d})
 	if err != nil {
 		return "", 0, err

@@ -67,8 +67,20 @@ func (r *Recovery) describe(dir string, rec *shelf.Record) error {
 // List returns the snapshots of this node, the newest first.
 func (r *Recovery) List() []shelf.Record { return r.c.Shelf.List() }
 
-// Delete removes a snapshot of this node and reports whether there was one.
-func (r *Recovery) Delete(id string) (bool, error) { return r.c.Shelf.Delete(id) }
+// Delete removes a snapshot of this node and reports whether there was one. With the
+// undo point of the last restore goes the state it is made of, or it would be back at
+// the next look.
+func (r *Recovery) Delete(id string) (bool, error) {
+	r.undoMu.Lock()
+	defer r.undoMu.Unlock()
+	undo, ok := r.c.State.UndoPoint()
+	if !ok || id != router.UndoID(undo.Epoch+1) {
+		return r.c.Shelf.Delete(id)
+	}
+	// Killed in between, the node has it again after its next start, whole.
+	_, err := r.c.Shelf.Delete(id)
+	return true, errors.Join(err, r.c.State.ForgetUndo(undo.Epoch+1))
+}
 
 // hash returns the hash of a snapshot's content, computing it the first time,
 // which reads everything.

@@ -205,6 +205,35 @@ func (s *FSM) findUndo() {
 	}
 }
 
+// ForgetUndo removes the undo point, durably, when it is that of the restore that
+// began epoch; without one it does nothing. It is for one who does not want to go
+// back any more, or wants the space.
+func (s *FSM) ForgetUndo(epoch uint64) error {
+	path, err := s.hideUndo(epoch)
+	if path == "" || err != nil {
+		return err
+	}
+	// Beside what goes on: it may be gigabytes. What a crash leaves, the next start
+	// removes.
+	return s.fs.RemoveAll(path)
+}
+
+// hideUndo makes the undo point one that was never finished, and returns where it is.
+func (s *FSM) hideUndo(epoch uint64) (string, error) {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	u := s.undo.Load()
+	if u == nil || u.Epoch+1 != epoch || s.broken != nil {
+		return "", nil
+	}
+	path := u.Dir + unfinished
+	if err := errors.Join(s.fs.RemoveAll(path), s.fs.Rename(u.Dir, path), syncDir(s.fs, s.root)); err != nil {
+		return "", fmt.Errorf("router: forget the undo point %s: %w", u.Dir, err)
+	}
+	s.undo.Store(nil)
+	return path, nil
+}
+
 func parseUndoName(name string) (uint64, bool) {
 	digits, ok := strings.CutPrefix(strings.TrimSuffix(name, unfinished), undoPrefix)
 	if !ok {

@@ -221,7 +221,13 @@ func (a *backupAPI) DeleteSnapshot(ctx context.Context, req *backuppb.DeleteSnap
 		return nil, fmt.Errorf("%w: %s was found on no node that answers, but %s; it may still be there",
 			ErrSnapshotUnreachable, req.GetSnapshotId(), describeFailed(failed))
 	}
-	return &backuppb.DeleteSnapshotResponse{Success: true, Existed: existed}, nil
+	resp := &backuppb.DeleteSnapshotResponse{Success: true, Existed: existed}
+	for id, err := range failed {
+		resp.Warnings = append(resp.Warnings, fmt.Sprintf("node %d could not be asked, and keeps %s if it has it; delete it again when the node is back: %s",
+			id, req.GetSnapshotId(), Plain(err.Error())))
+	}
+	slices.Sort(resp.Warnings)
+	return resp, nil
 }
 
 // GetStateMetadata describes the live state.

@@ -30,8 +30,7 @@ func (a *clusterAPI) TransferLeader(ctx context.Context, req *clusterpb.Transfer
 		switch {
 		case st.Leader != st.ID: // who leads knows better
 		case !known || m.Removed:
-			return nil, newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them", id),
-				"NOT_A_MEMBER", NotDone, 0, nil).Err()
+			return nil, notAMember(id, "")
 		case !slices.Contains(st.Position.ConfState.GetVoters(), id):
 			return nil, newStatus(codes.FailedPrecondition, fmt.Sprintf("node %d is a learner and cannot lead; nothing was changed: promote it first", id),
 				"LEARNER", NotDone, 0, nil).Err()

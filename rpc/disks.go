@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -49,6 +50,14 @@ type Disks interface {
 // state decides. A directory that is new, or that a first member was started on,
 // is listed nowhere, and cannot say so.
 //
+// Two may say so: the directory a member has now, and one it had before, which was
+// listed as well and has come back without having heard of the exchange. To a node
+// that lags behind both each is right, at its index, and of one log the later index
+// is the truth of today. So the latest word of all is kept for as long as it is ahead
+// of this node, and a directory that was listed earlier, or not at all, is refused.
+// Taking both would have them push each other aside, and the answers to the one go to
+// where the other is.
+//
 // Going by the word of a third node instead would let one that lags speak for a
 // directory that was replaced since; asking the leader does not work, for it is
 // the leader who is in doubt.
@@ -57,6 +66,44 @@ type Disks interface {
 // directory it comes with after pos.
 func outranks(h *peerpb.Hello, pos raftnode.Position) bool {
 	return h.GetDiskId() != 0 && h.GetListedAt() > pos.Index
+}
+
+// claim is the latest word of a node about itself that is ahead of this node: at an
+// index it was listed with a directory.
+type claim struct{ disk, listedAt uint64 }
+
+// overruled returns the word that speaks against h: the same node, with another
+// directory, was listed later than this node and the sender of h know of.
+func (t *PeerTransport) overruled(h *peerpb.Hello, pos raftnode.Position) (claim, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	c, ok := t.claims[h.GetNodeId()]
+	return c, ok && c.listedAt > pos.Index && c.disk != h.GetDiskId() && c.listedAt > h.GetListedAt()
+}
+
+// claimed keeps the word of a greeting that was accepted, and lets go of a
+// connection to another directory of the node: what is sent there is lost on the
+// one that counts.
+func (t *PeerTransport) claimed(h *peerpb.Hello, pos raftnode.Position) {
+	if !outranks(h, pos) {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	id := h.GetNodeId()
+	before, ok := t.claims[id]
+	if ok && before.listedAt >= h.GetListedAt() {
+		return
+	}
+	maps.DeleteFunc(t.claims, func(_ uint64, c claim) bool { return c.listedAt <= pos.Index })
+	t.claims[id] = claim{disk: h.GetDiskId(), listedAt: h.GetListedAt()}
+	p := t.peers[id]
+	if ok && before.disk == h.GetDiskId() || p == nil || t.closed {
+		return
+	}
+	if disk := p.disk.Load(); disk != 0 && disk != h.GetDiskId() {
+		t.restartLocked(p, p.addr)
+	}
 }
 
 // checkDisk refuses a node that has lost its data directory. It comes before the
@@ -69,6 +116,10 @@ func (t *PeerTransport) checkDisk(h *peerpb.Hello) error {
 		return nil // a release that does not say
 	}
 	pos := t.o.Position()
+	if c, yes := t.overruled(h, pos); yes {
+		return t.refuse(node, Wiped, c.listedAt,
+			"node %d was listed with another data directory than %016x later: it has joined again, and this one is of no use", node, disk)
+	}
 	m, ok := pos.Member(node)
 	listed := ok && !m.Removed && m.Disk != 0
 	known := listed && m.Disk == disk
@@ -83,6 +134,7 @@ func (t *PeerTransport) checkDisk(h *peerpb.Hello) error {
 		return t.refuse(node, Wiped, pos.Index,
 			"node %d was known with another data directory than %016x: it has lost what it promised, and must join again", node, disk)
 	}
+	t.claimed(h, pos)
 	return nil
 }
 
@@ -119,8 +171,8 @@ func (t *PeerTransport) check(h *peerpb.Hello) error {
 func (t *PeerTransport) recheck(h *peerpb.Hello) error {
 	node, disk := h.GetNodeId(), h.GetDiskId()
 	t.mu.RLock()
-	listed := t.listed[node]
-	same := !t.removed[node] && (disk == 0 || listed == 0 || listed == disk)
+	listed, claimed := t.listed[node], t.claims[node].disk
+	same := !t.removed[node] && (disk == 0 || listed == 0 || listed == disk) && (claimed == 0 || claimed == disk)
 	t.mu.RUnlock()
 	if same {
 		return nil

@@ -218,6 +218,79 @@ func TestLaggardListensToOneThatRejoined(t *testing.T) {
 	})
 }
 
+// Goal: the old directory of a member that has come back on a new one does not come
+// between the member and a node that lags, and knows the old one by its own state or
+// not at all: once both have spoken, the word of the later index counts, whatever the
+// order, and the answers go to where it came from.
+func TestOldDirectoryReturnsToALaggard(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		known, listed uint64 // of member 2, to the laggard
+		old           uint64 // where the old directory was last listed
+	}{
+		{name: "the laggard knows the old one", known: 22, listed: 22, old: 100},
+		{name: "the laggard has seen it with the old one", known: 22, old: 0},
+		{name: "the laggard knows one before that", known: 21, listed: 21, old: 100},
+		{name: "the laggard has seen the new one", known: 23, old: 100},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			checkLeaks(t)
+			memory := &diskMemory{known: map[uint64]uint64{2: c.known}}
+			var here standing
+			a := newStation(t, 1, func(o *TransportOptions) {
+				withDisk(11, memory, &refusals{})(o)
+				o.Position = here.get
+			})
+			told := &refusals{}
+			old := newStation(t, 2, func(o *TransportOptions) {
+				withDisk(22, &diskMemory{}, told)(o)
+				o.Position = func() raftnode.Position {
+					if c.old == 0 {
+						return raftnode.Position{Index: 90, Members: []raftnode.Member{{ID: 1}, {ID: 2}}}
+					}
+					return raftnode.Position{Index: c.old, Members: []raftnode.Member{{ID: 1}, {ID: 2, Disk: 22}}}
+				}
+			})
+			back := newStation(t, 2, func(o *TransportOptions) {
+				withDisk(23, &diskMemory{}, &refusals{})(o)
+				o.Position = func() raftnode.Position {
+					return raftnode.Position{Index: 200, Members: []raftnode.Member{{ID: 1}, {ID: 2, Disk: 23}}}
+				}
+			})
+			here.set(40, raftnode.Member{ID: 1}, raftnode.Member{ID: 2, Disk: c.listed})
+			// The old one is where the member was.
+			a.transport.SetMembers([]raftnode.Member{a.member(), old.member()})
+			old.transport.SetMembers([]raftnode.Member{a.member(), old.member()})
+			exchange(t, a, old)
+			back.transport.SetMembers([]raftnode.Member{a.member(), back.member()})
+			exchange(t, a, back)
+			until(t, &told.event, "the refusal of the old one", func() bool {
+				old.transport.Send([]*raftpb.Message{message(raftpb.MsgHeartbeat, 2, 1, 1)})
+				_, ok := told.first()
+				return ok
+			})
+			if r, _ := told.first(); r.Kind != Wiped || r.Applied != 200 {
+				t.Errorf("the old one was told %+v", r)
+			}
+			// From here on not one message passes between it and the laggard.
+			from, to := len(a.node.received(raftpb.MsgPreVote)), len(old.node.received(raftpb.MsgPreVote))
+			dials := old.net.dials.Load()
+			until(t, &told.event, "many attempts", func() bool {
+				old.transport.Send([]*raftpb.Message{message(raftpb.MsgPreVote, 2, 1, 1)})
+				a.transport.Send([]*raftpb.Message{message(raftpb.MsgPreVote, 1, 2, 1)})
+				return old.net.dials.Load() > dials+10
+			})
+			if len(a.node.received(raftpb.MsgPreVote)) != from || len(old.node.received(raftpb.MsgPreVote)) != to {
+				t.Error("the old directory is still believed")
+			}
+			if memory.of(2) != c.known {
+				t.Errorf("the word of a node was taken down as disk %d", memory.of(2))
+			}
+			exchange(t, a, back)
+		})
+	}
+}
+
 // A node that is removed while it is connected hears of it in answer to what it
 // sends, for nobody sends it anything any more.
 func TestRemovedWhileConnected(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -167,11 +168,6 @@ func (a *clusterAPI) joined(pos raftnode.Position, id, index uint64) *clusterpb.
 	return resp
 }
 
-// selfOf is how the operation of a rejoin names the self of a member that is taken
-// out. The same id may be taken out later for good, with the directory it has then:
-// an operation that was never ended must not bring it back.
-func selfOf(m raftnode.Member) []byte { return fmt.Appendf(nil, "%016x", m.Disk) }
-
 // rejoining returns the running operation, "" when there is none, that remembers
 // across changes of leader that this self of a member was, or is about to be, taken
 // out only to come back. One that an operator has cancelled is ended. With which
@@ -183,8 +179,8 @@ func (a *clusterAPI) rejoining(ctx context.Context, m raftnode.Member) (string, 
 	v := a.cfg.State.Latest()
 	defer v.Close()
 	err := v.Operations(func(op *commandpb.Operation) bool {
-		if op.Kind == "rejoin" && op.NodeId == m.ID && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING &&
-			bytes.Equal(op.Detail, selfOf(m)) {
+		if op.Kind == router.OperationRejoin && op.NodeId == m.ID && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING &&
+			bytes.Equal(op.Detail, router.RejoinDetail(m.Disk)) {
 			found = op
 		}
 		return found == nil
@@ -201,7 +197,7 @@ func (a *clusterAPI) endRejoins(ctx context.Context, id uint64) error {
 	v := a.cfg.State.Latest()
 	defer v.Close()
 	err := v.Operations(func(op *commandpb.Operation) bool {
-		if op.Kind == "rejoin" && op.NodeId == id && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
+		if op.Kind == router.OperationRejoin && op.NodeId == id && op.State == commandpb.OperationState_OPERATION_STATE_RUNNING {
 			left = append(left, op)
 		}
 		return true
@@ -221,7 +217,7 @@ func (a *clusterAPI) noteRejoin(ctx context.Context, m raftnode.Member, id strin
 		Op: &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{
 			Create: state == commandpb.OperationState_OPERATION_STATE_RUNNING,
 			Operation: &commandpb.Operation{
-				OperationId: id, Kind: "rejoin", State: state, NodeId: m.ID, Detail: selfOf(m),
+				OperationId: id, Kind: router.OperationRejoin, State: state, NodeId: m.ID, Detail: router.RejoinDetail(m.Disk),
 				Subject: fmt.Sprintf("node %d", m.ID), Phase: "exchange of its old self", Message: "its data directory was lost",
 			},
 		}},

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -201,7 +202,7 @@ func TestRemovedDoesNotRejoin(t *testing.T) {
 		leader.node.must(t, &commandpb.Command{Op: &commandpb.Command_PutOperation{PutOperation: &commandpb.PutOperation{
 			Create: true, Operation: &commandpb.Operation{
 				OperationId: "rejoin-3", Kind: "rejoin", State: commandpb.OperationState_OPERATION_STATE_RUNNING, NodeId: 3,
-				Detail: selfOf(raftnode.Member{ID: 3}),
+				Detail: router.RejoinDetail(0),
 			},
 		}}})
 		for _, c := range []raftnode.Change{

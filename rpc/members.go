@@ -220,6 +220,32 @@ func (a *clusterAPI) heardOf(ctx context.Context) {
 	}
 }
 
+// notAMember is the answer to a question about a node that is no member, whatever was
+// to be done with it; advice may follow.
+func notAMember(id uint64, advice string) error {
+	return newStatus(codes.NotFound, fmt.Sprintf("node %d is no member of the cluster; nothing was changed: 'router cluster members' shows them%s", id, advice),
+		"NOT_A_MEMBER", NotDone, 0, nil).Err()
+}
+
+// mustBeMember refuses a node that is no member. Who does not lead lets it pass: the
+// leader knows better, and the change is refused here for want of leadership.
+func (a *clusterAPI) mustBeMember(ctx context.Context, id uint64) error {
+	for looks := 0; ; looks++ {
+		st := a.cfg.Node.Status()
+		m, ok := st.Position.Member(id)
+		switch {
+		case st.Leader != st.ID || ok && !m.Removed:
+			return nil
+		case looks > 0:
+			return notAMember(id, "")
+		}
+		// A leader that was just elected may not have applied its being added.
+		if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
+			return err
+		}
+	}
+}
+
 func checkNodeID(field string, id uint64) error {
 	if id == 0 || id > 1<<63 {
 		return invalid(field, "%d is no node id", id)
@@ -267,6 +293,9 @@ func (a *clusterAPI) PromoteMember(ctx context.Context, req *clusterpb.PromoteMe
 		return nil, err
 	}
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		if err := a.mustBeMember(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.Promote, ID: req.NodeId})
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
 		return c.PromoteMember(ctx, req)
@@ -281,6 +310,9 @@ func (a *clusterAPI) RemoveMember(ctx context.Context, req *clusterpb.RemoveMemb
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
 		// One that was begun and came to nothing would let the node back in.
 		if err := a.endRejoins(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
+		if err := a.mustBeMember(ctx, req.NodeId); err != nil {
 			return nil, err
 		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.Remove, ID: req.NodeId})
@@ -299,6 +331,9 @@ func (a *clusterAPI) UpdateMember(ctx context.Context, req *clusterpb.UpdateMemb
 		return nil, err
 	}
 	return atLeader(ctx, a, func(ctx context.Context) (*clusterpb.ChangeMemberResponse, error) {
+		if err := a.mustBeMember(ctx, req.NodeId); err != nil {
+			return nil, err
+		}
 		return a.change(ctx, raftnode.Change{Kind: raftnode.UpdateAddr, ID: req.NodeId, Addr: addr})
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ChangeMemberResponse, error) {
 		return c.UpdateMember(ctx, req)

@@ -41,6 +41,8 @@ type peer struct {
 	member bool
 	guests int
 
+	// disk is the data directory the newest connection has led to, 0 = not known.
+	disk      atomic.Uint64
 	connected atomic.Bool
 	sent      atomic.Uint64
 
@@ -55,6 +57,13 @@ func (p *peer) queueFor(m *raftpb.Message) *peerQueue {
 		return p.entries
 	}
 	return p.control
+}
+
+// elsewhere reports whether the connection leads to another data directory than
+// disk, as far as both are known.
+func (p *peer) elsewhere(disk uint64) bool {
+	have := p.disk.Load()
+	return disk != 0 && have != 0 && have != disk
 }
 
 // run keeps a session with the peer until ctx is done.
@@ -216,6 +225,7 @@ func (p *peer) open(ctx context.Context, conn *grpc.ClientConn, session uint64) 
 	if err := p.t.checkAnswer(h, p.id); err != nil {
 		return nil, err
 	}
+	p.disk.Store(h.GetDiskId())
 	p.t.learn(h)
 	return stream, nil
 }

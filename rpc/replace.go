@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/raftnode"
@@ -56,6 +58,18 @@ func (a *clusterAPI) ReplaceMember(ctx context.Context, req *clusterpb.ReplaceMe
 		// What was decided before must be applied before it is judged.
 		if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
 			return nil, err
+		}
+		// A preflight shows it among its checks.
+		if !begin.PreflightOnly {
+			if err := a.mustBeMember(ctx, begin.OldNodeId); err != nil {
+				return nil, err
+			}
+			if err := a.mustBeMember(ctx, begin.NewNodeId); err != nil {
+				if st, ok := status.FromError(err); ok && st.Code() == codes.NotFound {
+					err = notAMember(begin.NewNodeId, "; start it with --join first")
+				}
+				return nil, err
+			}
 		}
 		return a.beginReplace(ctx, begin)
 	}, func(ctx context.Context, c clusterpb.ClusterClient) (*clusterpb.ReplaceMemberResponse, error) {

@@ -164,6 +164,8 @@ type PeerTransport struct {
 	removed map[uint64]bool
 	// listed are the disks of the members, as far as they joined with one.
 	listed map[uint64]uint64
+	// claims are what nodes say of themselves that this node has not applied yet.
+	claims map[uint64]claim
 	// clients holds what the nodes said in their greetings.
 	clients map[uint64]string
 }
@@ -185,6 +187,7 @@ func NewPeerTransport(o TransportOptions) (*PeerTransport, error) {
 		peers:   map[uint64]*peer{},
 		removed: map[uint64]bool{},
 		listed:  map[uint64]uint64{},
+		claims:  map[uint64]claim{},
 		clients: map[uint64]string{},
 	}
 	t.wg.Go(func() { t.report.run(ctx) })
@@ -246,17 +249,15 @@ func (t *PeerTransport) SetMembers(members []raftnode.Member) {
 		}
 		keep[m.ID] = true
 		p := t.peers[m.ID]
-		if p != nil && p.addr == m.Addr {
-			p.member = true
-			continue
+		switch {
+		case p == nil:
+			p = t.startLocked(m.ID, m.Addr)
+		case p.addr != m.Addr || p.elsewhere(m.Disk):
+			// One name may lead to another machine by now, while the old one still
+			// holds the connection.
+			p = t.restartLocked(p, m.Addr)
 		}
-		guests := 0
-		if p != nil {
-			p.cancel()
-			guests = p.guests
-		}
-		p = t.startLocked(m.ID, m.Addr)
-		p.member, p.guests = true, guests
+		p.member = true
 	}
 	for id, p := range t.peers {
 		if p.member && !keep[id] {
@@ -284,6 +285,15 @@ func (t *PeerTransport) startLocked(id uint64, addr string) *peer {
 	t.peers[id] = p
 	t.wg.Go(func() { p.run(ctx) })
 	return p
+}
+
+// restartLocked makes a new peer in the place of p, which ends its connection.
+func (t *PeerTransport) restartLocked(p *peer, addr string) *peer {
+	p.cancel()
+	next := t.startLocked(p.id, addr)
+	next.member, next.guests = p.member, p.guests
+	next.said.Store(p.said.Load())
+	return next
 }
 
 // greeted takes note of a node whose greeting passed Identity.check and which

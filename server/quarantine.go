@@ -53,6 +53,7 @@ func (s *Server) divergedLeader(ctx context.Context, f control.Finding) {
 // agreed takes note that the state of this node was found to be right, for the
 // snapshots that were made of it.
 func (s *Server) agreed(index, epoch uint64) {
+	s.recovery.Agreed(index, epoch)
 	if err := s.disk.shelf.Agree(index, epoch); err != nil {
 		s.log.Warn("that the snapshots of this node can be trusted was not written down; it is tried again", "err", err)
 	}

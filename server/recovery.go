@@ -34,7 +34,12 @@ func (s *Server) schedule() backup.Schedule {
 // startRecovery makes what backs the state up and restores it.
 func (s *Server) startRecovery() error {
 	var err error
+	compare := s.control.checker.Wake
+	if s.c.Check.Interval == 0 {
+		compare = nil // nobody looks
+	}
 	s.recovery, err = recovery.New(recovery.Config{
+		Trusted: s.gate.Err, Compare: compare,
 		NodeID: s.c.NodeID, ClusterID: s.disk.id.ClusterID, ClusterName: s.disk.id.ClusterName, Version: ReadBuild().Version,
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Shelf: s.disk.shelf, FS: s.disk.points.FS(vfs.Default),
 		Endpoint:       actual(s.c.AdvertiseAddr, s.clientLis),

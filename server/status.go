@@ -21,6 +21,7 @@ func (s *Server) alarms() []string {
 		out = append(out, fmt.Sprintf("node %d answers nobody: %s", s.c.NodeID, reason))
 	}
 	out = append(out, s.control.checker.Alarms()...)
+	out = append(out, s.recovery.Alarms()...)
 	return append(out, s.control.liveness.Alarms()...)
 }
 

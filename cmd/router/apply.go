@@ -33,19 +33,21 @@ func (f *manifestFlags) load(cmd *cobra.Command, a *app) (*manifest.Set, error) 
 	if len(f.files) == 0 {
 		return nil, usageError{cmd, errors.New("no file given; use -f FILE")}
 	}
+	// A file that cannot be understood is an argument that cannot be.
+	wrong := func(err error) error { return codedError{exitUsage, err} }
 	set, err := manifest.Load(f.files, a.stdin)
 	if err != nil {
-		return nil, err
+		return nil, wrong(err)
 	}
 	for _, w := range set.Warnings {
 		fmt.Fprintf(a.stderr, "Warning: %s\n", w)
 	}
 	if f.strict && len(set.Warnings) > 0 {
-		return nil, fmt.Errorf("%d warnings, and --strict was given", len(set.Warnings))
+		return nil, wrong(fmt.Errorf("%d warnings, and --strict was given", len(set.Warnings)))
 	}
 	if !f.noReferences {
 		if err := set.CheckReferences(); err != nil {
-			return nil, err
+			return nil, wrong(err)
 		}
 	}
 	return set, nil
@@ -78,7 +80,7 @@ pipelines are applied all the same.`,
 				return fmt.Errorf("nothing was applied: %w", err)
 			}
 			if len(set.Pipelines) == 0 {
-				return errors.New("the files declare no pipeline; nothing was applied")
+				return codedError{exitUsage, errors.New("the files declare no pipeline; nothing was applied")}
 			}
 			expected, epoch, err := version.expected(cmd, len(set.Pipelines))
 			if err != nil {
@@ -190,7 +192,7 @@ func (a *app) apply(cmd *cobra.Command, talk context.Context, c *clients, p *adm
 	if !reply.GetSuccess() {
 		text := reply.GetError()
 		if len(reply.GetViolations()) > 0 {
-			return applied{}, fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))
+			return applied{}, codedError{exitUsage, fmt.Errorf("pipeline %s was not applied:\n  %s", id, strings.Join(reply.GetViolations(), "\n  "))}
 		}
 		return applied{}, refused("pipeline "+id+" was not applied", text, expected != nil)
 	}

@@ -198,6 +198,9 @@ func (a *app) printBackup(m *backup.Metadata, where string) error {
 		g.Add("CONTENT", m.StateHash)
 		g.Add("SHA256", m.SHA256)
 		g.Add("TAKEN FROM", m.RouterEndpoint)
+		if m.StateAgreed {
+			g.Add("AGREED", "a majority of the voters held this state")
+		}
 		return g
 	})
 }
@@ -344,6 +347,9 @@ func newBackupDeleteCommand(a *app) *cobra.Command {
 				reply, err := c.Backup().DeleteSnapshot(ctx, &backuppb.DeleteSnapshotRequest{SnapshotId: id})
 				if err != nil {
 					return about("snapshot "+id, err)
+				}
+				for _, w := range reply.GetWarnings() {
+					fmt.Fprintf(a.stderr, "Warning: %s\n", output.Clean(w))
 				}
 				if !reply.GetExisted() {
 					return notFound("no snapshot %s on the nodes of the cluster; for a backup in a store, give --dest", id)

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -44,8 +45,9 @@ func muteAddr(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// Goal: a command that cannot reach a node says which, why, and that nothing was
-// done, in the words of people, whatever the command is.
+// Goal: a command that cannot reach a node, or is given what is not there, says which,
+// why, and that nothing was done, in the words of people and with the exit code of the
+// table, whatever the command is.
 func TestUnreachableNodes(t *testing.T) {
 	dead, mute := deadAddr(t), muteAddr(t)
 	node, err := startNode(filepath.Join(t.TempDir(), "node"))
@@ -53,6 +55,10 @@ func TestUnreachableNodes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = node.Stop(context.WithoutCancel(t.Context())) }()
+	bad := filepath.Join(t.TempDir(), "bad.yaml")
+	if err := os.WriteFile(bad, []byte("kind: Nonsense\nspec: {"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args   []string
 		code   int
@@ -68,6 +74,15 @@ func TestUnreachableNodes(t *testing.T) {
 		{[]string{"cluster", "status", "-s", dead + "," + node.Addr()}, 0, nil},
 		{[]string{"cluster", "status", "-s", mute + "," + node.Addr()}, 0, nil},
 		{[]string{"cluster", "transfer-leader", "7", "-s", node.Addr()}, 3, []string{"node 7 is no member of the cluster"}},
+		{[]string{"member", "remove", "7", "-y", "-s", node.Addr()}, 3, []string{"node 7 is no member of the cluster"}},
+		{[]string{"member", "promote", "7", "-s", node.Addr()}, 3, []string{"node 7 is no member of the cluster"}},
+		{[]string{"member", "update", "7", "a:1", "-s", node.Addr()}, 3, []string{"node 7 is no member of the cluster"}},
+		{[]string{"member", "replace", "1", "7", "-y", "-s", node.Addr()}, 3, []string{"node 7 is no member of the cluster"}},
+		{[]string{"pipeline", "apply", "-f", bad, "-s", node.Addr()}, 2, []string{bad, "nothing was applied"}},
+		{[]string{"pipeline", "apply", "-f", bad + ".gone", "-s", node.Addr()}, 2, []string{"nothing was applied"}},
+		{[]string{"pipeline", "validate", "-f", bad}, 8, []string{bad}},
+		{[]string{"snapshot", "restore", "--data-dir", bad + ".new", "--node-id", "9", "--peers", "1:a:1", "--peers", "2:b:1", "--peers", "3:c:1", bad}, 2,
+			[]string{"--node-id 9 is none of --peers (1, 2, 3)", "nothing was made"}},
 	} {
 		code, _, stderr := runRouter(t, c.args...)
 		if code != c.code {
@@ -100,22 +115,22 @@ func TestWaiterSaysWhatItWaitsFor(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1")
+		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1", nil)
 		if got := said(2 * time.Second); got != "waiting for a:1 to answer; giving up in 58s\n" && got != "waiting for a:1 to answer; giving up in 59s\n" {
 			t.Errorf("%q", got)
 		}
 		w.end(status.Error(codes.Unavailable, "rpc: no leader"))
-		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1")
+		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1", nil)
 		if got := said(noticeAgain); !strings.HasPrefix(got, "trying again: no leader; giving up in ") {
 			t.Errorf("%q", got)
 		}
 		w.end(nil)
-		w.begin(ctx, "/x.Cluster/WaitOperation", "passthrough:///a:1")
+		w.begin(ctx, "/x.Cluster/WaitOperation", "passthrough:///a:1", nil)
 		if got := said(time.Second * 20); got != "" {
 			t.Errorf("%q", got)
 		}
 		w.close()
-		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1")
+		w.begin(ctx, "/x.Cluster/ListMembers", "passthrough:///a:1", nil)
 		if got := said(5 * time.Second); got != "" {
 			t.Errorf("after the end: %q", got)
 		}

@@ -43,8 +43,9 @@ const exitCodesHelp = `The exit codes of every command:
 
   0  done
   1  error that none of the others describes
-  2  wrong use: unknown command or flag, bad argument, bad setting
-  3  not found
+  2  wrong use: unknown command or flag, bad argument, bad setting, a file that
+     cannot be understood or declares what cannot be
+  3  not found; also a node that is no member
   4  conflict: the state does not allow it, it changed meanwhile, or a node runs on
      the data directory; nothing was done
   5  no node or no leader answered in time, or they were too busy; nothing was done

@@ -178,7 +178,7 @@ cluster is never weaker than before. A leader hands leadership over first. It is
 operation: 'router operation cancel' ends it, and leaves the cluster as it was, up
 to the moment of the exchange; it survives a change of leader.
 
-Exit codes: 0 done, 4 a check failed and nothing was begun, 8 it failed or was
+Exit codes: 0 done, 3 one of the two is no member, 4 a check failed and nothing was begun, 8 it failed or was
 cancelled, or a check failed with --check, 7 --timeout passed first (it goes on).`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {

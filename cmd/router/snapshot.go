@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -115,11 +116,8 @@ backup is damaged or not what it says.`,
 			if o.NodeID == 0 {
 				return usageError{cmd, errors.New("--node-id is missing")}
 			}
-			o.Members = []uint64{o.NodeID}
-			for _, p := range list {
-				if p.ID != o.NodeID {
-					o.Members = append(o.Members, p.ID)
-				}
+			if o.Members, err = foundingMembers(o.NodeID, list); err != nil {
+				return usageError{cmd, err}
 			}
 			o.Logger = quietLogger(a.stderr)
 			res, err := a.restore(cmd.Context(), args[0], o)
@@ -146,6 +144,24 @@ backup is damaged or not what it says.`,
 	flags.StringVar(&o.Token, "token", "", "any text, the same for all members: tells clusters apart that are made from one backup with the same name and members")
 	flags.Int64Var(&o.MaxBytes, "max-bytes", 0, "refuse a backup whose state is larger; 0: 64 GiB")
 	return cmd
+}
+
+// foundingMembers are those of a new cluster, by the rule of 'router serve', which is
+// started with the same settings: peers may leave the node itself out, but an odd
+// number of others is a whole cluster, and one more is what a wrong id looks like. It
+// would found a cluster that the others are no part of.
+func foundingMembers(node uint64, peers []config.Peer) ([]uint64, error) {
+	ids := []uint64{}
+	for _, p := range peers {
+		ids = append(ids, p.ID)
+	}
+	switch n := len(ids); {
+	case slices.Contains(ids, node):
+		return ids, nil
+	case n >= 3 && n%2 == 1:
+		return nil, fmt.Errorf("--node-id %d is none of --peers (%s): list every voter, this node too; nothing was made", node, idList(ids))
+	}
+	return append(ids, node), nil
 }
 
 // restore runs one restore from wherever name points to.

@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/offline"
@@ -86,7 +85,7 @@ type recordJSON struct {
 }
 
 func recordOf(r offline.Record) (recordJSON, error) {
-	raw, err := protojson.Marshal(r.Value)
+	raw, err := output.Message(r.Value)
 	return recordJSON{r.Table, r.Key, raw}, err
 }
 
@@ -245,13 +244,9 @@ func (w *recordWriter) close() error {
 	return w.w.Flush()
 }
 
-// oneLine renders m as JSON without needless blanks; protojson varies them.
+// oneLine renders m as JSON without needless blanks.
 func oneLine(m proto.Message) (string, error) {
-	raw, err := protojson.Marshal(m)
-	if err != nil {
-		return "", err
-	}
-	raw, err = json.Marshal(json.RawMessage(raw))
+	raw, err := output.Message(m)
 	return string(raw), err
 }
 

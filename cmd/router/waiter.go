@@ -9,6 +9,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"conveyor.etl/router/rpc/routerpb/adminpb"
 )
 
 const (
@@ -33,7 +35,29 @@ type waiter struct {
 	ctx    context.Context
 	method string
 	node   string
+	conn   *grpc.ClientConn // of the call that runs; nil in tests
 	closed bool
+}
+
+// lookTime bounds the question whether a node knows a leader.
+const lookTime = time.Second
+
+// looking marks the calls of the waiter itself.
+type looking struct{}
+
+// leaderless says that the node which does not answer waits for a leader itself, ""
+// when it knows one or is not heard of.
+func (w *waiter) leaderless(ctx context.Context, conn *grpc.ClientConn, node string) string {
+	if conn == nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, looking{}, true), lookTime)
+	defer cancel()
+	st, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(ctx, &adminpb.GetClusterStatusRequest{})
+	if err != nil || st.GetLeaderId() != 0 {
+		return ""
+	}
+	return "waiting for a leader: " + node + " knows none; a majority of the voters must be up and reach each other"
 }
 
 // patient are the calls that take long by their nature: while one of them runs,
@@ -46,10 +70,10 @@ func patient(method string) bool {
 	return false
 }
 
-func (w *waiter) begin(ctx context.Context, method, target string) {
+func (w *waiter) begin(ctx context.Context, method, target string, conn *grpc.ClientConn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.ctx, w.method, w.node = ctx, method, strings.TrimPrefix(target, passthrough)
+	w.ctx, w.method, w.node, w.conn = ctx, method, strings.TrimPrefix(target, passthrough), conn
 	if w.timer == nil && !w.closed {
 		w.timer = time.AfterFunc(noticeAfter, w.fire)
 	}
@@ -83,13 +107,24 @@ func (w *waiter) close() {
 
 func (w *waiter) fire() {
 	w.mu.Lock()
-	ctx, last, method, node, on := w.ctx, w.last, w.method, w.node, w.timer != nil && w.ctx.Err() == nil
+	ctx, last, method, node, conn, on := w.ctx, w.last, w.method, w.node, w.conn, w.timer != nil && w.ctx.Err() == nil
 	if on {
 		w.timer.Reset(noticeAgain)
 	}
 	w.mu.Unlock()
+	if !on {
+		return
+	}
+	// Asked also while a call runs that takes long by its nature: without a leader it
+	// does not even begin.
+	why := ""
+	if last == "" {
+		why = w.leaderless(ctx, conn, node)
+	}
 	switch {
-	case !on:
+	case ctx.Err() != nil:
+	case why != "":
+		w.a.notice("%s%s", why, remaining(ctx))
 	case last != "":
 		w.a.notice("trying again: %s%s", last, remaining(ctx))
 	case !patient(method):
@@ -98,14 +133,17 @@ func (w *waiter) fire() {
 }
 
 func (w *waiter) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	w.begin(ctx, method, cc.Target())
+	if ctx.Value(looking{}) != nil {
+		return invoke(ctx, method, req, reply, cc, opts...)
+	}
+	w.begin(ctx, method, cc.Target(), cc)
 	err := invoke(ctx, method, req, reply, cc, opts...)
 	w.end(err)
 	return err
 }
 
 func (w *waiter) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	w.begin(ctx, method, cc.Target())
+	w.begin(ctx, method, cc.Target(), cc)
 	s, err := open(ctx, desc, cc, method, opts...)
 	w.end(err)
 	return s, err

@@ -31,6 +31,9 @@ func steps() []string {
 		"image:manifest", "image:publish", "image:delete", "image:remove",
 		"receive:publish", "receive:discard",
 		"install", "state:copy", "state:switch", "state:remove",
+		// The entries of the membership, where they are applied; with exchange a joint
+		// configuration begins, with leave it ends.
+		"member:remove", "member:add", "member:promote", "member:exchange", "member:leave",
 	}
 }
 
@@ -61,6 +64,8 @@ func Names() []string {
 	}
 	// Of a wrong state, see server/rebuild.go.
 	names = append(names, "rebuild:install", "rebuild:installed", "rebuild:done")
+	// A replaced database of which some files are gone.
+	names = append(names, "state:remove:half")
 	return append(names, "raft:before") // all is open, raft has not run yet
 }
 
@@ -169,9 +174,30 @@ func (f *crashFS) RemoveAll(path string) error {
 	case strings.HasPrefix(base, ".receiving-"):
 		step = "receive:discard"
 	case strings.HasPrefix(base, "db-"):
-		step = "state:remove"
+		// Who makes a database clears its place first, where there is nothing.
+		if _, err := f.FS.Stat(path); err == nil {
+			step = "state:remove"
+		}
 	}
-	return f.p.around(step, func() error { return f.FS.RemoveAll(path) })
+	return f.p.around(step, func() error {
+		if step == "state:remove" && f.p.at == "state:remove:half" {
+			if err := f.removeHalf(path); err != nil {
+				return err
+			}
+			f.p.Pass("state:remove:half")
+		}
+		return f.FS.RemoveAll(path)
+	})
+}
+
+// removeHalf removes every second file in path.
+func (f *crashFS) removeHalf(path string) error {
+	files, err := f.FS.List(path)
+	slices.Sort(files)
+	for i := 0; err == nil && i < len(files); i += 2 {
+		err = f.FS.RemoveAll(f.FS.PathJoin(path, f.FS.PathBase(files[i])))
+	}
+	return err
 }
 
 func (f *crashFS) Remove(path string) error {
@@ -269,6 +295,30 @@ func (p *Points) divert(b []raftnode.Batch) (int, error) {
 		}
 	}
 	return -1, nil
+}
+
+func (m *crashMachine) ApplyMembership(pos raftnode.Position) error {
+	return m.p.around(memberStep(m.StateMachine.Applied(), pos), func() error { return m.StateMachine.ApplyMembership(pos) })
+}
+
+// memberStep names the change from one position to the next, "" when who takes part
+// stays the same.
+func memberStep(from, to raftnode.Position) string {
+	was, is := from.ConfState, to.ConfState
+	lives := func(p raftnode.Position) int { return len(raftnode.Live(p.Members)) }
+	switch {
+	case len(was.GetVotersOutgoing()) == 0 && len(is.GetVotersOutgoing()) > 0:
+		return "member:exchange"
+	case len(was.GetVotersOutgoing()) > 0 && len(is.GetVotersOutgoing()) == 0:
+		return "member:leave"
+	case lives(to) < lives(from):
+		return "member:remove"
+	case lives(to) > lives(from):
+		return "member:add"
+	case len(is.GetVoters()) > len(was.GetVoters()):
+		return "member:promote"
+	}
+	return ""
 }
 
 func (m *crashMachine) Flush() (durable uint64, err error) {

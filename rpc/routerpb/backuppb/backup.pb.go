@@ -422,9 +422,11 @@ func (x *DeleteSnapshotRequest) GetSnapshotId() string {
 }
 
 type DeleteSnapshotResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Success       bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"` // also when there was none
-	Existed       bool                   `protobuf:"varint,100,opt,name=existed,proto3" json:"existed,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Success bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"` // also when there was none
+	Existed bool                   `protobuf:"varint,100,opt,name=existed,proto3" json:"existed,omitempty"`
+	// Nodes that could not be asked, where it may still lie.
+	Warnings      []string `protobuf:"bytes,101,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -471,6 +473,13 @@ func (x *DeleteSnapshotResponse) GetExisted() bool {
 		return x.Existed
 	}
 	return false
+}
+
+func (x *DeleteSnapshotResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type UploadSnapshotResponse struct {
@@ -1227,10 +1236,11 @@ const file_conveyor_etl_backup_proto_rawDesc = "" +
 	"\ttemporary\x18f \x01(\bR\ttemporary\"8\n" +
 	"\x15DeleteSnapshotRequest\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
-	"snapshotId\"L\n" +
+	"snapshotId\"h\n" +
 	"\x16DeleteSnapshotResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x18\n" +
-	"\aexisted\x18d \x01(\bR\aexisted\"\x91\x01\n" +
+	"\aexisted\x18d \x01(\bR\aexisted\x12\x1a\n" +
+	"\bwarnings\x18e \x03(\tR\bwarnings\"\x91\x01\n" +
 	"\x16UploadSnapshotResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
