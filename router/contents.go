@@ -43,38 +43,69 @@ func scanData(ctx context.Context, r pebble.Reader, fn func(k, v []byte) error) 
 	return nil
 }
 
-// recordDigest is a SHA-256 over records, each with its lengths.
+// recordDigest is a SHA-256 over records, each with its lengths: over what a run
+// of records looks like in a chunk.
 type recordDigest struct {
 	h interface {
 		io.Writer
 		Sum([]byte) []byte
 	}
-	n []byte
+	// plain is what was added and not hashed yet: each call of the hash costs as
+	// much as the record it is for.
+	plain []byte
 }
+
+// digestBlock is how much is hashed at a time.
+const digestBlock = 16 << 10
 
 func newRecordDigest() *recordDigest { return &recordDigest{h: sha256.New()} }
 
-func (d *recordDigest) add(k, v []byte) {
-	d.n = binary.AppendUvarint(d.n[:0], uint64(len(k)))
-	d.h.Write(d.n)
-	d.h.Write(k)
-	d.n = binary.AppendUvarint(d.n[:0], uint64(len(v)))
-	d.h.Write(d.n)
-	d.h.Write(v)
+// appendRecord appends a record as chunks, runs and digests have it.
+func appendRecord(b, k, v []byte) []byte {
+	b = binary.AppendUvarint(b, uint64(len(k)))
+	b = append(b, k...)
+	b = binary.AppendUvarint(b, uint64(len(v)))
+	return append(b, v...)
 }
 
-func (d *recordDigest) sum() []byte { return d.h.Sum(nil) }
+func (d *recordDigest) add(k, v []byte) {
+	if d.plain = appendRecord(d.plain, k, v); len(d.plain) >= digestBlock {
+		d.flush()
+	}
+}
+
+// addPlain adds records that are one after the other already.
+func (d *recordDigest) addPlain(b []byte) {
+	d.flush()
+	d.h.Write(b)
+}
+
+func (d *recordDigest) flush() {
+	d.h.Write(d.plain)
+	d.plain = d.plain[:0]
+}
+
+func (d *recordDigest) sum() []byte {
+	d.flush()
+	return d.h.Sum(nil)
+}
 
 // ContentHash returns a SHA-256 over the content alone: what a backup holds. It
 // is the same for a backup and for the state right after restoring it. It reads
 // the whole state.
 func (v *View) ContentHash(ctx context.Context) ([]byte, error) {
 	d := newRecordDigest()
-	err := v.read(func(r pebble.Reader) error {
-		return scanData(ctx, r, func(k, val []byte) error {
-			d.add(k, val)
-			return nil
-		})
+	err := v.readDatabase(func(db *database, r pebble.Reader) error {
+		c, err := readClock(r)
+		if err != nil {
+			return err
+		}
+		n, err := traverse(ctx, r, prefixes(dataTables), d, nil)
+		if err == nil {
+			// Counts would walk over them once more.
+			v.noteCheckpoints(db, c, n[prefixCheckpoint])
+		}
+		return err
 	})
 	if err != nil {
 		return nil, err
