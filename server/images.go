@@ -18,7 +18,7 @@ const keepImages = 2
 // all the processors and the disk there are for a moment, and the writes of clients
 // wait for it: their 99th percentile was four times what it is otherwise.
 const (
-	imageRate  = 256 << 20
+	imageRate  = 288 << 20
 	imageBurst = 1 << 20
 )
 
