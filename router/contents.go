@@ -50,13 +50,7 @@ type recordDigest struct {
 		io.Writer
 		Sum([]byte) []byte
 	}
-	// plain is what was added and not hashed yet: each call of the hash costs as
-	// much as the record it is for.
-	plain []byte
 }
-
-// digestBlock is how much is hashed at a time.
-const digestBlock = 16 << 10
 
 func newRecordDigest() *recordDigest { return &recordDigest{h: sha256.New()} }
 
@@ -68,27 +62,11 @@ func appendRecord(b, k, v []byte) []byte {
 	return append(b, v...)
 }
 
-func (d *recordDigest) add(k, v []byte) {
-	if d.plain = appendRecord(d.plain, k, v); len(d.plain) >= digestBlock {
-		d.flush()
-	}
-}
+// addPlain adds records that are one after the other: to add each of them by
+// itself costs as much as hashing it.
+func (d *recordDigest) addPlain(b []byte) { d.h.Write(b) }
 
-// addPlain adds records that are one after the other already.
-func (d *recordDigest) addPlain(b []byte) {
-	d.flush()
-	d.h.Write(b)
-}
-
-func (d *recordDigest) flush() {
-	d.h.Write(d.plain)
-	d.plain = d.plain[:0]
-}
-
-func (d *recordDigest) sum() []byte {
-	d.flush()
-	return d.h.Sum(nil)
-}
+func (d *recordDigest) sum() []byte { return d.h.Sum(nil) }
 
 // ContentHash returns a SHA-256 over the content alone: what a backup holds. It
 // is the same for a backup and for the state right after restoring it. It reads
