@@ -60,10 +60,7 @@ func (w *ChunkWriter) Add(k, v []byte) error {
 			return err
 		}
 	}
-	w.plain = binary.AppendUvarint(w.plain, uint64(len(k)))
-	w.plain = append(w.plain, k...)
-	w.plain = binary.AppendUvarint(w.plain, uint64(len(v)))
-	w.plain = append(w.plain, v...)
+	w.plain = appendRecord(w.plain, k, v)
 	w.records++
 	w.total++
 	return nil
@@ -113,10 +110,15 @@ func readChunk(data, buf []byte, fn func(k, v []byte) error) ([]byte, error) {
 	if err == nil {
 		buf, err = s2.Decode(buf[:cap(buf)], data)
 	}
-	plain := buf
 	if err != nil {
 		return nil, fmt.Errorf("%w: a chunk of %d bytes: %w", ErrBadChunk, len(data), err)
 	}
+	return buf, eachRecord(buf, fn)
+}
+
+// eachRecord calls fn for each of the records in plain, which are as
+// appendRecord writes them. It fails with ErrBadChunk, or with what fn returns.
+func eachRecord(plain []byte, fn func(k, v []byte) error) error {
 	blob := func() ([]byte, bool) {
 		n, w := binary.Uvarint(plain)
 		if w <= 0 || n > uint64(len(plain)-w) {
@@ -133,13 +135,13 @@ func readChunk(data, buf []byte, fn func(k, v []byte) error) ([]byte, error) {
 			v, ok2 = blob()
 		}
 		if !ok2 {
-			return nil, fmt.Errorf("%w: a record ends behind its chunk", ErrBadChunk)
+			return fmt.Errorf("%w: a record ends behind its chunk", ErrBadChunk)
 		}
 		if err := fn(k, v); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return buf, nil
+	return nil
 }
 
 // Chunks cuts the content of the view into chunks, in order, without the first

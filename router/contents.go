@@ -43,25 +43,28 @@ func scanData(ctx context.Context, r pebble.Reader, fn func(k, v []byte) error) 
 	return nil
 }
 
-// recordDigest is a SHA-256 over records, each with its lengths.
+// recordDigest is a SHA-256 over records, each with its lengths: over what a run
+// of records looks like in a chunk.
 type recordDigest struct {
 	h interface {
 		io.Writer
 		Sum([]byte) []byte
 	}
-	n []byte
 }
 
 func newRecordDigest() *recordDigest { return &recordDigest{h: sha256.New()} }
 
-func (d *recordDigest) add(k, v []byte) {
-	d.n = binary.AppendUvarint(d.n[:0], uint64(len(k)))
-	d.h.Write(d.n)
-	d.h.Write(k)
-	d.n = binary.AppendUvarint(d.n[:0], uint64(len(v)))
-	d.h.Write(d.n)
-	d.h.Write(v)
+// appendRecord appends a record as chunks, runs and digests have it.
+func appendRecord(b, k, v []byte) []byte {
+	b = binary.AppendUvarint(b, uint64(len(k)))
+	b = append(b, k...)
+	b = binary.AppendUvarint(b, uint64(len(v)))
+	return append(b, v...)
 }
+
+// addPlain adds records that are one after the other: to add each of them by
+// itself costs as much as hashing it.
+func (d *recordDigest) addPlain(b []byte) { d.h.Write(b) }
 
 func (d *recordDigest) sum() []byte { return d.h.Sum(nil) }
 
@@ -70,11 +73,17 @@ func (d *recordDigest) sum() []byte { return d.h.Sum(nil) }
 // the whole state.
 func (v *View) ContentHash(ctx context.Context) ([]byte, error) {
 	d := newRecordDigest()
-	err := v.read(func(r pebble.Reader) error {
-		return scanData(ctx, r, func(k, val []byte) error {
-			d.add(k, val)
-			return nil
-		})
+	err := v.readDatabase(func(db *database, r pebble.Reader) error {
+		c, err := readClock(r)
+		if err != nil {
+			return err
+		}
+		n, err := traverse(ctx, r, prefixes(dataTables), d, nil)
+		if err == nil {
+			// Counts would walk over them once more.
+			v.noteCheckpoints(db, c, n[prefixCheckpoint])
+		}
+		return err
 	})
 	if err != nil {
 		return nil, err

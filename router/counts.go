@@ -106,10 +106,17 @@ func (v *View) countCheckpoints(d *database, r pebble.Reader, c *commandpb.Clock
 		n++
 		return true, nil
 	})
-	// A view without a snapshot may have counted newer keys than its clock
-	// says; remembering that would be a wrong count for good.
-	if err == nil && !v.latest {
-		d.ckptMemo.Store(&checkpointCount{revision: c.CheckpointRevision, n: n})
+	if err == nil {
+		v.noteCheckpoints(d, c, n)
 	}
 	return n, err
+}
+
+// noteCheckpoints remembers that there are n checkpoints at the clock c.
+func (v *View) noteCheckpoints(d *database, c *commandpb.Clock, n uint64) {
+	// A view without a snapshot may have counted newer keys than its clock
+	// says; remembering that would be a wrong count for good.
+	if !v.latest {
+		d.ckptMemo.Store(&checkpointCount{revision: c.CheckpointRevision, n: n})
+	}
 }

@@ -147,10 +147,13 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 			d.report(fmt.Errorf("%w: %s: %w", ErrCorrupt, i.Path, i.Details))
 		},
 	}
+	held := holdCompactions()
+	po.Experimental.CompactionScheduler = held
 	db, err := pebble.Open(dir, po)
 	if err != nil {
 		return nil, fmt.Errorf("router: open state in %s: %w", dir, formatError(err))
 	}
+	held.release()
 	d.db = db
 	if create {
 		return d, nil

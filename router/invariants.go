@@ -54,17 +54,24 @@ func (v *View) check(ctx context.Context, graphs bool) error {
 
 // checkInto adds the content to digest on the way, unless it is nil.
 func (v *View) checkInto(ctx context.Context, graphs bool, digest *recordDigest) error {
-	return v.read(func(r pebble.Reader) error {
-		c := &checker{ctx: ctx, r: r, graphs: graphs, digest: digest}
-		return c.run()
+	return v.readDatabase(func(d *database, r pebble.Reader) error {
+		c := &checker{r: r, graphs: graphs}
+		n, err := c.run(ctx, digest)
+		if err == nil {
+			v.noteCheckpoints(d, c.clock, n[prefixCheckpoint])
+		}
+		return err
 	})
 }
 
+// checkers is how many records are looked at side by side.
+const checkers = 2
+
+// checker looks at records. Several of them share the tables of a state, those
+// but for the assignments in which the order matters, and are added up in the end.
 type checker struct {
-	ctx    context.Context
 	r      pebble.Reader
 	graphs bool
-	digest *recordDigest
 	clock  *commandpb.Clock
 	faults []string
 	sums   [sumKinds]uint64
@@ -76,6 +83,8 @@ type checker struct {
 	revoked          uint64
 	assigned, queued uint64
 	revokedAll       uint64
+	// ckpt is the checkpoint that is being looked at.
+	ckpt commandpb.Checkpoint
 }
 
 var errEnough = errors.New("enough faults")
@@ -86,32 +95,62 @@ func (c *checker) fault(format string, args ...any) {
 	}
 }
 
-func (c *checker) run() error {
-	var err error
+// run checks everything and returns the rows by table.
+func (c *checker) run(ctx context.Context, digest *recordDigest) (rows [256]uint64, err error) {
 	if c.clock, err = readClock(c.r); err != nil {
-		return err
+		return rows, err
 	}
 	pos, err := readApplied(c.r)
 	if err != nil {
-		return err
+		return rows, err
 	}
 	if c.clock.Revision > pos.Index+c.clock.RevisionBase {
 		c.fault("revision %d is later than entry %d allows", c.clock.Revision, pos.Index)
 	}
-	if err = c.tables(); err == nil || errors.Is(err, errEnough) {
+	all := []*checker{c}
+	for len(all) < checkers {
+		all = append(all, &checker{r: c.r, graphs: c.graphs, clock: c.clock})
+	}
+	look := &tableCheck{ordered: func(table byte) bool { return table == prefixAssignment }}
+	for _, x := range all {
+		look.look = append(look.look, x.record())
+	}
+	rows, err = traverse(ctx, c.r, everything(), digest, look)
+	if err == nil || errors.Is(err, errEnough) {
+		c.endSidecar()
+		for _, x := range all[1:] {
+			c.add(x)
+		}
 		if err == nil {
 			c.totals()
 		}
 		if len(c.faults) > 0 {
-			return fmt.Errorf("%w: %s", ErrCorrupt, strings.Join(c.faults, "; "))
+			return rows, fmt.Errorf("%w: %s", ErrCorrupt, strings.Join(c.faults, "; "))
 		}
 	}
-	return err
+	return rows, err
 }
 
-// tables reads every key there is.
-func (c *checker) tables() error {
-	checks := map[byte]func(k, v []byte) error{
+// add takes in what another one has found.
+func (c *checker) add(o *checker) {
+	for _, f := range o.faults {
+		c.fault("%s", f)
+	}
+	for i := range c.sums {
+		c.sums[i] += o.sums[i]
+	}
+	for i := range c.rows {
+		c.rows[i] += o.rows[i]
+		c.entries[i] += o.entries[i]
+	}
+	c.assigned += o.assigned
+	c.queued += o.queued
+	c.revokedAll += o.revokedAll
+}
+
+// record returns the check of one record of any table.
+func (c *checker) record() func(k, v []byte) error {
+	checks := [256]func(k, v []byte) error{
 		prefixMeta: func(_, _ []byte) error { return nil }, prefixStage: func(_, _ []byte) error { return nil },
 		prefixPipeline: c.pipeline, prefixSidecar: c.sidecarRecord, prefixService: c.service, prefixGroup: c.group,
 		prefixGroupPast: c.groupPast, prefixSourceOffset: c.offset, prefixWatermark: c.watermark, prefixGroupOffset: c.groupOffset,
@@ -120,36 +159,28 @@ func (c *checker) tables() error {
 		prefixOperation: c.operation, prefixOperationEnd: c.operationEnd,
 		prefixByPipeline: c.index, prefixByName: c.index, prefixBySidecar: c.index, prefixLocalName: c.index, prefixMembership: c.index,
 	}
-	n := 0
-	return scanKeys(c.r, nil, nil, func(k, v []byte) (bool, error) {
-		if n++; n%4096 == 0 && c.ctx.Err() != nil {
-			return false, c.ctx.Err()
-		}
+	return func(k, v []byte) error {
 		if len(c.faults) >= maxFaults {
-			return false, errEnough
+			return errEnough
 		}
 		check := checks[k[0]]
 		if check == nil {
 			c.fault("the key %q is of no table", k)
-			return true, nil
+			return nil
 		}
 		c.rows[k[0]]++
 		if kind, ok := sumOf(k[0]); ok {
 			c.sums[kind] += recordHash(xxhash.Sum64(k), v)
 		}
-		if c.digest != nil && isData(k) {
-			c.digest.add(k, v)
-		}
 		if err := check(k, v); err != nil {
 			c.fault("record %q: %v", k, err)
 		}
-		return true, nil
-	})
+		return nil
+	}
 }
 
 // totals compares what was counted while reading.
 func (c *checker) totals() {
-	c.endSidecar()
 	if err := checkRows(c.clock, &c.rows); err != nil {
 		c.fault("%v", err)
 	}
@@ -334,7 +365,10 @@ func (c *checker) groupOffset(k, v []byte) error {
 }
 
 func (c *checker) checkpoint(k, v []byte) error {
-	var p commandpb.Checkpoint
+	p := &c.ckpt
+	data := p.Data[:0]
+	p.Reset()
+	p.Data = data // the decoder uses it again
 	if err := p.UnmarshalVT(v); err != nil {
 		return err
 	}

@@ -264,7 +264,6 @@ func (s *FSM) readStaged(ctx context.Context, d *database, rec *commandpb.Restor
 		if err := order.check(k); err != nil {
 			return err
 		}
-		digest.add(k, v)
 		rows[k[0]]++
 		records++
 		if kind, ok := sumOf(k[0]); ok {
@@ -297,6 +296,7 @@ func (s *FSM) readStaged(ctx context.Context, d *database, rec *commandpb.Restor
 			return fmt.Errorf("%w: chunk %d of %d is missing", ErrCorrupt, i, rec.Chunks)
 		}
 		plain, err = readChunk(data, plain, add)
+		digest.addPlain(plain)
 		if err = errors.Join(err, closer.Close()); err != nil {
 			return err
 		}

@@ -71,8 +71,10 @@ func (a *backupAPI) send(stream backuppb.BackupService_StreamSnapshotServer, chu
 // sendArchive sends what d holds. Every chunk is read before the one before it
 // is sent: only then it is known which is the last.
 func (a *backupAPI) sendArchive(stream backuppb.BackupService_StreamSnapshotServer, d *recovery.Download, offset uint64) error {
+	// Two buffers take turns: a chunk was copied when it has been sent.
+	buf, other := make([]byte, dataChunkBytes), make([]byte, dataChunkBytes)
 	read := func() ([]byte, error) {
-		buf := make([]byte, dataChunkBytes)
+		buf, other = other, buf
 		n, err := io.ReadFull(d, buf)
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			err = nil

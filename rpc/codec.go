@@ -4,8 +4,9 @@ import (
 	"fmt"
 
 	"google.golang.org/grpc/encoding"
-	"google.golang.org/grpc/encoding/proto" // registers the codec to fall back to
+	protocodec "google.golang.org/grpc/encoding/proto" // registers the codec to fall back to
 	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/proto"
 )
 
 // vtMessage is a protobuf message with generated, reflection-free code.
@@ -32,12 +33,12 @@ type codec struct{ fallback encoding.CodecV2 }
 // NewCodec returns the codec for grpc.ForceServerCodecV2 and
 // grpc.ForceCodecV2. Its wire format is that of the standard codec.
 func NewCodec() encoding.CodecV2 {
-	return codec{fallback: encoding.GetCodecV2(proto.Name)}
+	return codec{fallback: encoding.GetCodecV2(protocodec.Name)}
 }
 
 // Name implements encoding.CodecV2. It is the standard name because the wire
 // format is: it appears in the content type.
-func (codec) Name() string { return proto.Name }
+func (codec) Name() string { return protocodec.Name }
 
 // Marshal implements encoding.CodecV2. gRPC frees the buffers once they are on
 // the wire, which may be after SendMsg has returned; so they come from gRPC's
@@ -55,13 +56,26 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 			}
 			return mem.BufferSlice{mem.SliceBuffer(buf)}, nil
 		}
-		pool := mem.DefaultBufferPool()
+		pool := buffers
 		buf := pool.Get(size)
 		if _, err := m.MarshalToSizedBufferVT((*buf)[:size]); err != nil {
 			pool.Put(buf)
 			return nil, fmt.Errorf("rpc: encode %T: %w", v, err)
 		}
 		return mem.BufferSlice{mem.NewBuffer(buf, pool)}, nil
+	}
+	if m, ok := v.(proto.Message); ok {
+		// As the fallback does, but with buffers that are not cleared first.
+		if size := proto.Size(m); !mem.IsBelowBufferPoolingThreshold(size) {
+			buf := buffers.Get(size)
+			out, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend((*buf)[:0], m)
+			if err != nil {
+				buffers.Put(buf)
+				return nil, fmt.Errorf("rpc: encode %T: %w", v, err)
+			}
+			*buf = out
+			return mem.BufferSlice{mem.NewBuffer(buf, buffers)}, nil
+		}
 	}
 	return c.fallback.Marshal(v)
 }
@@ -71,16 +85,20 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	switch m := v.(type) {
 	case frameDecoder:
-		buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
+		buf := data.MaterializeToBuffer(buffers)
 		defer buf.Free()
 		return m.decodeFrame(buf.ReadOnlyData())
 	case vtMessage:
-		buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
+		buf := data.MaterializeToBuffer(buffers)
 		defer buf.Free()
 		if r, ok := v.(interface{ Reset() }); ok {
 			r.Reset() // UnmarshalVT merges into what is there
 		}
 		return m.UnmarshalVT(buf.ReadOnlyData())
+	case proto.Message:
+		buf := data.MaterializeToBuffer(buffers)
+		defer buf.Free()
+		return proto.Unmarshal(buf.ReadOnlyData(), m)
 	}
 	return c.fallback.Unmarshal(data, v)
 }

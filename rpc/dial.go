@@ -82,6 +82,7 @@ func (d peerDialer) conn(addr string) (*grpc.ClientConn, error) {
 		grpc.WithIdleTimeout(0),
 		grpc.WithStaticStreamWindowSize(peerStreamWindow),
 		grpc.WithStaticConnWindowSize(peerConnWindow),
+		dialBuffers(),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1, MaxDelay: time.Second},
 			MinConnectTimeout: d.timeout,
@@ -112,5 +113,6 @@ func PeerServerOptions() []grpc.ServerOption {
 		grpc.WaitForHandlers(true),
 		grpc.StaticStreamWindowSize(peerStreamWindow),
 		grpc.StaticConnWindowSize(peerConnWindow),
+		serveBuffers(),
 	}
 }

@@ -169,6 +169,7 @@ func (o *FetchOptions) fetchFrom(ctx context.Context, d peerDialer, p raftnode.M
 			*state = fetched{}
 		}
 	}()
+	f := &imageIn{}
 	for {
 		if r.Offset() == first.GetSize() {
 			info, err := r.Commit()
@@ -182,11 +183,10 @@ func (o *FetchOptions) fetchFrom(ctx context.Context, d peerDialer, p raftnode.M
 			}
 			return id, nil
 		}
-		f, err := stream.Recv()
-		if err != nil {
+		if err := stream.RecvMsg(f); err != nil {
 			return "", fromPeer(p.ID, err)
 		}
-		err = r.Write(snap.Chunk{Offset: f.GetOffset(), Data: f.GetData(), CRC: f.GetCrc(), Last: f.GetLast()})
+		err := r.Write(snap.Chunk{Offset: f.GetOffset(), Data: f.GetData(), CRC: f.GetCrc(), Last: f.GetLast()})
 		if err != nil {
 			broken = true
 			return "", err

@@ -41,13 +41,13 @@ const (
 // newFrame returns a buffer of gRPC's pool with length 0 and room for size
 // bytes, and seal turns it into what gRPC sends and then frees.
 func newFrame(size int) *[]byte {
-	buf := mem.DefaultBufferPool().Get(size)
+	buf := buffers.Get(size)
 	*buf = (*buf)[:0]
 	return buf
 }
 
 func seal(buf *[]byte) mem.BufferSlice {
-	return mem.BufferSlice{mem.NewBuffer(buf, mem.DefaultBufferPool())}
+	return mem.BufferSlice{mem.NewBuffer(buf, buffers)}
 }
 
 // messagesOut is a MessageFrame to send.

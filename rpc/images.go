@@ -165,9 +165,11 @@ func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []
 		return -1, fmt.Errorf("%w: it holds %d of %d bytes", ErrMalformed, held, image.Size())
 	}
 	note(held)
+	// One buffer for all chunks: what is sent was copied when Send returns.
+	buf := make([]byte, t.o.ImageChunkBytes)
 	for offset := held; ; {
 		frame := &peerpb.ImageFrame{Offset: offset}
-		chunk, err := t.o.ImageLimit.ReadChunk(ctx, image, offset, t.o.ImageChunkBytes)
+		chunk, err := t.o.ImageLimit.ReadChunkInto(ctx, image, buf, offset)
 		switch {
 		case errors.Is(err, io.EOF): // everything is there, only the end is missing
 			frame.Last = true
@@ -229,9 +231,9 @@ func (s *PeerServer) SendImage(stream peerpb.Peer_SendImageServer) error {
 	if err := stream.Send(&peerpb.ImageProgress{Hello: s.c.Transport.identity().hello(from), Offset: held}); err != nil {
 		return err
 	}
+	f := &imageIn{}
 	for {
-		f, err := stream.Recv()
-		if err != nil {
+		if err := stream.RecvMsg(f); err != nil {
 			return endOfStream(err)
 		}
 		if len(f.GetData()) > 0 {
@@ -247,6 +249,17 @@ func (s *PeerServer) SendImage(stream peerpb.Peer_SendImageServer) error {
 			return s.finishImage(stream, r, id, from, f.GetMessage())
 		}
 	}
+}
+
+// imageIn is a received ImageFrame whose data is read into the same buffer each
+// time: to leave it to the garbage collector costs more than to store it.
+type imageIn struct{ peerpb.ImageFrame }
+
+func (f *imageIn) decodeFrame(b []byte) error {
+	data := f.Data[:0]
+	f.Reset()
+	f.Data = data
+	return f.UnmarshalVT(b)
 }
 
 // finishImage stores what r received and steps the message raw.
@@ -304,10 +317,11 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 		Size:    image.Size(),
 		Offset:  offset,
 	})
+	buf := make([]byte, 256<<10)
 	for err == nil {
 		note(offset)
 		var chunk snap.Chunk
-		chunk, err = s.c.ImageLimit.ReadChunk(ctx, image, offset, 256<<10)
+		chunk, err = s.c.ImageLimit.ReadChunkInto(ctx, image, buf, offset)
 		if errors.Is(err, io.EOF) {
 			err = nil
 			return nil

@@ -323,6 +323,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		grpc.StaticStreamWindowSize(clientStreamWindow),
 		grpc.StaticConnWindowSize(clientConnWindow),
 		grpc.ReadBufferSize(clientReadBuffer),
+		serveBuffers(),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		// Finds watchers whose machine vanished without closing the connection.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),

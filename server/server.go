@@ -18,6 +18,7 @@ import (
 	"conveyor.etl/router/recovery"
 	"conveyor.etl/router/rpc"
 	"conveyor.etl/router/rpc/peerpb"
+	"conveyor.etl/router/snap"
 )
 
 // Server is one node. Start and Stop may each be called once; the other methods
@@ -40,6 +41,8 @@ type Server struct {
 	control   *controlLoops
 	recovery  *recovery.Recovery
 	study     *control.Study
+	// imageLimit paces what this node sends to members that lack much.
+	imageLimit *snap.RateLimit
 
 	debug *http.Server
 
@@ -75,11 +78,12 @@ func New(c config.Config, o Options) *Server {
 	o.ensureDefaults()
 	return &Server{
 		c: c, o: o, known: newAddresses(&c),
-		log:      o.Logger.With("node", c.NodeID),
-		gate:     rpc.NewStateGate(),
-		rebuilds: make(chan struct{}),
-		failed:   make(chan struct{}),
-		nodeDone: make(chan struct{}),
+		log:        o.Logger.With("node", c.NodeID),
+		gate:       rpc.NewStateGate(),
+		imageLimit: newImageLimit(),
+		rebuilds:   make(chan struct{}),
+		failed:     make(chan struct{}),
+		nodeDone:   make(chan struct{}),
 	}
 }
 
@@ -121,6 +125,7 @@ func (s *Server) start(ctx context.Context) error {
 	s.transport, err = rpc.NewPeerTransport(rpc.TransportOptions{
 		Identity: self, Disks: s.disk.disks, OnRefused: s.refused, Logger: s.log.With("part", "peers"),
 		Position: s.disk.machine.Applied, Also: s.alsoAt, Transfers: imageTransfers{s},
+		ImageLimit: s.imageLimit,
 	})
 	if err != nil {
 		return err
@@ -231,7 +236,8 @@ func (s *Server) startPeers() error {
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Agreed: s.agreed, Suspect: s.suspect,
 		Beats: s.control.liveness.TouchAll, Leases: s.takeLeases, Logger: s.log.With("part", "peers"), Transfers: imageTransfers{s},
-		Preflight: rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
+		ImageLimit: s.imageLimit,
+		Preflight:  rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {
 		return err

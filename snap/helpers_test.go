@@ -86,7 +86,8 @@ func hookFS(fs vfs.FS, hook func(op errorfs.Op) error) vfs.FS {
 // the time of creation, are then the same in every run.
 func testOptions() Options {
 	var ticks atomic.Int64
-	return Options{Now: func() time.Time { return time.Unix(1_700_000_000+ticks.Add(1), 0) }}
+	// Tests count operations, and let certain ones fail.
+	return Options{Now: func() time.Time { return time.Unix(1_700_000_000+ticks.Add(1), 0) }, inline: true}
 }
 
 func mustOpenStore(t testing.TB, fs vfs.FS, dir string, o Options) *Store {

@@ -41,6 +41,9 @@ type Options struct {
 	// final fsync of a large image would hold up every other fsync on the same
 	// disk, the raft log's included. Default 8 MiB.
 	SyncBytes int64
+
+	// inline makes a Receiver do everything by turns; tests count operations.
+	inline bool
 }
 
 // EnsureDefaults fills every zero value and returns o.

@@ -54,6 +54,16 @@ func (l *RateLimit) Wait(ctx context.Context, n int) error {
 // be sent or ctx is done. A nil l does not limit.
 func (l *RateLimit) ReadChunk(ctx context.Context, r *Reader, offset int64, max int) (Chunk, error) {
 	c, err := r.ReadChunk(offset, max)
+	return l.pass(ctx, c, err)
+}
+
+// ReadChunkInto is Reader.ReadChunkInto at the pace of l, as ReadChunk is.
+func (l *RateLimit) ReadChunkInto(ctx context.Context, r *Reader, buf []byte, offset int64) (Chunk, error) {
+	c, err := r.ReadChunkInto(buf, offset)
+	return l.pass(ctx, c, err)
+}
+
+func (l *RateLimit) pass(ctx context.Context, c Chunk, err error) (Chunk, error) {
 	if err != nil || l == nil {
 		return c, err
 	}

@@ -115,19 +115,44 @@ func (r *Reader) ReadChunk(offset int64, max int) (Chunk, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	size := r.info.Size
-	switch {
-	case r.closed:
-		return Chunk{}, fmt.Errorf("%w: reader of image %s", ErrClosed, r.info.ID)
-	case offset == size:
-		return Chunk{}, io.EOF
-	case offset < 0 || offset > size:
-		return Chunk{}, fmt.Errorf("%w: offset %d is outside of image %s, which has %d bytes",
-			ErrOutOfOrder, offset, r.info.ID, size)
+	if err := r.admitLocked(offset); err != nil {
+		return Chunk{}, err
 	}
 	if max <= 0 || max > r.maxChunk {
 		max = r.maxChunk
 	}
-	data := make([]byte, min(int64(max), size-offset))
+	return r.chunkLocked(make([]byte, min(int64(max), size-offset)), offset)
+}
+
+// ReadChunkInto is ReadChunk with at most len(buf) bytes, which are read into buf:
+// they are those of the chunk until buf is used again.
+func (r *Reader) ReadChunkInto(buf []byte, offset int64) (Chunk, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.admitLocked(offset); err != nil {
+		return Chunk{}, err
+	}
+	n := min(int64(len(buf)), int64(r.maxChunk), r.info.Size-offset)
+	return r.chunkLocked(buf[:n], offset)
+}
+
+// admitLocked returns why no chunk can be read at offset, io.EOF at the end.
+func (r *Reader) admitLocked(offset int64) error {
+	size := r.info.Size
+	switch {
+	case r.closed:
+		return fmt.Errorf("%w: reader of image %s", ErrClosed, r.info.ID)
+	case offset == size:
+		return io.EOF
+	case offset < 0 || offset > size:
+		return fmt.Errorf("%w: offset %d is outside of image %s, which has %d bytes",
+			ErrOutOfOrder, offset, r.info.ID, size)
+	}
+	return nil
+}
+
+// chunkLocked reads the chunk at offset into data.
+func (r *Reader) chunkLocked(data []byte, offset int64) (Chunk, error) {
 	if err := r.fillLocked(data, offset); err != nil {
 		return Chunk{}, err
 	}
@@ -135,7 +160,7 @@ func (r *Reader) ReadChunk(offset int64, max int) (Chunk, error) {
 		Offset: offset,
 		Data:   data,
 		CRC:    crc32.Checksum(data, castagnoli),
-		Last:   offset+int64(len(data)) == size,
+		Last:   offset+int64(len(data)) == r.info.Size,
 	}, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"hash/crc32"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -213,16 +214,24 @@ func TestCommitComparesTheDisk(t *testing.T) {
 // that never reached the disk, so none of it is trusted, even when it cannot be
 // removed at once.
 func TestFailedSyncIsNotResumed(t *testing.T) {
+	for _, inline := range []bool{true, false} {
+		t.Run(fmt.Sprintf("inline=%t", inline), func(t *testing.T) { failedSync(t, inline) })
+	}
+}
+
+// failedSync lets syncs fail that are made by turns with what is received, or
+// beside it.
+func failedSync(t *testing.T, inline bool) {
 	r := source(t)
-	var failSync, failRemove bool
+	var failSync, failRemove atomic.Bool
 	fs := hookFS(vfs.NewMem(), func(op errorfs.Op) error {
-		if failSync && op.Kind == errorfs.OpFileSync || failRemove && op.Kind == errorfs.OpRemove {
+		if failSync.Load() && op.Kind == errorfs.OpFileSync || failRemove.Load() && op.Kind == errorfs.OpRemove {
 			return errorfs.ErrInjected
 		}
 		return nil
 	})
 	o := testOptions()
-	o.SyncBytes = 300
+	o.SyncBytes, o.inline = 300, inline
 	s := mustOpenStore(t, fs, imageDir, o)
 	for _, failRemoves := range []bool{false, true, false} {
 		w, err := s.Receive(r.Info().ID, r.Size())
@@ -241,7 +250,8 @@ func TestFailedSyncIsNotResumed(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		failSync, failRemove = true, failRemoves
+		failRemove.Store(failRemoves)
+		failSync.Store(true)
 		err = send(r, w, 20, -1)
 		if err == nil {
 			_, err = w.Commit()
@@ -252,7 +262,8 @@ func TestFailedSyncIsNotResumed(t *testing.T) {
 		if again := w.Write(Chunk{}); !errors.Is(again, errorfs.ErrInjected) {
 			t.Fatalf("a failed receiver took more: %v", again)
 		}
-		failSync, failRemove = false, false
+		failSync.Store(false)
+		failRemove.Store(false)
 	}
 	if _, err := receiveAll(s, r, 20); err != nil {
 		t.Fatal(err)

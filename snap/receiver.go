@@ -37,6 +37,8 @@ type Receiver struct {
 	journal vfs.File
 	// unsynced is how much was written since the last fsync.
 	unsynced int64
+	// side makes durable what was received, while more comes.
+	side aside
 }
 
 // ID returns the id of the image being received.
@@ -76,6 +78,7 @@ func (r *Receiver) Write(c Chunk) error {
 	r.offset += int64(len(c.Data))
 	r.unsynced += int64(len(c.Data))
 	if r.unsynced >= r.store.opts.SyncBytes {
+		r.unsynced = 0
 		if err := r.syncLocked(); err != nil {
 			return r.failLocked(err)
 		}
@@ -206,7 +209,29 @@ func (r *Receiver) takeFileLocked(data []byte) (int, error) {
 		return 0, fmt.Errorf("snap: write %s: %w", path, err)
 	}
 	r.pos += int64(n)
+	if r.pos == f.Size {
+		return n, r.fileEndedLocked(f)
+	}
 	return n, nil
+}
+
+// fileEndedLocked has the current file, which is whole, made durable and closed:
+// Commit then only has to read.
+func (r *Receiver) fileEndedLocked(f File) error {
+	file := r.file
+	r.file = nil
+	return r.side.do(func() error {
+		err := file.Sync()
+		if err == nil {
+			err = file.Close()
+		} else {
+			_ = file.Close() // it goes anyway
+		}
+		if err != nil {
+			return fmt.Errorf("snap: fsync and close %s of image %s: %w", f.Name, r.id, err)
+		}
+		return nil
+	})
 }
 
 // seek sets index and pos from offset.
@@ -221,23 +246,25 @@ func (r *Receiver) seek() {
 	}
 }
 
-// syncLocked makes the current file, its directory entry and the journal
-// durable. Files that were closed since the last time are left to Commit: this
-// only bounds how much is dirty, and what survives is found by reading back.
+// syncLocked has the current file, its directory entry and the journal made
+// durable. Files that were closed since the last time are durable by themselves:
+// this only bounds how much is dirty, and what survives is found by reading back.
 func (r *Receiver) syncLocked() error {
-	if r.file != nil {
-		if err := r.file.Sync(); err != nil {
-			return fmt.Errorf("snap: fsync a file of image %s: %w", r.id, err)
+	file, journal := r.file, r.journal
+	return r.side.do(func() error {
+		if file != nil {
+			if err := file.Sync(); err != nil {
+				return fmt.Errorf("snap: fsync a file of image %s: %w", r.id, err)
+			}
 		}
-	}
-	if err := syncDir(r.store.fs, r.imageDir); err != nil {
-		return err
-	}
-	if err := r.journal.Sync(); err != nil {
-		return fmt.Errorf("snap: fsync the journal of image %s: %w", r.id, err)
-	}
-	r.unsynced = 0
-	return nil
+		if err := syncDir(r.store.fs, r.imageDir); err != nil {
+			return err
+		}
+		if err := journal.Sync(); err != nil {
+			return fmt.Errorf("snap: fsync the journal of image %s: %w", r.id, err)
+		}
+		return nil
+	})
 }
 
 // Commit reads the whole image back, compares every checksum, makes it durable
@@ -272,6 +299,9 @@ func (r *Receiver) Commit() (Info, error) {
 func (r *Receiver) commitLocked() (Info, error) {
 	s := r.store
 	if err := r.closeFileLocked(); err != nil {
+		return Info{}, err
+	}
+	if err := r.side.end(); err != nil {
 		return Info{}, err
 	}
 	// Everything from the disk: what arrived was checked on arrival, what was
@@ -312,6 +342,10 @@ func (r *Receiver) Close() error {
 	defer r.mu.Unlock()
 	if r.err != nil {
 		return nil
+	}
+	// What could not be made durable is not kept: see failLocked.
+	if err := r.side.end(); err != nil {
+		return r.failLocked(err)
 	}
 	err := r.closeFilesLocked()
 	r.err = fmt.Errorf("%w: receiver of image %s", ErrClosed, r.id)
@@ -356,6 +390,8 @@ func (r *Receiver) closeFileLocked() error {
 }
 
 func (r *Receiver) closeFilesLocked() error {
+	// What goes on beside uses the files.
+	_ = r.side.end()
 	err := r.closeFileLocked()
 	if r.journal != nil {
 		if cerr := r.journal.Close(); cerr != nil {

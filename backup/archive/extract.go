@@ -41,7 +41,7 @@ func Extract(ctx context.Context, r io.Reader, limits Limits, fsys vfs.FS, dir s
 		if err == nil || !d.created {
 			return
 		}
-		d.closeFile()
+		d.abandon()
 		if rerr := fsys.RemoveAll(dir); rerr != nil {
 			err = errors.Join(err, fmt.Errorf("archive: remove what was extracted so far: %w", rerr))
 		}
@@ -59,9 +59,10 @@ type directory struct {
 	reserve  int64
 	manifest []byte
 	created  bool
-	file     vfs.File
-	// scratch is what file may scribble over.
-	scratch []byte
+	// file is being written; before is the one before it, until it is durable.
+	file, before *sideFile
+	// spare are blocks of a file that was finished.
+	spare [2][]byte
 }
 
 func (d *directory) accept(_ *Header, info *snap.Info, manifest []byte) error {
@@ -87,42 +88,58 @@ func (d *directory) open(name string) error {
 	if err != nil {
 		return fmt.Errorf("archive: extract: %w", err)
 	}
-	d.file = vfs.NewSyncingFile(f, vfs.SyncingFileOptions{BytesPerSync: syncBytes})
+	d.file = newSideFile(vfs.NewSyncingFile(f, vfs.SyncingFileOptions{BytesPerSync: syncBytes}), d.spare)
+	d.spare = [2][]byte{}
 	return nil
 }
 
 func (d *directory) write(p []byte) error {
-	// vfs allows Write to scribble over its argument.
-	d.scratch = append(d.scratch[:0], p...)
-	if _, err := d.file.Write(d.scratch); err != nil {
+	if err := d.file.write(p); err != nil {
 		return fmt.Errorf("archive: extract: %w", err)
 	}
 	return nil
 }
 
+// finish ends the file. It becomes durable while the next one is unpacked.
 func (d *directory) finish() error {
-	err := d.file.Sync()
-	if cerr := d.closeFile(); err == nil {
-		err = cerr
+	if err := d.settle(); err != nil {
+		return err
 	}
+	d.file.finish()
+	d.before, d.file = d.file, nil
+	return nil
+}
+
+// settle waits until what was finished is durable.
+func (d *directory) settle() error {
+	if d.before == nil {
+		return nil
+	}
+	err := d.before.wait()
+	d.spare = d.before.blocks.spare()
+	d.before = nil
 	if err != nil {
 		return fmt.Errorf("archive: extract: %w", err)
 	}
 	return nil
 }
 
-func (d *directory) closeFile() error {
-	if d.file == nil {
-		return nil
+// abandon closes what is open.
+func (d *directory) abandon() {
+	for _, f := range []*sideFile{d.file, d.before} {
+		if f != nil {
+			f.abandon()
+		}
 	}
-	err := d.file.Close()
-	d.file = nil
-	return err
+	d.file, d.before = nil, nil
 }
 
 // seal writes the manifest, last: without it the directory is no image, however
 // the machine stops.
 func (d *directory) seal() error {
+	if err := d.settle(); err != nil {
+		return err
+	}
 	if err := d.open(snap.ManifestName); err != nil {
 		return err
 	}
@@ -130,6 +147,9 @@ func (d *directory) seal() error {
 		return err
 	}
 	if err := d.finish(); err != nil {
+		return err
+	}
+	if err := d.settle(); err != nil {
 		return err
 	}
 	f, err := d.fs.OpenDir(d.dir)

@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"hash/crc32"
 	"io"
 
@@ -117,14 +116,14 @@ type parser struct {
 	// close frees the decoder.
 	close func()
 
-	sum   hash.Hash
+	sum   *sideHash
 	at    int64
 	entry string
 	mtime int64
 }
 
 func newParser(ctx context.Context, r io.Reader, limits Limits) (*parser, error) {
-	p := &parser{src: &source{ctx: ctx, in: r}, limits: limits, close: func() {}, sum: sha256.New()}
+	p := &parser{src: &source{ctx: ctx, in: r}, limits: limits, close: func() {}, sum: newSideHash(sha256.New())}
 	p.in = bufio.NewReaderSize(p.src, 64<<10)
 	magic, err := p.in.Peek(4)
 	if p.src.err != nil {
@@ -332,7 +331,7 @@ func (p *parser) content(f snap.File, to sink, buf []byte) error {
 
 // end reads the last entry and makes sure that nothing comes behind it.
 func (p *parser) end() error {
-	want := fmt.Sprintf("%x\n", p.sum.Sum(nil))
+	want := fmt.Sprintf("%x\n", p.sum.Sum())
 	if _, err := p.file(checksumName, checksumLen, 0); err != nil {
 		return err
 	}

@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 
 	"conveyor.etl/router/snap"
@@ -72,7 +71,7 @@ func NewArchive(ctx context.Context, img Image, h Header, c Compression, offset 
 		img:   img,
 		info:  &info,
 		mtime: h.CreatedUnixMsec / 1000,
-		sum:   sha256.New(),
+		sum:   newSideHash(sha256.New()),
 		index: -1,
 		size:  tarSize(&info, len(head)),
 	}
@@ -180,7 +179,7 @@ type tarSource struct {
 	size  int64
 	done  int64
 	// sum is over every byte that read has returned before the last entry.
-	sum    hash.Hash
+	sum    *sideHash
 	summed bool
 
 	// pending comes next, then rest bytes of the image from offset from, then
@@ -237,7 +236,7 @@ func (t *tarSource) next() {
 		t.pending = block(f.Name, f.Size, t.mtime)
 	default:
 		t.summed = true
-		t.pending = fmt.Appendf(block(checksumName, checksumLen, t.mtime), "%x\n", t.sum.Sum(nil))
+		t.pending = fmt.Appendf(block(checksumName, checksumLen, t.mtime), "%x\n", t.sum.Sum())
 		t.pad = padding(checksumLen) + endLen
 	}
 	t.pad += padding(t.rest)
