@@ -89,16 +89,16 @@ func NewPlacer(c PlacerConfig) *Placer {
 
 // Run works until ctx is done.
 func (p *Placer) Run(ctx context.Context) {
-	whileLeading(ctx, p.c.Node, p.reign)
+	eachReign(ctx, p.c.Node, p.reign)
 }
 
 // reign follows the state for as long as ctx lasts.
-func (p *Placer) reign(ctx context.Context) {
+func (p *Placer) reign(ctx context.Context, term uint64) {
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
 	}
 	for ctx.Err() == nil {
-		if err := p.follow(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {
+		if err := p.follow(ctx, term); err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {
 			p.c.Logger.Warn("placement starts over", "err", err)
 			sleep(ctx, p.c.Retry)
 		}
@@ -108,7 +108,7 @@ func (p *Placer) reign(ctx context.Context) {
 // follow plans, and again after every change, until it loses track of them. The
 // state is read once; from then on its changes are followed, so that a plan costs
 // what the changes concern and not a look at the whole fleet.
-func (p *Placer) follow(ctx context.Context) error {
+func (p *Placer) follow(ctx context.Context, term uint64) error {
 	v := p.c.State.View()
 	m, err := newMirror(v)
 	if closeErr := v.Close(); err == nil {
@@ -124,7 +124,7 @@ func (p *Placer) follow(ctx context.Context) error {
 	}
 	defer sub.Close()
 	for {
-		own, err := p.plan(ctx, m, sub)
+		own, err := p.plan(ctx, term, m, sub)
 		if err != nil {
 			return err
 		}
@@ -198,7 +198,7 @@ func foreign(changes []router.Change, own map[uint64]bool) bool {
 
 // plan makes the assignments what they should be, and again if the state moved
 // on meanwhile. It returns the revisions of its commands.
-func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) (own map[uint64]bool, err error) {
+func (p *Placer) plan(ctx context.Context, term uint64, m *mirror, sub *router.Subscription) (own map[uint64]bool, err error) {
 	own = make(map[uint64]bool)
 	for {
 		start := time.Now()
@@ -216,6 +216,9 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription) 
 				// A state restored meanwhile may have the very generations and
 				// versions the plan was made from.
 				ExpectedEpoch: &m.epoch,
+				// Whoever leads since has made plans that this one knows nothing of:
+				// both could give one stage away, to different sidecars.
+				ExpectedTerm: &term,
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
 					Changes: chunk, PlannedRevision: m.revision,
 				}},

@@ -131,8 +131,12 @@ func (t *tx) purgeRevoked() {
 }
 
 // applyAssignments records what the planner decided, as far as what it was
-// planned from still holds. Stale changes are skipped and counted: the planner
+// planned from still holds. What is stale is skipped and counted: the planner
 // sees the newer state anyway and plans again.
+//
+// The changes of one pipeline are stale together. Its tables fit each other: were a
+// stage given to one sidecar while taking it from another is void, because that one
+// has registered again, both would run it.
 //
 // Rejections: INVALID (ids, texts, a pair twice is fine), LIMIT.
 func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejection {
@@ -144,9 +148,17 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 			return r
 		}
 	}
+	stale := make(map[string]bool)
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c.PlannedRevision) {
+		if !stale[ch.PipelineId] && !t.holds(ch, c.PlannedRevision) {
+			stale[ch.PipelineId] = true
+		}
+	}
+	for _, ch := range c.Changes {
+		if stale[ch.PipelineId] {
 			t.res.Stale++
+		} else {
+			t.applyChange(ch)
 		}
 		if t.err != nil {
 			return nil
@@ -174,27 +186,31 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	return nil
 }
 
-// applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
+// holds says whether what a change was planned from is still so.
+func (t *tx) holds(ch *commandpb.AssignmentChange, planned uint64) bool {
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
 	newer := func(created uint64) bool { return planned != 0 && created > planned }
 	sc := t.sidecar(ch.SidecarId)
+	if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
+		return false
+	}
 	if ch.Revoke {
-		if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
-			return false
-		}
-		t.revoke(ch.SidecarId, ch.PipelineId)
 		return true
 	}
-	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
-		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+	if sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
 		return false
 	}
 	var p commandpb.Pipeline
-	if !t.load(t.buf.single(prefixPipeline, ch.PipelineId), &p) || p.Version != ch.PipelineVersion ||
-		newer(p.CreateRevision) || !p.GetSpec().GetEnabled() {
-		return false
+	return t.load(t.buf.single(prefixPipeline, ch.PipelineId), &p) && p.Version == ch.PipelineVersion &&
+		!newer(p.CreateRevision) && p.GetSpec().GetEnabled()
+}
+
+// applyChange records one change that holds.
+func (t *tx) applyChange(ch *commandpb.AssignmentChange) {
+	if ch.Revoke {
+		t.revoke(ch.SidecarId, ch.PipelineId)
+		return
 	}
 	prev := t.assignment(ch.SidecarId, ch.PipelineId)
 	next := &commandpb.Assignment{
@@ -203,8 +219,7 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, planned uint64) bool {
 	}
 	if prev != nil && !prev.Revoked && prev.LocalComplete == next.LocalComplete && prev.PipelineVersion == next.PipelineVersion &&
 		slices.EqualFunc(prev.Stages, next.Stages, func(a, b *commandpb.StageAssignment) bool { return proto.Equal(a, b) }) {
-		return true
+		return
 	}
 	t.saveAssignment(prev, next)
-	return true
 }
