@@ -29,6 +29,7 @@ type seat struct {
 	changed chan struct{}
 	cut     error         // what its quorum answers
 	skew    time.Duration // by how much its clock is ahead
+	jump    time.Duration // by how much its time of day was set, in whole seconds
 }
 
 func (s *seat) Leadership() raftnode.Leadership {
@@ -58,7 +59,8 @@ func (s *seat) set(f func()) {
 func (s *seat) now() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return time.Now().Add(s.skew)
+	// The clock of a bubble has no monotonic reading; that of a machine has.
+	return setWall(machineTime.Add(time.Since(bubbleTime)+s.skew), s.jump)
 }
 
 // parliament is seats of which one leads at most.
