@@ -220,6 +220,34 @@ func TestLeaderChangeKeepsLeases(t *testing.T) {
 	})
 }
 
+// TestBeatsBeforeTheReign: a node that was just elected and is still catching up hears
+// heartbeats already; they count once it judges. Method: a sidecar that was silent under
+// the leader before beats once in that time, and never again.
+func TestBeatsBeforeTheReign(t *testing.T) {
+	for _, batch := range []bool{false, true} {
+		r := newReplica(t, router.Options{})
+		r.register("late", "orders:source")
+		r.register("dead", "orders:source")
+		r.govern(2, nil, func(t *testing.T, p *parliament) {
+			p.elect(p.seats[0], 0)
+			p.beats(25100*time.Millisecond, nil)
+			next := p.seats[1]
+			next.set(func() { next.cut = raftnode.ErrNoLeader })
+			p.elect(next, 0)
+			pass(900 * time.Millisecond)
+			if batch {
+				next.l.TouchAll([][]byte{[]byte("late")}, nil)
+			} else {
+				next.l.Touch("late", "")
+			}
+			pass(time.Second)
+			next.set(func() { next.cut = nil })
+			p.beats(100*time.Second, nil)
+			p.expect("40 dead alive>suspect", "45 dead suspect>expired", "56 late alive>suspect", "71 late suspect>expired")
+		})
+	}
+}
+
 // TestLeaderChangesInARow: a digest is of use to the second leader after the one
 // that made it, and of none once it is old; then everybody has a full lease.
 func TestLeaderChangesInARow(t *testing.T) {

@@ -25,6 +25,10 @@ type fleetChecker struct {
 	served func() time.Duration
 }
 
+// passedOn is how long a heartbeat may be on its way to the leader: a decision about the
+// silence before it may overtake it.
+const passedOn = time.Second
+
 // fleetLeases are the times the nodes were told.
 type fleetLeases struct {
 	expire time.Duration // silence after which a sidecar is expired
@@ -148,8 +152,7 @@ func (k *fleetChecker) leasesKept() {
 		decided := time.UnixMilli(e.at)
 		for _, b := range h.answered {
 			// Decisions are stamped with milliseconds, downwards.
-			if age := decided.Sub(b.sent); age >= -time.Millisecond && age < k.leases.expire-time.Millisecond &&
-				b.at.Before(decided) && k.s.weather.fine(b.node, b.sent, b.at.Add(recovery)) {
+			if age := decided.Sub(b.sent); age < k.leases.expire-time.Millisecond && b.at.Add(passedOn).Before(decided) && k.s.weather.fine(b.node, b.sent, b.at.Add(recovery)) {
 				k.fault("%s was expired at %v, although node %d acknowledged a heartbeat that was sent %v before", e.id, decided.Format("15:04:05.000"), b.node, age)
 				break
 			}
