@@ -285,17 +285,6 @@ func newFleetPipelines(c *Cluster, seed uint64) *fleetPipelinesUnderChange {
 
 func fleetPipelineID(p int) string { return fmt.Sprintf("e2e/pipeline-%02d", p) }
 
-// instancesOf returns how often a stage may run: those of one pipeline in five
-// twice, but for its source.
-func instancesOf(stage string) int {
-	var p int
-	var role string
-	if _, err := fmt.Sscanf(strings.Replace(stage, "/", " ", 2), "e2e pipeline-%02d/%s", &p, &role); err == nil && p%5 == 0 && role != "source" {
-		return 2
-	}
-	return 1
-}
-
 // fleetPipeline is pipeline p in one of its forms. Another form has other stage ids,
 // so that all who run it have to be told; some also lack the transform.
 func fleetPipeline(p, form int, enabled bool) *adminpb.PipelineConfig {
