@@ -71,10 +71,12 @@ else
 	go test ./raftnode -run 'TestSimulation$$' -timeout 0 -v -seed=$$(date +%s%N) -seeds=$(SEEDS)
 endif
 
+# RUN=TestFleetUnderFaults picks the tests; a failed one prints its seed.
 FAULTS_FOR ?= 10m
+RUN ?= .
 .PHONY: e2e
-e2e: ## real processes, kills and partitions for FAULTS_FOR (10m) each
-	go test ./e2e -count=1 -timeout 0 -v -faults-for=$(FAULTS_FOR)
+e2e: ## real processes, kills and partitions for FAULTS_FOR (10m) each; RUN= picks tests
+	go test ./e2e -run '$(RUN)' -count=1 -timeout 0 -v -faults-for=$(FAULTS_FOR)
 
 .PHONY: rewrite-golden
 rewrite-golden: ## write the golden files of manifest and wal anew; look at the diff

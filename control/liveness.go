@@ -139,6 +139,8 @@ type Liveness struct {
 
 	mu       sync.Mutex
 	leading  bool
+	loaded   bool   // the leases are those of the state, while leading
+	early    early  // what was heard before
 	term     uint64 // of the reign, while leading
 	sidecars *leases
 	services *leases
@@ -158,18 +160,22 @@ func NewLiveness(c LivenessConfig) (*Liveness, error) {
 }
 
 // Touch notes that a sidecar, a service, or both (empty = none) were heard of.
-// It does nothing while another node leads, and never blocks for long.
+// It does nothing while another node leads, and never blocks for long. What comes
+// before the leases are there is kept for them.
 func (l *Liveness) Touch(sidecarID, serviceID string) {
 	now := l.c.Now()
 	l.mu.Lock()
 	revive := false
-	if l.leading {
+	switch {
+	case l.loaded:
 		if sidecarID != "" && l.sidecars.touch(now, sidecarID) {
 			revive = true
 		}
 		if serviceID != "" && l.services.touch(now, serviceID) {
 			revive = true
 		}
+	case l.c.Node.Leadership().Leading:
+		l.early.add(now, sidecarID, serviceID)
 	}
 	l.mu.Unlock()
 	if revive {
@@ -186,17 +192,25 @@ func (l *Liveness) look() {
 }
 
 // TouchAll is Touch for a batch of heartbeats that another node received. It
-// keeps none of the ids.
+// keeps none of the bytes.
 func (l *Liveness) TouchAll(sidecars, services [][]byte) {
 	now := l.c.Now()
 	l.mu.Lock()
 	revive := false
-	if l.leading {
+	switch {
+	case l.loaded:
 		for _, id := range sidecars {
 			revive = l.sidecars.touchBytes(now, id) || revive
 		}
 		for _, id := range services {
 			revive = l.services.touchBytes(now, id) || revive
+		}
+	case l.c.Node.Leadership().Leading:
+		for _, id := range sidecars {
+			l.early.add(now, string(id), "")
+		}
+		for _, id := range services {
+			l.early.add(now, "", string(id))
 		}
 	}
 	l.mu.Unlock()
@@ -246,7 +260,7 @@ func (l *Liveness) reign(ctx context.Context, term uint64) {
 	var flying sync.WaitGroup
 	defer func() {
 		l.mu.Lock()
-		l.leading = false
+		l.leading, l.loaded = false, false
 		l.mu.Unlock()
 		flying.Wait()
 	}()
@@ -351,6 +365,8 @@ func (l *Liveness) load(v *router.View) error {
 		}
 	}
 	l.recallLocked(now, v, sidecars, services)
+	l.hearLocked()
+	l.loaded = true
 	return nil
 }
 

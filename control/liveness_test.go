@@ -31,6 +31,7 @@ type seat struct {
 	asked   func()        // runs once, while the quorum is asked next
 	slow    time.Duration // how long its quorum takes
 	skew    time.Duration // by how much its clock is ahead
+	jump    time.Duration // by how much its time of day was set, in whole seconds
 }
 
 func (s *seat) Leadership() raftnode.Leadership {
@@ -70,7 +71,8 @@ func (s *seat) set(f func()) {
 func (s *seat) now() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return time.Now().Add(s.skew)
+	// The clock of a bubble has no monotonic reading; that of a machine has.
+	return setWall(machineTime.Add(time.Since(bubbleTime)+s.skew), s.jump)
 }
 
 // parliament is seats of which one leads at most.
@@ -228,6 +230,34 @@ func TestLeaderChangeKeepsLeases(t *testing.T) {
 		// leader knows it might have beaten at the old one after the digest.
 		p.expect("39 dead alive>suspect", "45 dead suspect>expired")
 	})
+}
+
+// TestBeatsBeforeTheReign: a node that was just elected and is still catching up hears
+// heartbeats already; they count once it judges. Method: a sidecar that was silent under
+// the leader before beats once in that time, and never again.
+func TestBeatsBeforeTheReign(t *testing.T) {
+	for _, batch := range []bool{false, true} {
+		r := newReplica(t, router.Options{})
+		r.register("late", "orders:source")
+		r.register("dead", "orders:source")
+		r.govern(2, nil, func(t *testing.T, p *parliament) {
+			p.elect(p.seats[0], 0)
+			p.beats(25100*time.Millisecond, nil)
+			next := p.seats[1]
+			next.set(func() { next.cut = raftnode.ErrNoLeader })
+			p.elect(next, 0)
+			pass(900 * time.Millisecond)
+			if batch {
+				next.l.TouchAll([][]byte{[]byte("late")}, nil)
+			} else {
+				next.l.Touch("late", "")
+			}
+			pass(time.Second)
+			next.set(func() { next.cut = nil })
+			p.beats(100*time.Second, nil)
+			p.expect("40 dead alive>suspect", "45 dead suspect>expired", "56 late alive>suspect", "71 late suspect>expired")
+		})
+	}
 }
 
 // TestLeaderChangesInARow: a digest is of use to the second leader after the one

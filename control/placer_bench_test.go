@@ -103,7 +103,7 @@ type watched struct {
 	infos []PlanInfo
 }
 
-func watch(b testing.TB, r *replica) *watched {
+func watching(b testing.TB, r *replica) *watched {
 	v := r.View()
 	defer v.Close()
 	m, err := newMirror(v)
@@ -145,7 +145,7 @@ func BenchmarkWidePipeline(b *testing.B) {
 		b.Run(fmt.Sprintf("sidecars=%d", n), func(b *testing.B) {
 			r := bigFleet(b, router.Options{}, n, min(1000, n/4), 1)
 			defer r.fsm.Close()
-			w := watch(b, r)
+			w := watching(b, r)
 			w.step(b)
 			figures := make(map[string]time.Duration)
 			round := 0
@@ -189,7 +189,7 @@ func BenchmarkMassReassignment(b *testing.B) {
 	const fleet, lost, pipelines = 100_000, 10_000, 10_000
 	r := bigFleet(b, router.Options{}, fleet, pipelines, 8)
 	defer r.fsm.Close()
-	w := watch(b, r)
+	w := watching(b, r)
 	w.step(b)
 	var expire, plan, after time.Duration
 	changes, round := 0, 0

@@ -8,6 +8,11 @@
 // what its caller learned of it (done, refused, unknown) and is checked
 // against the sequential [PipelineModel] and [OffsetModel] with porcupine.
 //
+// [Sidecars] is a fleet of simulated sidecars, of which half are as those in the
+// field and half watch. Each judges what it is told as it is told it, and a checker
+// compares what each node shows, revision by revision, with what must never be
+// (TestFleetUnderFaults).
+//
 // Crash points: TestCrashPoints runs a binary built with the tag "crashpoints",
 // which kills itself at a chosen durable step. CONVEYOR_E2E_BIN and
 // CONVEYOR_E2E_CRASH_BIN name binaries to use instead of building them.

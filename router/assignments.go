@@ -138,8 +138,12 @@ func (t *tx) purgeRevoked() {
 }
 
 // applyAssignments records what the planner decided, as far as what it was
-// planned from still holds. Stale changes are skipped and counted: the planner
+// planned from still holds. What is stale is skipped and counted: the planner
 // sees the newer state anyway and plans again.
+//
+// The changes of one pipeline are stale together. Its tables fit each other: were a
+// stage given to one sidecar while taking it from another is void, because that one
+// has registered again, both would run it.
 //
 // Rejections: INVALID (ids, texts, a pair twice is fine), LIMIT.
 func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejection {
@@ -152,9 +156,15 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 		}
 	}
 	var pipeline lastPipeline
+	stale := make(map[string]bool)
+	for _, ch := range c.Changes {
+		if !stale[ch.PipelineId] && !t.holds(ch, c.PlannedRevision, &pipeline) {
+			stale[ch.PipelineId] = true
+		}
+	}
 	pending := make(pendingStages)
 	for _, ch := range c.Changes {
-		if !t.applyChange(ch, c, &pipeline, pending) {
+		if stale[ch.PipelineId] || !t.applyChange(ch, c.Handovers, &pipeline, pending) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -206,31 +216,34 @@ func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
 	return l.p
 }
 
-// applyChange reports false when the change is stale.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments, pipeline *lastPipeline, pending pendingStages) bool {
-	planned := c.PlannedRevision
+// holds says whether what a change was planned from is still so.
+func (t *tx) holds(ch *commandpb.AssignmentChange, planned uint64, pipeline *lastPipeline) bool {
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
 	newer := func(created uint64) bool { return planned != 0 && created > planned }
 	sc := t.sidecar(ch.SidecarId)
+	if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
+		return false
+	}
 	if ch.Revoke {
-		if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
-			return false
-		}
+		return true
+	}
+	if sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.GraceUntilMs == 0 {
+		return false
+	}
+	p := pipeline.load(t, ch.PipelineId)
+	return p != nil && p.Version == ch.PipelineVersion && !newer(p.CreateRevision) && p.GetSpec().GetEnabled()
+}
+
+// applyChange records one change that holds. It reports false, and nothing is
+// recorded, when somebody else has yet to let go of what it gives.
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipeline *lastPipeline, pending pendingStages) bool {
+	if ch.Revoke {
 		letGo, shared := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 		pending.note(ch.PipelineId, ch.SidecarId, letGo, nil)
 		return true
-	}
-	if sc == nil || sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision) ||
-		sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.GraceUntilMs == 0 {
-		return false
-	}
-	p := pipeline.load(t, ch.PipelineId)
-	if p == nil || p.Version != ch.PipelineVersion ||
-		newer(p.CreateRevision) || !p.GetSpec().GetEnabled() {
-		return false
 	}
 	prev := t.assignment(ch.SidecarId, ch.PipelineId)
 	next := &commandpb.Assignment{
@@ -243,7 +256,7 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 	}
 	had, has := local(prev), local(next)
 	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
-	if c.Handovers && len(takes) > 0 && !t.mayTake(pending, ch.SidecarId, p, takes) {
+	if handovers && len(takes) > 0 && !t.mayTake(pending, ch.SidecarId, pipeline.load(t, ch.PipelineId), takes) {
 		return false
 	}
 	letGo, shared := released(ch, prev, has)

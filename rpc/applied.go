@@ -2,6 +2,8 @@ package rpc
 
 import (
 	"context"
+	"fmt"
+	"time"
 
 	grpcpeer "google.golang.org/grpc/peer"
 
@@ -53,8 +55,38 @@ func remoteAddr(ctx context.Context) string {
 	return ""
 }
 
-// heardBack takes from a heartbeat what it says, or shows, of what was applied.
-func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.SidecarHeartbeatRequest) {
+// appliedWait bounds how long the answer to a heartbeat waits to learn what exists.
+const appliedWait = 250 * time.Millisecond
+
+// appliedFuture says why what a heartbeat says was applied cannot be so, "" when it
+// can: a sidecar that was in another cluster before, or counts wrongly, may name what
+// was never decided here. Taken at its word it would count as having applied
+// everything, for ever. This node may merely be behind, so it asks first; when it
+// cannot, the word waits for the next heartbeat.
+func (a *sidecarAPI) appliedFuture(ctx context.Context, req *sidecarpb.SidecarHeartbeatRequest) (reason string, counts bool) {
+	revision, epoch := req.GetAppliedRevision(), req.GetAppliedEpoch()
+	ahead := func() bool {
+		now := a.cfg.State.Epoch()
+		return epoch > now || epoch == now && revision > a.cfg.State.Revision()
+	}
+	if revision == 0 || !ahead() {
+		return "", true
+	}
+	wait, cancel := context.WithTimeout(ctx, appliedWait)
+	defer cancel()
+	if a.reader.Wait(wait) != nil {
+		return "", false
+	}
+	if !ahead() {
+		return "", true
+	}
+	return fmt.Sprintf("revision %d of restore epoch %d, said to be applied, does not exist in this cluster, whose newest is %d of epoch %d; it does not count: watch the assignments again, from the beginning",
+		revision, epoch, a.cfg.State.Revision(), a.cfg.State.Epoch()), false
+}
+
+// heardBack takes from a heartbeat what it says, or shows, of what was applied. What
+// it says is left out unless it counts.
+func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.SidecarHeartbeatRequest, counts bool) {
 	revision := req.GetAppliedRevision()
 	e.mu.Lock()
 	confirms := e.unread != 0 && e.over == remoteAddr(ctx)
@@ -62,7 +94,7 @@ func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.Si
 	case revision > 0:
 		e.says = true
 		// Heartbeats of one sidecar may overtake each other.
-		if req.GetAppliedEpoch() > e.epoch || (req.GetAppliedEpoch() == e.epoch && revision > e.revision) {
+		if counts && (req.GetAppliedEpoch() > e.epoch || req.GetAppliedEpoch() == e.epoch && revision > e.revision) {
 			e.revision, e.epoch = revision, req.GetAppliedEpoch()
 		}
 	case confirms:

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -145,5 +146,47 @@ func TestAppliedInAnotherEpoch(t *testing.T) {
 		if table.hasApplied(a, epoch+1) {
 			t.Errorf("what was told in epoch %d counts in the next one", epoch)
 		}
+	}
+}
+
+// Goal: a sidecar that says it has applied what this cluster has never decided, of a
+// cluster it was in before or by a fault of its own, is told so and keeps its lease;
+// its word does not count, and does not stand in the way of what it says later.
+func TestAppliedOfTheFuture(t *testing.T) {
+	for _, c := range []struct {
+		name            string
+		revision, epoch uint64
+	}{
+		{"revision", 1 << 40, 0}, {"the largest", 1<<64 - 1, 0}, {"epoch", 1, 7}, {"both", 1<<64 - 1, 1<<64 - 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a := newAPI(t, func(c *ServerConfig) { c.Planned = func() uint64 { return 1 << 40 } })
+			a.registerSidecar("ns/pod", "x")
+			a.create(chain("p", "x", "y"))
+			a.assign("ns/pod", "p")
+			says := func(revision, epoch uint64) *sidecarpb.HeartbeatResponse {
+				t.Helper()
+				r, err := a.sidecar.Heartbeat(a.ctx(), &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: revision, AppliedEpoch: epoch})
+				noError(t, err)
+				if !r.Acknowledged || a.beats.count("ns/pod", "") == 0 {
+					t.Fatalf("it loses its lease: %v", r)
+				}
+				return r
+			}
+			for range 3 {
+				if r := says(c.revision, c.epoch); !strings.Contains(r.Reason, "does not exist in this cluster") {
+					t.Fatalf("the answer does not tell: %v", r)
+				}
+			}
+			if r := a.convergence("p"); r.Applied != 0 {
+				t.Fatalf("it counts: %v", r)
+			}
+			if r := says(a.node.fsm.Revision(), 0); r.Reason != "" {
+				t.Fatal(r)
+			}
+			if r := a.convergence("p"); r.Applied != 1 {
+				t.Fatalf("what it says now does not count: %v", r)
+			}
+		})
 	}
 }

@@ -181,7 +181,7 @@ func (s *sidecarStream) introduce(ctx context.Context, v *router.View, d dueMemb
 		a.cfg.Beats.Touch(d.id, "")
 	}
 	e := a.told.attach(d.streamMember, a.cfg.Now())
-	s.hear(ctx, e, d)
+	resp.Reason = s.hear(ctx, e, d)
 	resp.Acknowledged = true
 	if !d.watches {
 		resp.Commands, _, err = e.commands(v, d.id, fullDue, true)
@@ -198,8 +198,7 @@ func (s *sidecarStream) changes(ctx context.Context, v *router.View, d dueMember
 	if e == nil {
 		return nil, nil // its next heartbeat is judged
 	}
-	s.hear(ctx, e, d)
-	resp := &sidecarpb.HeartbeatResponse{Acknowledged: true}
+	resp := &sidecarpb.HeartbeatResponse{Acknowledged: true, Reason: s.hear(ctx, e, d)}
 	if d.what&dueLost != 0 {
 		resp.Reason = "it was silent for longer than its lease, and what it had to run may run elsewhere; its next heartbeat brings it back"
 	}
@@ -215,17 +214,22 @@ func (s *sidecarStream) changes(ctx context.Context, v *router.View, d dueMember
 	return resp, nil
 }
 
-// hear takes note of what a sidecar said. That an answer was read, which the
-// heartbeats of a call after another show, those of a stream do not.
-func (s *sidecarStream) hear(ctx context.Context, e *told, d dueMember) {
+// hear takes note of what a sidecar said, and returns why a part of it does not
+// count, "" when all does. That an answer was read, which the heartbeats of a call
+// after another show, those of a stream do not.
+func (s *sidecarStream) hear(ctx context.Context, e *told, d dueMember) string {
 	if d.news == nil {
-		return
+		return ""
 	}
+	reason := ""
 	if d.news.AppliedRevision > 0 {
-		s.api.told.heardBack(ctx, e, d.news)
+		var counts bool
+		reason, counts = s.api.appliedFuture(ctx, d.news)
+		s.api.told.heardBack(ctx, e, d.news, counts)
 		s.api.confirm(d.id, e)
 	}
 	s.api.noteHealth(d.id, e, d.news.ServiceHealth)
+	return reason
 }
 
 func displacedAnswer() *sidecarpb.HeartbeatResponse {

@@ -38,7 +38,8 @@ const (
 	MaxBatchBytes = 2 << 20
 	// MaxPipelineBytes bounds the encoded config of one pipeline.
 	MaxPipelineBytes = 1 << 20
-	// MaxLocalServices bounds the services one sidecar reports.
+	// MaxLocalServices bounds the services one sidecar reports, and those that
+	// register with its id.
 	MaxLocalServices = 256
 	// MaxStreamedSidecars bounds the sidecars that beat on one stream.
 	MaxStreamedSidecars = 4096

@@ -35,6 +35,33 @@ func (s *Server) lease(intervalMs uint64) time.Duration {
 	return max(3*time.Duration(intervalMs)*time.Millisecond, s.cfg.ServiceTTL)
 }
 
+// roomOn refuses one more service that names a sidecar when that has as many as it
+// could report itself. The placement looks at all of them whenever one changes. Those
+// that are registered at the same moment may exceed the bound by their number.
+func (a *registryAPI) roomOn(sidecar, service string) error {
+	if sidecar == "" {
+		return nil
+	}
+	v := a.cfg.State.Latest()
+	defer v.Close()
+	if s, err := v.Service(service); err != nil || s.GetSidecarId() == sidecar {
+		return err
+	}
+	alive := 0
+	if err := v.ServicesOfSidecar(sidecar, func(s *commandpb.Service) bool {
+		if s.State != commandpb.ServiceState_SERVICE_STATE_EXPIRED {
+			alive++
+		}
+		return alive < MaxLocalServices
+	}); err != nil {
+		return err
+	}
+	if alive >= MaxLocalServices {
+		return invalid("sidecar_id", "%d services are registered with sidecar %s already, the limit; deregister some, or name another sidecar", alive, sidecar)
+	}
+	return nil
+}
+
 // Register stores a service, or replaces its earlier registration.
 func (a *registryAPI) Register(ctx context.Context, req *registrypb.RegisterRequest) (*registrypb.RegisterResponse, error) {
 	if err := checkRegister(req); err != nil {
@@ -45,6 +72,9 @@ func (a *registryAPI) Register(ctx context.Context, req *registrypb.RegisterRequ
 		return nil, err
 	}
 	id := req.Identity.ServiceId
+	if err := a.roomOn(req.SidecarId, id); err != nil {
+		return nil, err
+	}
 	registration := registrationID(request, id)
 	rec := serviceFromAPI(req, registration)
 	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_RegisterService{

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -580,4 +581,32 @@ func TestWatchServicesResume(t *testing.T) {
 	if ev.EventType != registrypb.EventType_EVENT_TYPE_ADDED {
 		t.Fatal(ev)
 	}
+}
+
+// Goal: no more services register with one sidecar than it could report itself: the
+// next one is told so and why. Those that are registered can register again, on
+// another sidecar there is room, and one that is gone makes room.
+func TestServicesOfOneSidecarAreBounded(t *testing.T) {
+	a := newAPI(t)
+	try := func(service, sidecar string) error {
+		req := registration(service, "x")
+		req.SidecarId = sidecar
+		_, err := a.registry.Register(a.ctx(), req)
+		return err
+	}
+	for i := range MaxLocalServices {
+		noError(t, try(fmt.Sprintf("svc-%04d", i), "ns/pod"))
+	}
+	err := try("one-more", "ns/pod")
+	wantCode(t, err, codes.InvalidArgument)
+	if !strings.Contains(err.Error(), "sidecar_id") || !strings.Contains(err.Error(), "256 services are registered with sidecar ns/pod") {
+		t.Fatal(err)
+	}
+	noError(t, try("svc-0000", "ns/pod"))
+	noError(t, try("one-more", "ns/other"))
+	noError(t, try("and-one", ""))
+	a.node.must(t, &commandpb.Command{Op: &commandpb.Command_UpdateServiceHealth{UpdateServiceHealth: &commandpb.UpdateServiceHealth{
+		ServiceId: "svc-0007", State: commandpb.ServiceState_SERVICE_STATE_EXPIRED,
+	}}})
+	noError(t, try("one-more", "ns/pod"))
 }

@@ -217,7 +217,9 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	if entry == nil {
 		entry, what = a.told.first(id, a.cfg.Now()), firstDue
 	}
-	a.told.heardBack(ctx, entry, req)
+	var counts bool
+	resp.Reason, counts = a.appliedFuture(ctx, req)
+	a.told.heardBack(ctx, entry, req, counts)
 	a.confirm(id, entry)
 	if what != nothingDue {
 		if what == firstDue && !current {

@@ -652,7 +652,7 @@ type HeartbeatResponse struct {
 	Revision            uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                                                    // revision of the assignments the commands lead to
 	HeartbeatIntervalMs uint64                 `protobuf:"varint,101,opt,name=heartbeat_interval_ms,json=heartbeatIntervalMs,proto3" json:"heartbeat_interval_ms,omitempty"` // when to send the next one; differs a little each time, so that a fleet does not beat in step
 	TtlMs               uint64                 `protobuf:"varint,102,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
-	Reason              string                 `protobuf:"bytes,103,opt,name=reason,proto3" json:"reason,omitempty"` // why it was not acknowledged, or why everything is revoked
+	Reason              string                 `protobuf:"bytes,103,opt,name=reason,proto3" json:"reason,omitempty"` // why it was not acknowledged, why everything is revoked, or why what it says was applied does not count
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
