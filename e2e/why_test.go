@@ -81,4 +81,10 @@ func TestWhyOnEveryNode(t *testing.T) {
 			t.Fatalf("node %d: %v %v", n.ID, q, err)
 		}
 	}
+	m, err := c.Leader().Admin().GetMetrics(ctx, &adminpb.GetMetricsRequest{MetricNames: []string{
+		"placement_last_moves", "placement_last_least_moves", "placement_local_edge_share", "placement_load_max_over_mean"}})
+	if err != nil || m.Metrics["placement_last_moves"] != 2 || m.Metrics["placement_last_least_moves"] != 2 ||
+		m.Metrics["placement_local_edge_share"] != 1 || m.Metrics["placement_load_max_over_mean"] < 1 {
+		t.Fatalf("%v %v", m, err)
+	}
 }
