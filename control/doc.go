@@ -14,8 +14,9 @@
 // Package placement decides, and says what a plan holds to. Placer keeps a mirror of
 // the state in front of it while this node leads: the state is read once, then its
 // changes are followed, each plan costs what they concern, and the difference is
-// proposed. Plan does the same for one Input, as a pure function, and Placements
-// explain one after the fact by computing it again.
+// proposed. Plan does the same for one Input, as a pure function. Study, which is for
+// every node, keeps a mirror while somebody asks, and says why stages are where they
+// are and what would come of a change.
 //
 // What must not run twice is handed over in two steps (handovers.go), the second once
 // the state says that the first has taken effect; moves that nothing forces wait for a

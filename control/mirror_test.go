@@ -57,7 +57,7 @@ func TestPlacerKeepsItsPlace(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	w := watch(t, r)
+	w := watching(t, r)
 	w.c.ChunkChanges = 20
 	w.step(t)
 	r.chain(t, "fleet/wide", "", 400, "wide-source", "wide-sink")

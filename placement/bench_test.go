@@ -151,3 +151,30 @@ func BenchmarkOneEvent(b *testing.B) {
 	reportQuality(b, e)
 	b.ReportMetric(peakMiB(b), "peak-MiB")
 }
+
+// BenchmarkQuestions asks an engine of full size, with everything in place, what a
+// pipeline is like, what another one would come to, and what the loss of one sidecar
+// and of one zone in ten would.
+func BenchmarkQuestions(b *testing.B) {
+	v := bigView(full)
+	carryOut(&v, Compute(v))
+	e := NewEngine(v)
+	e.Plan()
+	p := *v.Pipelines[0]
+	p.ID = "another"
+	for name, ask := range map[string]func(){
+		"explain": func() { e.Explain(v.Pipelines[0].ID, Query{Candidates: 20, HandOvers: 20}) },
+		"try":     func() { e.Try([]*Pipeline{&p}, 100) },
+		"sidecar": func() { e.WhatIf(func(s *Sidecar) bool { return s == v.Sidecars[7] }, 100) },
+		"zone":    func() { e.WhatIf(func(s *Sidecar) bool { return s.Zone == "zone-3" }, 100) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			before := spent(b)
+			for b.Loop() {
+				ask()
+			}
+			b.ReportMetric(float64((spent(b)-before).Microseconds())/float64(b.N)/1000, "cpu-ms/op")
+		})
+	}
+	b.ReportMetric(peakMiB(b), "peak-MiB")
+}

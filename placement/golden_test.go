@@ -91,9 +91,23 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 		fmt.Fprintf(&b, "%d of %d instances, %d stages pending\n", q.Placed, q.Asked, q.Pending)
 		fmt.Fprintf(&b, "%d edges: %d in the pod, %d on the node, %d in the zone\n", q.Edges, q.InPod, q.InNode, q.InZone)
 		fmt.Fprintf(&b, "load: highest %.2f, mean %.2f, highest by mean %.2f\n", q.Highest, q.Mean, q.MaxOverMean())
-	case "explain":
-		for _, s := range m.engine.Explain(id, Query{Candidates: 1000}) {
+	case "hand-overs":
+		for _, s := range m.engine.Explain(id, Query{HandOvers: 1000}) {
+			for _, h := range s.HandOvers {
+				fmt.Fprintf(&b, "%s on %s: %s to %s, %s\n", s.Stage, h.From, h.Stage, h.To, h.Why)
+			}
+		}
+	case "explain": // id= limit=
+		q := Query{Candidates: 1000}
+		d.MaybeScanArgs(t, "limit", &q.Candidates)
+		for _, s := range m.engine.Explain(id, q) {
 			fmt.Fprintf(&b, "%s: %d of %d", s.Stage, len(s.Sidecars), s.Asked)
+			if s.Offering > len(s.Candidates) {
+				fmt.Fprintf(&b, ", %d offer it, the others:", s.Offering)
+				for _, v := range s.Verdicts {
+					fmt.Fprintf(&b, " %d %q", v.Count, v.Verdict)
+				}
+			}
 			if s.Pending != "" {
 				fmt.Fprintf(&b, ", pending: %s", s.Pending)
 			}

@@ -251,8 +251,34 @@ func (a *clusterAPI) WhatIf(ctx context.Context, req *clusterpb.WhatIfRequest) (
 	if err := errMissing("zone", zones); err != nil {
 		return nil, err
 	}
+	specs, err := a.specsOf(&o.Plan, limit)
+	if err != nil {
+		return nil, err
+	}
 	a.reader.SetHeader(ctx, at.Revision, at.Epoch)
-	return &clusterpb.WhatIfResponse{Revision: at.Revision, Epoch: at.Epoch, Lost: lost, Outlook: outlookToAPI(&o, nil, limit)}, nil
+	return &clusterpb.WhatIfResponse{Revision: at.Revision, Epoch: at.Epoch, Lost: lost, Outlook: outlookToAPI(&o, specs, limit)}, nil
+}
+
+// specsOf reads the pipelines that p changes, as many of the first as can be listed.
+func (a *clusterAPI) specsOf(p *placement.Plan, limit int) ([]*commandpb.PipelineSpec, error) {
+	ids := make([]string, len(p.Steps))
+	for i := range p.Steps {
+		ids[i] = p.Steps[i].Pipeline
+	}
+	slices.Sort(ids)
+	v := a.cfg.State.View()
+	defer v.Close()
+	var out []*commandpb.PipelineSpec
+	for _, id := range ids[:min(limit, len(ids))] {
+		rec, err := v.Pipeline(id)
+		if err != nil {
+			return nil, err
+		}
+		if rec != nil {
+			out = append(out, rec.Spec)
+		}
+	}
+	return out, nil
 }
 
 // errMissing refuses a loss of what does not exist.

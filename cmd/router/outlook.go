@@ -164,39 +164,52 @@ func printPipelinePlan(w io.Writer, reply *clusterpb.PlanPipelinesResponse, conf
 // printOutlook shows changes and waiting stages by pipeline, those of order first and
 // each of them, then the figures before and after.
 func printOutlook(w io.Writer, o *clusterpb.PlacementOutlook, order []string, titles map[string]string) error {
-	lines := make(map[string][]string)
-	put := func(pipeline, format string, args ...any) {
-		if _, known := titles[pipeline]; !known && lines[pipeline] == nil {
-			order = append(order, pipeline)
+	type listing struct {
+		stages []string
+		lines  map[string][]string // by stage
+	}
+	of := make(map[string]*listing)
+	put := func(pipeline, stage, line string) {
+		l := of[pipeline]
+		if l == nil {
+			if titles[pipeline] == "" {
+				order = append(order, pipeline)
+			}
+			l = &listing{lines: make(map[string][]string)}
+			of[pipeline] = l
 		}
-		lines[pipeline] = append(lines[pipeline], fmt.Sprintf(format, args...))
+		if l.lines[stage] == nil {
+			l.stages = append(l.stages, stage)
+		}
+		l.lines[stage] = append(l.lines[stage], line)
 	}
 	shown := 0
 	for _, c := range o.GetChanges() {
-		put(c.GetPipelineId(), "  %s", output.Clean(c.GetStageId()))
 		for _, id := range c.GetTakes() {
-			put(c.GetPipelineId(), "    + %s", output.Clean(id))
+			put(c.GetPipelineId(), c.GetStageId(), "+ "+id)
 		}
 		for _, id := range c.GetReleases() {
-			put(c.GetPipelineId(), "    - %s", output.Clean(id))
+			put(c.GetPipelineId(), c.GetStageId(), "- "+id)
 		}
 		shown += len(c.GetTakes()) + len(c.GetReleases())
 	}
 	for _, s := range o.GetWaiting() {
 		reason := s.GetReason()
 		if reason == "" {
-			reason = "'router pipeline explain' says why once it does"
+			reason = "the list is too long to say why of all; try fewer at once"
 		}
-		put(s.GetPipelineId(), "  %s\n    waits: %s", output.Clean(s.GetStageId()), output.Clean(reason))
+		put(s.GetPipelineId(), s.GetStageId(), "waits: "+reason)
 	}
 	for _, id := range order {
-		head := output.Clean(id)
-		if t := titles[id]; t != "" {
-			head += " " + t
+		fmt.Fprintln(w, strings.TrimSpace(output.Clean(id)+" "+titles[id]))
+		if of[id] == nil {
+			continue
 		}
-		fmt.Fprintln(w, head)
-		for _, line := range lines[id] {
-			fmt.Fprintln(w, line)
+		for _, stage := range of[id].stages {
+			fmt.Fprintf(w, "  %s\n", output.Clean(stage))
+			for _, line := range of[id].lines[stage] {
+				fmt.Fprintf(w, "    %s\n", output.Clean(line))
+			}
 		}
 	}
 	if more := int(o.GetChangesTotal()) - shown; more > 0 {
