@@ -87,7 +87,9 @@ func LayOut(t testing.TB, o Options) *Cluster {
 	}
 	c := &Cluster{t: t, links: map[[2]uint64]*Link{}}
 	base := t.TempDir()
-	ports := freePorts(t, 2*o.Nodes)
+	// The links take ports as well, and must not be given those of the nodes.
+	ports, release := reservePorts(t, 2*o.Nodes)
+	defer release()
 	for i := range o.Nodes {
 		id := uint64(i + 1)
 		dir := filepath.Join(base, fmt.Sprintf("node-%d", id))
@@ -461,7 +463,14 @@ func (c *Cluster) WaitSameState() {
 // before the router does; the router then says so and the test fails loudly.
 func freePorts(t testing.TB, n int) []int {
 	t.Helper()
-	var ports []int
+	ports, release := reservePorts(t, n)
+	release()
+	return ports
+}
+
+// reservePorts is freePorts, but nobody gets the ports before release is called.
+func reservePorts(t testing.TB, n int) (ports []int, release func()) {
+	t.Helper()
 	var open []net.Listener
 	for range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -471,10 +480,11 @@ func freePorts(t testing.TB, n int) []int {
 		open = append(open, l)
 		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
 	}
-	for _, l := range open {
-		l.Close()
+	return ports, func() {
+		for _, l := range open {
+			l.Close()
+		}
 	}
-	return ports
 }
 
 // eventually calls f until it returns nil, with a fresh deadline each time, and
