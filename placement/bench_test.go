@@ -163,7 +163,7 @@ func BenchmarkQuestions(b *testing.B) {
 	p := *v.Pipelines[0]
 	p.ID = "another"
 	for name, ask := range map[string]func(){
-		"explain": func() { e.Explain(v.Pipelines[0].ID, Query{Candidates: 20, HandOvers: 20}) },
+		"explain": func() { e.Explain(v.Pipelines[0].ID, Query{Candidates: 20, NextHops: 20}) },
 		"try":     func() { e.Try([]*Pipeline{&p}, 100) },
 		"sidecar": func() { e.WhatIf(func(s *Sidecar) bool { return s == v.Sidecars[7] }, 100) },
 		"zone":    func() { e.WhatIf(func(s *Sidecar) bool { return s.Zone == "zone-3" }, 100) },

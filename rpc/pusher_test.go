@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -69,8 +70,12 @@ func TestFirstStatesHaveTheirOwnWorkers(t *testing.T) {
 	release := make(chan struct{})
 	busy := make(chan error)
 	const many = 64 // more than there are workers
+	begun := make(chan struct{}, many)
 	for range many {
-		go func() { busy <- turn(a.ctx(), a.push.first, func() { <-release }) }()
+		go func() { busy <- turn(a.ctx(), a.push.first, func() { begun <- struct{}{}; <-release }) }()
+	}
+	for range max(1, runtime.GOMAXPROCS(0)/2) { // until all of them are busy
+		<-begun
 	}
 	left, leave := context.WithCancel(a.ctx())
 	gone := make(chan error, 1)
