@@ -117,6 +117,7 @@ func watching(b testing.TB, r *replica) *watched {
 	w := &watched{m: m, sub: sub, waits: newWaits()}
 	w.Placer = NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, Quiet: time.Microsecond, Planned: func(i PlanInfo) { w.infos = append(w.infos, i) }})
 	w.term, w.budget = 1, newBudget(1, time.Now())
+	w.scores.reset()
 	return w
 }
 

@@ -92,8 +92,8 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 		fmt.Fprintf(&b, "%d edges: %d in the pod, %d on the node, %d in the zone\n", q.Edges, q.InPod, q.InNode, q.InZone)
 		fmt.Fprintf(&b, "load: highest %.2f, mean %.2f, highest by mean %.2f\n", q.Highest, q.Mean, q.MaxOverMean())
 	case "hand-overs":
-		for _, s := range m.engine.Explain(id, Query{HandOvers: 1000}) {
-			for _, h := range s.HandOvers {
+		for _, s := range m.engine.Explain(id, Query{NextHops: 1000}) {
+			for _, h := range s.NextHops {
 				fmt.Fprintf(&b, "%s on %s: %s to %s, %s\n", s.Stage, h.From, h.Stage, h.To, h.Why)
 			}
 		}

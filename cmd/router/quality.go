@@ -102,26 +102,26 @@ type pipelineStatus struct {
 // qualityStatus is a PlacementQuality with what is zero, which there means
 // something.
 type qualityStatus struct {
-	InstancesAsked  uint32  `json:"instancesAsked"`
-	InstancesPlaced uint32  `json:"instancesPlaced"`
-	StagesPending   uint32  `json:"stagesPending"`
+	InstancesAsked  uint32  `json:"instances_asked"`
+	InstancesPlaced uint32  `json:"instances_placed"`
+	StagesPending   uint32  `json:"stages_pending"`
 	Edges           uint32  `json:"edges"`
-	EdgesInPod      uint32  `json:"edgesInPod"`
-	EdgesInNode     uint32  `json:"edgesInNode"`
-	EdgesInZone     uint32  `json:"edgesInZone"`
-	LocalEdgeShare  float64 `json:"localEdgeShare"`
-	HighestLoad     float64 `json:"highestLoad"`
-	MeanLoad        float64 `json:"meanLoad"`
-	MaxOverMean     float64 `json:"maxOverMean"`
+	EdgesInPod      uint32  `json:"edges_in_pod"`
+	EdgesInNode     uint32  `json:"edges_in_node"`
+	EdgesInZone     uint32  `json:"edges_in_zone"`
+	LocalEdgeShare  float64 `json:"local_edge_share"`
+	HighestLoad     float64 `json:"highest_load"`
+	MeanLoad        float64 `json:"mean_load"`
+	MaxOverMean     float64 `json:"max_over_mean"`
 	// LastPlan is left out when the leader has made none of it since it leads, or
 	// does not answer.
-	LastPlan *planMoves `json:"lastPlan,omitempty"`
+	LastPlan *planMoves `json:"last_plan,omitempty"`
 }
 
 type planMoves struct {
 	Revision   uint64 `json:"revision"`
 	Moves      uint32 `json:"moves"`
-	LeastMoves uint32 `json:"leastMoves"`
+	LeastMoves uint32 `json:"least_moves"`
 }
 
 func statusOf(st *adminpb.PipelineStatus, r *clusterpb.GetPlacementQualityResponse) pipelineStatus {
