@@ -60,7 +60,7 @@ good, the leader may take another one in the end.`,
 				return err
 			}
 			if len(set.Pipelines) == 0 {
-				return errors.New("the files declare no pipeline; nothing was planned")
+				return codedError{exitUsage, errors.New("the files declare no pipeline; nothing was planned")}
 			}
 			if err := limit.check(cmd); err != nil {
 				return err
@@ -100,7 +100,10 @@ func notValid(reply *clusterpb.PlanPipelinesResponse) error {
 			errs = append(errs, fmt.Errorf("pipeline %s is not valid, nothing was planned: %s", p.GetPipelineId(), strings.Join(v, "; ")))
 		}
 	}
-	return errors.Join(errs...)
+	if len(errs) == 0 {
+		return nil
+	}
+	return codedError{exitUsage, errors.Join(errs...)}
 }
 
 func newWhatIfCommand(a *app) *cobra.Command {
