@@ -72,7 +72,6 @@ func (l *layout) rank(i, n int32) rank {
 	switch {
 	case x.bound.has(i) && !l.letGo:
 		r.tie = bound
-	case l.shunned >= 0: // for balance, nobody goes back to where there is no room
 	case x.former || x.bound.has(i):
 		r.tie, r.since = former, x.since
 	}

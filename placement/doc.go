@@ -29,10 +29,9 @@
 //     forwarded to it, so a cycle would pass one batch round for ever.
 //  3. A stage stays where it is while its sidecar is alive, suspect or in grace and
 //     still offers the service, unless another stage could then be placed nowhere
-//     at all, or its sidecar drains and somebody else can take it. Plan moves
-//     nothing that runs well for balance alone: balance is looked after where
-//     something has to be placed anyway. Rebalance does, a few moves at a time, as
-//     far as no edge leaves its pod by it.
+//     at all, or its sidecar drains and somebody else can take it. Nothing that runs
+//     well is moved for balance alone: balance is looked after where something has
+//     to be placed anyway.
 //  4. A source stage is handed out only when every stage downstream of it has a
 //     sidecar: a sidecar acknowledges a batch when the stages of its own table are
 //     done, so a gap further down would lose records in silence. Without an
@@ -47,14 +46,6 @@
 // profile keeps its members by zone and node under a tournament tree over their
 // load, so that "the least loaded in that zone" is a few comparisons. A pipeline
 // then looks at profiles, not at sidecars.
-//
-// A pipeline of n instances costs about n log n: candidates for a stage are kept in
-// heaps (supply), its instances by zone and node (index). An instance hands over to
-// one instance of each downstream stage, so that tables do not grow with
-// parallelism; of many equally near ones a window of 64 is compared.
-//
-// What nobody asks for and nobody offers any more is forgotten with the event that
-// took the last of it away (sweep).
 //
 // An Engine belongs to one goroutine at a time.
 package placement

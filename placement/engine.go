@@ -56,7 +56,6 @@ type Engine struct {
 	// what the pipeline that is being laid out held before.
 	shifts  uint64
 	dropped []holding
-	round   uint64 // of Rebalance, from 1
 
 	// lone lists by type of stage the sidecars that have exactly one service of
 	// that type, by id; made when it is asked for, until offers change.
@@ -86,7 +85,6 @@ type host struct {
 	// turn says of which layout slot is its node.
 	turn  uint32
 	slot  int32
-	tried uint64  // the newest round of Rebalance that has looked at it
 	pipes []int32 // pipelines of which it has a table
 	names []int32 // it offers
 }
@@ -133,7 +131,6 @@ func NewEngine(v View) *Engine {
 		hosts:     make([]host, 0, len(v.Sidecars)),
 	}
 	e.l.e = e
-	e.round = 1
 	e.building = true
 	for _, t := range [...]StageType{SourceStage, TransformStage, SinkStage} {
 		id, _ := e.wantOf(&Stage{Type: t})

@@ -59,16 +59,8 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 	case "drop":
 		m.removePipeline(id)
 		return ""
-	case "plan", "rebalance": // most= for rebalance
+	case "plan":
 		p := m.engine.Plan()
-		if d.Cmd == "rebalance" {
-			var most int
-			d.ScanArgs(t, "most", &most)
-			if len(p.Steps) > 0 {
-				t.Fatalf("a plan comes first: %+v", p.Steps)
-			}
-			p = m.engine.Rebalance(most)
-		}
 		for _, s := range p.Steps {
 			fmt.Fprintf(&b, "%s %s, %d moves\n", s.Urgency, s.Pipeline, s.Moves)
 			for _, c := range s.Changes {

@@ -19,10 +19,8 @@ type layout struct {
 	circular bool
 	// keepDraining: what drains may keep its stages, since nothing else works.
 	keepDraining bool
-	// letGo: what is only suspect keeps nothing; see solve.
+	// suspectsLetGo: see forget.
 	letGo bool
-	// shunned is a host that is to run nothing of the pipeline, -1 = none.
-	shunned int32
 
 	at    [][]int32 // per stage: nodes that run it, in the order they were added
 	gap   []int32   // per stage: a stage downstream that cannot run, or -1
@@ -91,7 +89,7 @@ const (
 // reset prepares l for x.
 func (l *layout) reset(x *pipe) {
 	l.x = x
-	l.circular, l.keepDraining, l.letGo, l.apart, l.shunned = false, false, false, false, -1
+	l.circular, l.keepDraining, l.letGo, l.apart = false, false, false, false
 	n := len(x.stages)
 	l.words = (n + 63) / 64
 	for len(l.at) < n {

@@ -42,13 +42,11 @@ const (
 	Evacuate
 	// Rearrange moves what could not stay because of others.
 	Rearrange
-	// Balance moves what runs well elsewhere; see Engine.Rebalance.
-	Balance
 )
 
 // String returns the name of u.
 func (u Urgency) String() string {
-	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange", "balance"}[u]
+	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange"}[u]
 }
 
 // Change is what one sidecar is to be told of one pipeline.
@@ -159,13 +157,6 @@ func (e *Engine) lay(x *pipe) (Step, bool) {
 	if x.spec != nil && x.spec.Enabled {
 		l.solve()
 	}
-	return e.adopt(x)
-}
-
-// adopt takes over what has been laid out for x and returns the step that leads
-// there; false when it is there already.
-func (e *Engine) adopt(x *pipe) (Step, bool) {
-	l := &e.l
 	x.circular = l.circular
 	step, changed := l.step()
 	e.totals.add(x.figures, -1)

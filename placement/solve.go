@@ -165,14 +165,14 @@ func (l *layout) fit(i, h int32) fitness {
 // mayTake is true when node n may be given stage i.
 func (l *layout) mayTake(i, n int32) bool {
 	h := l.nodes[n].host
-	return !l.kept[i] && h != l.shunned && l.e.hosts[h].takes && l.fit(i, h) == fresh
+	return !l.kept[i] && l.e.hosts[h].takes && l.fit(i, h) == fresh
 }
 
 // mayKeep is true when node n may keep stage i, which it runs until now.
 func (l *layout) mayKeep(i, n int32) bool {
 	h := l.nodes[n].host
 	s := l.e.hosts[h].s
-	if l.kept[i] || h == l.shunned || s.lost() || l.fit(i, h) == unfit {
+	if l.kept[i] || s.lost() || l.fit(i, h) == unfit {
 		return false
 	}
 	if s.Draining && l.able[i] && !l.keepDraining {
