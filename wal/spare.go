@@ -29,10 +29,10 @@ var pipelineNames = [...]string{"0.tmp", "1.tmp"}
 // underlying package from warning of it.
 const spareName = "spare.tmp"
 
-// A spare is written at 50 MB/s at most, several times what a log grows by, so
+// A spare is written at 25 MB/s at most, several times what a log grows by, so
 // that it never fills the disk's queue in front of the log's own syncs.
 const (
-	spareChunk = 512 << 10
+	spareChunk = 256 << 10
 	sparePause = 10 * time.Millisecond
 )
 
@@ -201,18 +201,31 @@ func prefill(dir string, size int64) error {
 	return writeZeros(filepath.Join(dir, pipelineNames[0]), size, nil)
 }
 
-// endOfData returns where the last byte that is not zero ends.
+// endOfData returns where the last byte that is not zero ends. It holds little in
+// memory: a node that has nothing to do would keep what a whole segment takes.
 func endOfData(path string) (int64, error) {
-	data, err := os.ReadFile(path)
+	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
 	}
-	for n := len(data); n > 0; n-- {
-		if data[n-1] != 0 {
-			return int64(n), nil
+	defer f.Close()
+	var end, at int64
+	for buf := make([]byte, 64<<10); ; {
+		n, err := f.Read(buf)
+		for k := n; k > 0; k-- {
+			if buf[k-1] != 0 {
+				end = at + int64(k)
+				break
+			}
+		}
+		at += int64(n)
+		if errors.Is(err, io.EOF) {
+			return end, nil
+		}
+		if err != nil {
+			return 0, err
 		}
 	}
-	return 0, nil
 }
 
 // removeLeftovers removes what a crash left of segments to come, unless it can be
