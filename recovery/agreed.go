@@ -54,6 +54,13 @@ func (r *Recovery) awaitAgreed(ctx context.Context, operation string, rec shelf.
 	}
 	bound, cancel := context.WithTimeout(ctx, r.c.CompareWait)
 	defer cancel()
+	late := func() error {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("recovery: the state of node %d at entry %d was not seen to be that of a majority of the voters within %v; "+
+			"nothing was stored: see 'router cluster check'", r.c.NodeID, rec.Index, r.c.CompareWait)
+	}
 	tick := time.NewTicker(compareAgain)
 	defer tick.Stop()
 	for {
@@ -67,7 +74,11 @@ func (r *Recovery) awaitAgreed(ctx context.Context, operation string, rec shelf.
 		if err := r.c.Trusted(); err != nil {
 			return false, fmt.Errorf("recovery: nothing was stored, for the state of this node may be wrong: %w", err)
 		}
-		if err := r.check(ctx, operation); err != nil {
+		// It asks the leader: without one it would wait for as long as there is none.
+		if err := r.check(bound, operation); err != nil {
+			if bound.Err() != nil {
+				err = late()
+			}
 			return false, err
 		}
 		r.c.Compare()
@@ -75,11 +86,7 @@ func (r *Recovery) awaitAgreed(ctx context.Context, operation string, rec shelf.
 		case <-changed:
 		case <-tick.C:
 		case <-bound.Done():
-			if ctx.Err() != nil {
-				return false, ctx.Err()
-			}
-			return false, fmt.Errorf("recovery: the state of node %d at entry %d was not seen to be that of a majority of the voters within %v; "+
-				"nothing was stored: see 'router cluster check'", r.c.NodeID, rec.Index, r.c.CompareWait)
+			return false, late()
 		}
 	}
 }

@@ -146,9 +146,10 @@ func (s *FSM) commit(t *tx) error {
 	if err == nil {
 		err = b.Set(t.buf.meta(metaPosition), t.pos.applied(), nil)
 	}
-	// Also the first batch onto what a release that kept them together has left,
-	// which must not be read by it any more: it would find no members.
-	if err == nil && (t.membership || !t.home.apart) {
+	// Also the first batch onto what an earlier release has left, which must not be
+	// read by it any more: it would find no members, or not see who has yet to let go
+	// of a stage.
+	if err == nil && (t.membership || !t.home.current) {
 		err = errors.Join(b.Set(t.buf.meta(metaMembership), t.pos.membership(), nil),
 			b.Set(t.buf.meta(metaFormat), formatNumber(), nil))
 	}
@@ -160,7 +161,7 @@ func (s *FSM) commit(t *tx) error {
 	if err := b.Commit(pebble.NoSync); err != nil {
 		return fmt.Errorf("router: write entries up to %d: %w", t.pos.Index, err)
 	}
-	t.home.apart = true
+	t.home.current = true
 	s.records.unblock()
 	if err := b.Close(); err != nil {
 		return err

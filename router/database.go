@@ -76,12 +76,13 @@ func decodePosition(b []byte) (p Position, err error) {
 // replaced it; the last one closes and removes it.
 type database struct {
 	db *pebble.DB
-	// apart: the membership is kept apart from the position. Of Apply.
-	apart bool
-	fs    vfs.FS
-	dir   string
-	name  string // of dir below the root
-	log   *slog.Logger
+	// current: this release has written here, so that the membership is kept apart from
+	// the position, and the number of the format says so. Of Apply.
+	current bool
+	fs      vfs.FS
+	dir     string
+	name    string // of dir below the root
+	log     *slog.Logger
 
 	refs     atomic.Int64
 	obsolete atomic.Bool
@@ -161,11 +162,11 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 	if err := checkFormat(db); err != nil {
 		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
 	}
-	v, err := getCopy(db, key(nil).meta(metaMembership))
+	v, err := getCopy(db, key(nil).meta(metaFormat))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
 	}
-	d.apart = v != nil
+	d.current = bytes.Equal(v, formatNumber())
 	return d, nil
 }
 

@@ -100,3 +100,24 @@ func TestPositionOfAnEarlierRelease(t *testing.T) {
 	mustBeAt(t, s, want)
 	noError(t, s.Close())
 }
+
+// TestFormatIsRaised: the first batch on the state of an earlier release says that it
+// is of this one, whatever it changes: the earlier one would not see what this one
+// keeps there.
+func TestFormatIsRaised(t *testing.T) {
+	fs := vfs.NewMem()
+	s := open(t, fs, "state")
+	apply(t, s)
+	noError(t, s.cur.db.Set(key(nil).meta(metaFormat), []byte{0, 0, 0, stateFormat - 1}, pebble.NoSync))
+	_, err := s.Flush()
+	noError(t, err)
+	noError(t, s.Close())
+	s = open(t, fs, "state")
+	defer func() { noError(t, s.Close()) }()
+	apply(t, s)
+	_, err = s.Flush()
+	noError(t, err)
+	if got := metaRecord(t, s, metaFormat); !bytes.Equal(got, formatNumber()) {
+		t.Errorf("the earlier release could read it: format %v", got)
+	}
+}

@@ -220,6 +220,9 @@ func (r *Receiver) takeFileLocked(data []byte) (int, error) {
 func (r *Receiver) fileEndedLocked(f File) error {
 	file := r.file
 	r.file = nil
+	if err := r.side.failed(); err != nil {
+		return errors.Join(err, file.Close()) // what comes after a failure is not done
+	}
 	return r.side.do(func() error {
 		err := file.Sync()
 		if err == nil {

@@ -88,11 +88,17 @@ func (s *spares) run() {
 		// The log works without: it reserves its segments itself.
 		if err := s.provide(); err != nil && !errors.Is(err, errStopped) {
 			s.lg.Debug("no written segment could be prepared", "dir", s.dir, "error", err)
+			if errors.Is(err, errUnsupported) {
+				return
+			}
 		}
 	}
 }
 
-var errStopped = errors.New("wal: stopped")
+var (
+	errStopped     = errors.New("wal: stopped")
+	errUnsupported = errors.New("wal: this file system cannot rename a file without replacing another")
+)
 
 // provide puts a spare under the one of the names that is free. Both are taken
 // when nothing was used since the last time, and for the moment in which the
@@ -109,8 +115,16 @@ func (s *spares) provide() error {
 		// Without replacing: the underlying package may have made the file itself
 		// meanwhile, and then it is about to write a segment into it.
 		err := unix.Renameat2(unix.AT_FDCWD, filepath.Join(s.dir, spareName), unix.AT_FDCWD, filepath.Join(s.dir, name), unix.RENAME_NOREPLACE)
+		if err == nil {
+			return nil
+		}
 		if !errors.Is(err, unix.EEXIST) {
-			return err
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.ENOTSUP) {
+				// Some file systems cannot rename so. Without, there is no safe way, and
+				// each attempt would write a whole segment for nothing.
+				err = fmt.Errorf("%w: %w", errUnsupported, err)
+			}
+			return errors.Join(err, os.Remove(filepath.Join(s.dir, spareName)))
 		}
 		if name, err = s.free(); name == "" || err != nil {
 			return errors.Join(err, os.Remove(filepath.Join(s.dir, spareName)))
