@@ -2,6 +2,11 @@
 SHELL := /bin/bash
 BIN   := $(CURDIR)/bin
 
+# Without gRPC's client for service meshes, which Google's storage library would use
+# for a way of access that backups do not take: a fifth of the binary, and 12 MB of
+# what is resident of every node.
+export GOFLAGS := $(strip $(GOFLAGS) -tags=disable_grpc_modules)
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
