@@ -7,8 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protojson"
-
+	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -76,7 +75,7 @@ type shownPipeline struct {
 
 // MarshalJSON implements json.Marshaler.
 func (p shownPipeline) MarshalJSON() ([]byte, error) {
-	raw, err := protojson.Marshal(p.config)
+	raw, err := output.Message(p.config)
 	if err != nil {
 		return nil, err
 	}

@@ -156,15 +156,42 @@ func (a *app) awaitDrained(cmd *cobra.Command, talk context.Context, c *clients,
 
 // sidecarState shows the state of a sidecar and what is special about it.
 func sidecarState(s *clusterpb.SidecarInfo) string {
+	text := livenessOf(s)
+	if words := drainState(s); words != "" {
+		text += ", " + words
+	}
+	return text
+}
+
+// livenessOf says whether a sidecar is heard of.
+func livenessOf(s *clusterpb.SidecarInfo) string {
 	text := short(s.GetState().String(), "SIDECAR_STATE_")
 	if s.GetGraceUntil() != nil {
 		text += ", in grace"
 	}
+	return text
+}
+
+// drainState says whether a sidecar drains, "" if not.
+func drainState(s *clusterpb.SidecarInfo) string {
 	switch {
 	case s.GetLeaves():
-		text += ", leaving"
+		return "leaving"
 	case s.GetDraining():
-		text += ", draining"
+		return "draining"
 	}
-	return text
+	return ""
+}
+
+// sidecarSince says since when the newest part of sidecarState holds. When a drain
+// began, older nodes do not tell.
+func sidecarSince(s *clusterpb.SidecarInfo) string {
+	changed, drain := s.GetStateChangedAt(), s.GetDrainSince()
+	switch {
+	case !s.GetDraining():
+		return when(changed)
+	case drain != nil && changed.AsTime().After(drain.AsTime()):
+		return when(changed)
+	}
+	return when(drain)
 }
