@@ -31,10 +31,11 @@ func newClusterStatusCommand(a *app) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				quality := clusterQuality(ctx, c, st)
 				if a.format != output.Table {
-					err = output.Document(a.stdout, a.format, st)
+					err = output.Document(a.stdout, a.format, shownStatus{st, qualityOf(quality)})
 				} else {
-					err = printStatus(a, st, clusterQuality(ctx, c, st))
+					err = printStatus(a, st, quality)
 				}
 				if err == nil && check && st.GetHealth() != adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY {
 					return silentError{exitCheckFailed}

@@ -70,6 +70,12 @@ func newRootCommand(a *app) *cobra.Command {
 one: pipelines, sidecars, services, groups, offsets and the cluster itself.
 
 The exit codes are the same for every command: 'router help exit-codes'.`,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			if a.timeout < 0 {
+				return usageError{cmd, fmt.Errorf("--timeout %v is negative; 0 waits without end", a.timeout)}
+			}
+			return nil
+		},
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
