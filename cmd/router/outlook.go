@@ -133,7 +133,11 @@ be afterwards. Nothing is changed and nobody is told.`,
 				if a.format != output.Table {
 					return output.Document(a.stdout, a.format, reply)
 				}
-				fmt.Fprintf(a.stdout, "%s would be lost.\n\n", count(reply.GetLost(), "sidecar", "sidecars"))
+				fmt.Fprintf(a.stdout, "%s would be lost", count(reply.GetLost(), "sidecar", "sidecars"))
+				if n := reply.GetOutlook().GetWaitingTotal(); n > 0 {
+					fmt.Fprintf(a.stdout, ", and %s now would run nowhere", count(n, "stage that runs", "stages that run"))
+				}
+				fmt.Fprint(a.stdout, ".\n\n")
 				return printOutlook(a.stdout, reply.GetOutlook(), nil, nil)
 			})
 		},

@@ -50,6 +50,11 @@ is out of time. What nobody else can run stays with it.`,
 					}
 				}
 				if a.format != output.Table {
+					if info != nil && !drained(info) {
+						for _, line := range kept(ctx, c, info) {
+							a.notice("%s", line)
+						}
+					}
 					return output.Document(a.stdout, a.format, &clusterpb.DrainSidecarResponse{Sidecar: info, Revision: reply.GetRevision()})
 				}
 				switch {
@@ -215,14 +220,15 @@ func drainState(s *clusterpb.SidecarInfo) string {
 	return ""
 }
 
-// sidecarSince says since when the newest part of sidecarState holds. When a drain
-// began, older nodes do not tell.
+// sidecarSince says since when sidecarState holds; of one that is alive and drains,
+// since when it drains, for a new registration changes nothing about that. When a
+// drain began, older nodes do not tell.
 func sidecarSince(s *clusterpb.SidecarInfo) string {
 	changed, drain := s.GetStateChangedAt(), s.GetDrainSince()
 	switch {
 	case !s.GetDraining():
 		return when(changed)
-	case drain != nil && changed.AsTime().After(drain.AsTime()):
+	case drain != nil && s.GetState() != clusterpb.SidecarState_SIDECAR_STATE_ALIVE && changed.AsTime().After(drain.AsTime()):
 		return when(changed)
 	}
 	return when(drain)
