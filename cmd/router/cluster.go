@@ -61,13 +61,13 @@ func printStatus(a *app, st *adminpb.GetClusterStatusResponse, quality *clusterp
 	head.Add("ANSWERED BY", fmt.Sprintf("node %d, commit %d, applied %d, version %s",
 		st.GetNodeId(), st.GetCommitIndex(), st.GetAppliedIndex(), output.Clean(st.GetVersion())))
 	if n := st.GetDrainingSidecars(); n > 0 {
-		head.Add("DRAINING", fmt.Sprintf("%d sidecars", n))
+		head.Add("DRAINING", count(n, "sidecar", "sidecars"))
 	}
 	if n := st.GetPendingHandovers(); n > 0 {
-		head.Add("HANDOVERS", fmt.Sprintf("%d wait for a sidecar to let go of a stage", n))
+		head.Add("HANDOVERS", count(n, "waits", "wait")+" for a sidecar to let go of a stage")
 	}
 	if n := st.GetHeldMoves(); n > 0 {
-		head.Add("HELD MOVES", fmt.Sprintf("%d stages wait for the movement budget (placement.moves_per_minute)", n))
+		head.Add("HELD MOVES", count(n, "stage waits", "stages wait")+" for the movement budget (placement.moves_per_minute)")
 	}
 	if quality != nil {
 		head.Add("PLACEMENT", qualityLine(quality))

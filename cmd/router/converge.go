@@ -96,7 +96,7 @@ func (a *app) awaitConverged(cmd *cobra.Command, talk context.Context, c *client
 		case !r.Converged:
 			errs = append(errs, codedError{exitDeadline, fmt.Errorf("pipeline %s was applied, but has not converged within %v:\n%s", done[i].Pipeline, timeout, r.missing())})
 		case a.format == output.Table:
-			fmt.Fprintf(a.stdout, "pipeline %s converged: version %d is applied by %d sidecars, after %.1f s\n", done[i].Pipeline, r.Version, r.Applied, r.Seconds)
+			fmt.Fprintf(a.stdout, "pipeline %s converged: version %d is applied by %s, after %.1f s\n", done[i].Pipeline, r.Version, count(r.Applied, "sidecar", "sidecars"), r.Seconds)
 		}
 	}
 	return errors.Join(errs...)
@@ -168,7 +168,7 @@ func (r *convergence) brief() string {
 	if r.missing() == "" {
 		text = "it is not decided yet"
 	}
-	return fmt.Sprintf("%d of %d sidecars have applied their part; %s", r.Applied, r.Concerned, text)
+	return fmt.Sprintf("%d of %s applied their part; %s", r.Applied, count(r.Concerned, "sidecar has", "sidecars have"), text)
 }
 
 // missing says what convergence lacks, a line each.
