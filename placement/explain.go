@@ -51,6 +51,9 @@ type StageStatus struct {
 type Candidate struct {
 	Sidecar  string
 	Endpoint string // of the service that would run the stage
+	// StandsIn is the name of that service if it is the only one of its type there
+	// and stands in for the name that the stage asks for, which nobody offers.
+	StandsIn string
 	Runs     bool
 	// Verdict says what rules it out; empty when it runs the stage or could.
 	Verdict string
@@ -345,6 +348,9 @@ func (l *layout) candidates(st *StageStatus, i int32, limit int, left *int) {
 		x := &e.hosts[h]
 		o := x.s.loose(w)
 		c := Candidate{Sidecar: x.s.ID, Endpoint: o.Endpoint, Load: float64(x.load) / float64(x.capacity)}
+		if w.byType && l.x.stages[i].Raw != "" {
+			c.StandsIn = o.Raw
+		}
 		_, c.Runs = slices.BinarySearch(st.Sidecars, x.s.ID)
 		if !c.Runs {
 			c.Verdict = l.verdict(i, h, o)

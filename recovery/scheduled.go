@@ -96,8 +96,12 @@ func (r *Recovery) Alarms() []string {
 	if !h.Last.IsZero() {
 		last = "the last that was stored is of " + h.Last.UTC().Format(time.RFC3339)
 	}
-	return []string{fmt.Sprintf("scheduled backups fail, %d times in a row; %s; the newest, at %s: %s",
-		h.Failures, last, h.Failed.UTC().Format(time.RFC3339), why)}
+	often := "once so far"
+	if h.Failures > 1 {
+		often = fmt.Sprintf("%d times in a row", h.Failures)
+	}
+	return []string{fmt.Sprintf("scheduled backups fail, %s; %s; the newest, at %s: %s",
+		often, last, h.Failed.UTC().Format(time.RFC3339), why)}
 }
 
 // scheduled makes one backup and removes those that are too many.

@@ -60,6 +60,9 @@ func sidecarToAPI(s *commandpb.Sidecar, assignments []*commandpb.Assignment, epo
 		Draining:       s.Draining,
 		Leaves:         s.Leaves,
 	}
+	if s.DrainSinceMs > 0 {
+		out.DrainSince = timestampMs(s.DrainSinceMs)
+	}
 	if s.DrainDeadlineMs > 0 {
 		out.DrainDeadline = timestampMs(s.DrainDeadlineMs)
 	}

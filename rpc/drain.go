@@ -39,10 +39,10 @@ func (a *clusterAPI) DrainSidecar(ctx context.Context, req *clusterpb.DrainSidec
 	if err != nil {
 		return nil, err
 	}
-	info, revision, err := a.changeSidecar(ctx, req.SidecarId, &commandpb.Command{Op: &commandpb.Command_DrainSidecar{
+	info, res, err := a.changeSidecar(ctx, req.SidecarId, &commandpb.Command{Op: &commandpb.Command_DrainSidecar{
 		DrainSidecar: &commandpb.DrainSidecar{SidecarId: req.SidecarId, TimeoutMs: timeout, Leaves: req.Remove},
 	}})
-	return &clusterpb.DrainSidecarResponse{Sidecar: info, Revision: revision}, err
+	return &clusterpb.DrainSidecarResponse{Sidecar: info, Revision: res.GetRevision()}, err
 }
 
 // UndrainSidecar lets a sidecar be given stages again.
@@ -50,33 +50,34 @@ func (a *clusterAPI) UndrainSidecar(ctx context.Context, req *clusterpb.UndrainS
 	if err := checkID("sidecar_id", req.GetSidecarId()); err != nil {
 		return nil, err
 	}
-	info, revision, err := a.changeSidecar(ctx, req.SidecarId, &commandpb.Command{Op: &commandpb.Command_UndrainSidecar{
+	info, res, err := a.changeSidecar(ctx, req.SidecarId, &commandpb.Command{Op: &commandpb.Command_UndrainSidecar{
 		UndrainSidecar: &commandpb.UndrainSidecar{SidecarId: req.SidecarId},
 	}})
-	return &clusterpb.UndrainSidecarResponse{Sidecar: info, Revision: revision}, err
+	ended := res.GetChanged()
+	return &clusterpb.UndrainSidecarResponse{Sidecar: info, Revision: res.GetRevision(), WasDraining: &ended}, err
 }
 
 // changeSidecar replicates cmd and shows the sidecar as it then is; nil when it was
 // removed since.
-func (a *clusterAPI) changeSidecar(ctx context.Context, id string, cmd *commandpb.Command) (*clusterpb.SidecarInfo, uint64, error) {
+func (a *clusterAPI) changeSidecar(ctx context.Context, id string, cmd *commandpb.Command) (*clusterpb.SidecarInfo, *commandpb.Result, error) {
 	res, err := a.submit(ctx, cmd)
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	if rej := res.GetRejection(); rej != nil {
-		return nil, 0, FromRejection(rej).Err()
+		return nil, nil, FromRejection(rej).Err()
 	}
 	if err := a.reader.waitRevision(ctx, res.GetRevision()); err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	v := a.cfg.State.View()
 	defer v.Close()
 	s, err := v.Sidecar(id)
 	if err != nil || s == nil {
-		return nil, res.GetRevision(), err
+		return nil, res, err
 	}
 	info, err := sidecarInfo(v, s, nil)
-	return info, res.GetRevision(), err
+	return info, res, err
 }
 
 // releasesBySidecar reads what sidecars have yet to let go of.

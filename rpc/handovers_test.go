@@ -135,12 +135,12 @@ func TestDrainAPI(t *testing.T) {
 	wantCode(t, err, codes.NotFound)
 	d, err := a.cluster.DrainSidecar(a.ctx(), &clusterpb.DrainSidecarRequest{SidecarId: "ns/a", DeadlineMs: 1000})
 	noError(t, err)
-	if s := d.GetSidecar(); !s.GetDraining() || s.GetLeaves() || s.GetDrainDeadline() == nil {
+	if s := d.GetSidecar(); !s.GetDraining() || s.GetLeaves() || s.GetDrainDeadline() == nil || s.GetDrainSince() == nil {
 		t.Fatalf("drained: %v", s)
 	}
 	u, err := a.cluster.UndrainSidecar(a.ctx(), &clusterpb.UndrainSidecarRequest{SidecarId: "ns/a"})
 	noError(t, err)
-	if s := u.GetSidecar(); s.GetDraining() || s.GetDrainDeadline() != nil {
+	if s := u.GetSidecar(); s.GetDraining() || s.GetDrainDeadline() != nil || s.GetDrainSince() != nil || !u.GetWasDraining() {
 		t.Fatalf("undrained: %v", s)
 	}
 	g, err := a.cluster.DeregisterSidecar(a.ctx(), &clusterpb.DeregisterSidecarRequest{SidecarId: "ns/a", Graceful: true})

@@ -291,8 +291,8 @@ func (r *Reader) readIndex(ctx, wait context.Context, limit time.Duration) (uint
 			if !errors.Is(last, raftnode.ErrNoLeader) {
 				text = fmt.Sprintf(" (last: %v)", last)
 			}
-			return 0, fmt.Errorf("%w that answered within %v%s; nothing was read or changed: try again, "+
-				"or read with metadata %s: stale", raftnode.ErrNoLeader, limit.Round(100*time.Millisecond), text, MetadataConsistency)
+			return 0, fmt.Errorf("%w that answered in time%s; nothing was read or changed: try again, "+
+				"or read with metadata %s: stale", raftnode.ErrNoLeader, text, MetadataConsistency)
 		}
 	}
 }

@@ -116,7 +116,7 @@ func explainedStage(s *placement.StageStatus, limit int) *clusterpb.ExplainedSta
 	}
 	for _, c := range s.Candidates {
 		out.Candidates = append(out.Candidates, &clusterpb.StageCandidate{
-			SidecarId: c.Sidecar, LocalEndpoint: c.Endpoint, Runs: c.Runs, Verdict: c.Verdict, Load: c.Load,
+			SidecarId: c.Sidecar, LocalEndpoint: c.Endpoint, Runs: c.Runs, Verdict: c.Verdict, Load: c.Load, StandsIn: c.StandsIn,
 		})
 	}
 	for _, v := range s.Verdicts {

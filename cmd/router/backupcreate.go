@@ -88,7 +88,7 @@ func (a *app) snapshot(cmd *cobra.Command, c *client.Client, id string) (*backup
 	_, err := c.Backup().GetStateMetadata(ask, &backuppb.GetStateMetadataRequest{})
 	cancel()
 	if err != nil {
-		return nil, err
+		return nil, toChange{readError{err}} // a snapshot is never made of what one node has
 	}
 	ctx, cancel := a.slow(cmd, cmd.Context())
 	defer cancel()

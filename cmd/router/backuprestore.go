@@ -109,6 +109,9 @@ func (a *app) restoreBackup(cmd *cobra.Command, s *backup.Store, id string, o *r
 		return err
 	}
 	defer c.Close()
+	if o.yes && !o.validateOnly {
+		a.warnForeign(ctx, c, id, &m)
+	}
 	shown := a.progress("upload "+id, true)
 	reply, err := c.Upload(ctx, func(ctx context.Context) (io.ReadCloser, error) {
 		r, _, err := s.Get(ctx, id)
@@ -135,6 +138,20 @@ func (a *app) restoreBackup(cmd *cobra.Command, s *backup.Store, id string, o *r
 			reply.GetSnapshotId(), plain(derr))
 	}
 	return err
+}
+
+// warnForeign says that a backup is of another cluster, which whoever does not want
+// to see what changes does not see there. It stops nothing: that is how a cluster is
+// moved.
+func (a *app) warnForeign(ctx context.Context, c *client.Client, id string, m *backup.Metadata) {
+	ctx, cancel := a.quick(ctx)
+	defer cancel()
+	live, err := c.Backup().GetStateMetadata(ctx, &backuppb.GetStateMetadataRequest{})
+	if err != nil || m.ClusterID == "" || m.ClusterID == live.GetClusterId() {
+		return // what goes wrong with the cluster, the restore says itself
+	}
+	a.notice("Warning: backup %s is of another cluster, %q (%s); it is put in the place of the state of %q (%s)",
+		id, m.ClusterName, m.ClusterID, live.GetClusterName(), live.GetClusterId())
 }
 
 // clipText bounds what goes into a field of free text.

@@ -44,6 +44,9 @@ to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
   router bench fleet -s 10.0.0.1:9090,10.0.0.2:9090 --sidecars 100000 --scenarios steady --duration 5m -o json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkFleetFlags(cmd); err != nil {
+				return err
+			}
 			return a.benchFleet(cmd, c, pids, own)
 		},
 	}
@@ -73,6 +76,23 @@ to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
 	_ = cmd.RegisterFlagCompletionFunc("beats", cobra.FixedCompletions(fleet.BeatKinds, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("scenarios", cobra.FixedCompletions(fleet.Scenarios, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
+}
+
+// checkFleetFlags refuses numbers that mean nothing. Below, zero stands for the
+// default, which whoever writes 0 does not mean.
+func checkFleetFlags(cmd *cobra.Command) error {
+	for _, f := range []struct {
+		name  string
+		least int
+	}{
+		{"sidecars", 1}, {"zones", 1}, {"per-stream", 1}, {"rounds", 1}, {"in-flight", 1}, {"workers", 1},
+		{"pipelines", 0}, {"watchers", 0}, {"connections", 0}, {"nodes", 0},
+	} {
+		if n, err := cmd.Flags().GetInt(f.name); err != nil || n < f.least {
+			return usageError{cmd, errors.Join(err, fmt.Errorf("--%s %d must be %d at least", f.name, n, f.least))}
+		}
+	}
+	return nil
 }
 
 // respawnAfter is how long a killed node of a cluster of ours stays down.

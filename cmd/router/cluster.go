@@ -31,10 +31,11 @@ func newClusterStatusCommand(a *app) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				quality := clusterQuality(ctx, c, st)
 				if a.format != output.Table {
-					err = output.Document(a.stdout, a.format, st)
+					err = output.Document(a.stdout, a.format, shownStatus{st, qualityOf(quality)})
 				} else {
-					err = printStatus(a, st, clusterQuality(ctx, c, st))
+					err = printStatus(a, st, quality)
 				}
 				if err == nil && check && st.GetHealth() != adminpb.ClusterHealth_CLUSTER_HEALTH_HEALTHY {
 					return silentError{exitCheckFailed}
@@ -60,13 +61,13 @@ func printStatus(a *app, st *adminpb.GetClusterStatusResponse, quality *clusterp
 	head.Add("ANSWERED BY", fmt.Sprintf("node %d, commit %d, applied %d, version %s",
 		st.GetNodeId(), st.GetCommitIndex(), st.GetAppliedIndex(), output.Clean(st.GetVersion())))
 	if n := st.GetDrainingSidecars(); n > 0 {
-		head.Add("DRAINING", fmt.Sprintf("%d sidecars", n))
+		head.Add("DRAINING", count(n, "sidecar", "sidecars"))
 	}
 	if n := st.GetPendingHandovers(); n > 0 {
-		head.Add("HANDOVERS", fmt.Sprintf("%d wait for a sidecar to let go of a stage", n))
+		head.Add("HANDOVERS", count(n, "waits", "wait")+" for a sidecar to let go of a stage")
 	}
 	if n := st.GetHeldMoves(); n > 0 {
-		head.Add("HELD MOVES", fmt.Sprintf("%d stages wait for the movement budget (placement.moves_per_minute)", n))
+		head.Add("HELD MOVES", count(n, "stage waits", "stages wait")+" for the movement budget (placement.moves_per_minute)")
 	}
 	if quality != nil {
 		head.Add("PLACEMENT", qualityLine(quality))

@@ -78,6 +78,12 @@ with what is wrong, and the exit code is 8.`,
 }
 
 func newConfigCheckCommand(a *app) *cobra.Command {
+	type checked struct {
+		Valid bool `json:"valid"`
+		// File is the file that was read; empty when there was none.
+		File   string   `json:"file,omitempty"`
+		Faults []string `json:"faults,omitempty"`
+	}
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check the settings without starting a node; exit code 8 when they have faults",
@@ -86,10 +92,22 @@ func newConfigCheckCommand(a *app) *cobra.Command {
 			loaded, err := loadConfig(cmd, a)
 			if err != nil {
 				var faults config.Faults
-				if errors.As(err, &faults) {
-					return checkFailed(faults)
+				if !errors.As(err, &faults) {
+					return err
 				}
-				return err
+				if a.format != output.Table {
+					result := checked{}
+					for _, f := range faults {
+						result.Faults = append(result.Faults, f.String())
+					}
+					if err := output.Document(a.stdout, a.format, result); err != nil {
+						return err
+					}
+				}
+				return checkFailed(faults)
+			}
+			if a.format != output.Table {
+				return output.Document(a.stdout, a.format, checked{Valid: true, File: loaded.File})
 			}
 			file := loaded.File
 			if file == "" {

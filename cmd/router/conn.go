@@ -203,7 +203,11 @@ func (a *app) reach(ctx context.Context, nodes []string) ([]string, error) {
 		case <-notice.C:
 			a.notice("waiting for %s to answer%s", strings.Join(nodes[:asked], ", "), remaining(ctx))
 		case <-ctx.Done():
-			return nil, unreachable(nodes, problems, fmt.Sprintf(" within %v", time.Since(begun).Round(100*time.Millisecond)))
+			unit := 100 * time.Millisecond
+			if time.Since(begun) < 10*unit {
+				unit = time.Millisecond // "within 0s" says nothing
+			}
+			return nil, unreachable(nodes, problems, fmt.Sprintf(" within %v", time.Since(begun).Round(unit)))
 		}
 	}
 }

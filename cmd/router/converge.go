@@ -34,6 +34,8 @@ func (f *waitFlags) check(cmd *cobra.Command, dryRun bool) error {
 		return usageError{cmd, fmt.Errorf("--wait=%s is unknown; it can be converged", f.until)}
 	case f.converged() && dryRun:
 		return usageError{cmd, errors.New("--dry-run changes nothing, so there is nothing to --wait for")}
+	case cmd.Flags().Changed("wait-timeout") && !f.converged():
+		return usageError{cmd, errors.New("--wait-timeout is how long to --wait=converged, which is not given")}
 	case f.timeout <= 0:
 		return usageError{cmd, fmt.Errorf("--wait-timeout %v must be positive", f.timeout)}
 	}
@@ -65,6 +67,7 @@ const (
 	convergePauseMax = time.Second
 	convergeAsk      = 10 * time.Second // for one answer
 	shownLaggards    = 20
+	briefly          = 3 // parts of what is missing while it is waited for
 )
 
 // awaitConverged waits for the pipelines of done, one after the other within one
@@ -80,7 +83,7 @@ func (a *app) awaitConverged(cmd *cobra.Command, talk context.Context, c *client
 		if done[i].Version == 0 {
 			continue // failed, or not sent
 		}
-		r, err := untilConverged(ctx, c, done[i].Pipeline)
+		r, err := a.untilConverged(ctx, c, done[i].Pipeline)
 		if r != nil {
 			r.Seconds = time.Since(began).Seconds()
 			done[i].Convergence = r
@@ -93,7 +96,7 @@ func (a *app) awaitConverged(cmd *cobra.Command, talk context.Context, c *client
 		case !r.Converged:
 			errs = append(errs, codedError{exitDeadline, fmt.Errorf("pipeline %s was applied, but has not converged within %v:\n%s", done[i].Pipeline, timeout, r.missing())})
 		case a.format == output.Table:
-			fmt.Fprintf(a.stdout, "pipeline %s converged: version %d is applied by %d sidecars, after %.1f s\n", done[i].Pipeline, r.Version, r.Applied, r.Seconds)
+			fmt.Fprintf(a.stdout, "pipeline %s converged: version %d is applied by %s, after %.1f s\n", done[i].Pipeline, r.Version, count(r.Applied, "sidecar", "sidecars"), r.Seconds)
 		}
 	}
 	return errors.Join(errs...)
@@ -102,8 +105,9 @@ func (a *app) awaitConverged(cmd *cobra.Command, talk context.Context, c *client
 // untilConverged asks until the pipeline has converged or ctx is done, and returns
 // the last answer. An error means that there never was one, or that asking again
 // does not help.
-func untilConverged(ctx context.Context, c *clients, pipeline string) (*convergence, error) {
+func (a *app) untilConverged(ctx context.Context, c *clients, pipeline string) (*convergence, error) {
 	var last *convergence
+	waiting := a.awaiting()
 	for pause := convergePause; ; pause = min(2*pause, convergePauseMax) {
 		ask, cancel := context.WithTimeout(ctx, convergeAsk)
 		reply, err := c.Cluster.GetConvergence(ask, &clusterpb.GetConvergenceRequest{PipelineId: pipeline, MaxLaggards: shownLaggards}, grpc.WaitForReady(true))
@@ -114,6 +118,7 @@ func untilConverged(ctx context.Context, c *clients, pipeline string) (*converge
 			if last.Converged {
 				return last, nil
 			}
+			waiting.say(ctx, func() string { return "for pipeline " + pipeline + " to converge: " + last.brief() })
 		case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Unknown:
 			// A question may be repeated; the next node or leader answers it.
 		default:
@@ -148,6 +153,22 @@ func convergenceOf(reply *clusterpb.GetConvergenceResponse) *convergence {
 		r.Laggards = append(r.Laggards, laggard{l.GetSidecarId(), l.GetReason()})
 	}
 	return r
+}
+
+// brief says in a line what convergence lacks first of all.
+func (r *convergence) brief() string {
+	lines := strings.Split(r.missing(), "\n")
+	for i := range lines {
+		lines[i] = strings.TrimSpace(lines[i])
+	}
+	text := strings.Join(lines[:min(len(lines), briefly)], "; ")
+	if more := len(lines) - briefly; more > 0 {
+		text += fmt.Sprintf("; and %d more", more)
+	}
+	if r.missing() == "" {
+		text = "it is not decided yet"
+	}
+	return fmt.Sprintf("%d of %s applied their part; %s", r.Applied, count(r.Concerned, "sidecar has", "sidecars have"), text)
 }
 
 // missing says what convergence lacks, a line each.

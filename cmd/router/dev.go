@@ -77,6 +77,9 @@ off, or reconnects it. Ctrl-C stops everything; the data stays for the next run.
 				}
 			}()
 			o.Silence = asked
+			if o.Nodes < 1 {
+				return usageError{cmd, fmt.Errorf("--nodes %d: there must be one at least", o.Nodes)}
+			}
 			o.EnsureDefaults()
 			if err := o.Validate(); err != nil {
 				return usageError{cmd, err}
@@ -117,12 +120,13 @@ func devPipelines(files []string) ([]*adminpb.PipelineConfig, error) {
 		}
 		files = []string{dir}
 	}
+	// Files that cannot be understood are arguments that cannot be.
 	set, err := manifest.Load(files, nil)
 	if err != nil {
-		return nil, err
+		return nil, codedError{exitUsage, err}
 	}
 	if len(set.Pipelines) == 0 {
-		return nil, errors.New("the files declare no pipeline")
+		return nil, codedError{exitUsage, errors.New("the files declare no pipeline")}
 	}
 	var out []*adminpb.PipelineConfig
 	for _, p := range set.Pipelines {

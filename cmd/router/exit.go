@@ -160,13 +160,16 @@ func (e callError) GRPCStatus() *status.Status {
 // about says which object a failed call was about, without the ornaments gRPC
 // puts around a message.
 func about(subject string, err error) error {
-	read := errors.As(err, new(readError))
+	read, change := errors.As(err, new(readError)), errors.As(err, new(toChange))
 	if st, ok := status.FromError(err); ok {
 		err = callError{subject, st}
 	} else {
 		err = fmt.Errorf("%s: %w", subject, err)
 	}
-	if read {
+	switch {
+	case change:
+		return toChange{readError{err}}
+	case read:
 		return readError{err}
 	}
 	return err
@@ -321,6 +324,10 @@ func advise(err error) string {
 		}
 		return done + "Check that the nodes given by --server run and that a majority of the cluster is up, then try again."
 	case codes.DeadlineExceeded:
+		if errors.As(err, new(toChange)) {
+			return "The time allowed by --timeout passed, nothing was changed. The cluster may have no leader: " +
+				"'router cluster status' shows what a node knows."
+		}
 		if read {
 			return "The time allowed by --timeout passed, nothing was read. The cluster may have no leader: " +
 				"'router cluster status --stale' shows what a node knows, and --stale reads without one."

@@ -189,7 +189,13 @@ cancelled, or a check failed with --check, 7 --timeout passed first (it goes on)
 			if req.NewNodeId, err = nodeArg(cmd, args[1]); err != nil {
 				return err
 			}
+			if req.OldNodeId == req.NewNodeId {
+				return usageError{cmd, fmt.Errorf("node %d cannot take its own place: the new node is that of the node to be replaced", req.OldNodeId)}
+			}
 			if !yes && !req.PreflightOnly {
+				if err := a.replaceable(cmd, req.OldNodeId, req.NewNodeId); err != nil {
+					return err
+				}
 				if err := a.confirm(cmd.Context(), fmt.Sprintf("Replace node %d by node %d, for good?", req.OldNodeId, req.NewNodeId)); err != nil {
 					return err
 				}
@@ -214,6 +220,31 @@ cancelled, or a check failed with --check, 7 --timeout passed first (it goes on)
 	cmd.Flags().BoolVar(&req.PreflightOnly, "check", false, "only check whether it could be done; exit code 8 when not")
 	cmd.Flags().BoolVar(&req.Detach, "detach", false, "do not wait for the end")
 	return cmd
+}
+
+// replaceable checks an exchange before anybody is asked about it.
+func (a *app) replaceable(cmd *cobra.Command, old, new uint64) error {
+	return a.call(cmd, func(ctx context.Context, c *clients) error {
+		reply, err := c.Cluster.ReplaceMember(ctx, &clusterpb.ReplaceMemberRequest{OldNodeId: old, NewNodeId: new, PreflightOnly: true})
+		if err != nil {
+			return toChange{readError{err}}
+		}
+		var failed []string
+		code := exitConflict
+		for _, check := range reply.GetChecks() {
+			if check.GetOk() {
+				continue
+			}
+			failed = append(failed, check.GetName()+": "+check.GetDetail())
+			if strings.Contains(check.GetDetail(), "is no member") {
+				code = exitNotFound
+			}
+		}
+		if len(failed) > 0 {
+			return codedError{code, fmt.Errorf("node %d cannot be replaced by node %d: %s; nothing was changed", old, new, strings.Join(failed, "; "))}
+		}
+		return nil
+	})
 }
 
 // printReplacement shows what was checked and how far the exchange is.

@@ -50,7 +50,8 @@ which sidecars would take and let go of which stages, which stages would wait an
 and how even the load and how local the edges are before and after. Nothing is
 changed. Files are read as pipeline apply reads them.
 
-The node that is asked plans from what it has applied. Where several places are equally
+The node that is asked plans from the newest state, or with --stale from what it has
+applied. Where several places are equally
 good, the leader may take another one in the end.`,
 		Example: "  router pipeline plan examples/\n  router pipeline plan orders.yaml -o json",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -132,7 +133,11 @@ be afterwards. Nothing is changed and nobody is told.`,
 				if a.format != output.Table {
 					return output.Document(a.stdout, a.format, reply)
 				}
-				fmt.Fprintf(a.stdout, "%s would be lost.\n\n", count(reply.GetLost(), "sidecar", "sidecars"))
+				fmt.Fprintf(a.stdout, "%s would be lost", count(reply.GetLost(), "sidecar", "sidecars"))
+				if n := reply.GetOutlook().GetWaitingTotal(); n > 0 {
+					fmt.Fprintf(a.stdout, ", and %s now would run nowhere", count(n, "stage that runs", "stages that run"))
+				}
+				fmt.Fprint(a.stdout, ".\n\n")
 				return printOutlook(a.stdout, reply.GetOutlook(), nil, nil)
 			})
 		},

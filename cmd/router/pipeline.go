@@ -163,28 +163,59 @@ func newPipelineDeleteCommand(a *app) *cobra.Command {
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var errs []error
+				var done []changed
 				for _, id := range args {
 					reply, err := c.Admin.DeletePipeline(ctx, &adminpb.DeletePipelineRequest{PipelineId: id, ExpectedVersion: expected, ExpectedEpoch: epoch})
+					result := "deleted"
 					switch {
 					case err != nil:
-						errs = append(errs, about("pipeline "+id, err))
+						err = about("pipeline "+id, err)
 					case !reply.GetSuccess():
-						errs = append(errs, refused("pipeline "+id+" was not deleted", reply.GetError(), expected != nil))
+						err = refused("pipeline "+id+" was not deleted", reply.GetError(), expected != nil)
 					case !reply.GetExisted() && !missingOK:
-						errs = append(errs, notFound("there is no pipeline %q; nothing was deleted", id))
+						err = notFound("there is no pipeline %q; nothing was deleted", id)
 					case !reply.GetExisted():
-						fmt.Fprintf(a.stdout, "pipeline %s did not exist\n", id)
-					default:
-						fmt.Fprintf(a.stdout, "pipeline %s deleted\n", id)
+						result = "did not exist"
 					}
+					errs = append(errs, err)
+					done = append(done, a.changed(id, result, err))
 				}
-				return errors.Join(errs...)
+				return a.allChanged(done, errs)
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&missingOK, "ignore-missing", false, "succeed when a pipeline does not exist")
 	version.add(cmd, "")
 	return cmd
+}
+
+// changed is what became of a pipeline that was to be changed.
+type changed struct {
+	Pipeline string `json:"pipeline"`
+	// Result is deleted, did not exist, enabled, disabled or failed.
+	Result string `json:"result"`
+	// Error says of a failed one why, and whether it was done.
+	Error string `json:"error,omitempty"`
+}
+
+// changed notes that a change of pipeline id had a result, or failed with err, and
+// tells people at once.
+func (a *app) changed(id, result string, err error) changed {
+	if err != nil {
+		return changed{Pipeline: id, Result: "failed", Error: explain(err)}
+	}
+	if a.format == output.Table {
+		fmt.Fprintf(a.stdout, "pipeline %s %s\n", id, result)
+	}
+	return changed{Pipeline: id, Result: result}
+}
+
+// allChanged tells programs what became of all, and returns what failed.
+func (a *app) allChanged(all []changed, errs []error) error {
+	if a.format != output.Table {
+		errs = append(errs, output.Document(a.stdout, a.format, all))
+	}
+	return errors.Join(errs...)
 }
 
 func newPipelineEnableCommand(a *app, enable bool) *cobra.Command {
@@ -204,18 +235,19 @@ func newPipelineEnableCommand(a *app, enable bool) *cobra.Command {
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				var errs []error
+				var all []changed
 				for _, id := range args {
 					done, text, err := setEnabled(ctx, c, id, enable, expected, epoch)
 					switch {
 					case err != nil:
-						errs = append(errs, about("pipeline "+id, err))
+						err = about("pipeline "+id, err)
 					case !done:
-						errs = append(errs, notEnabled(ctx, c, id, text, expected != nil))
-					default:
-						fmt.Fprintf(a.stdout, "pipeline %s %sd\n", id, verb)
+						err = notEnabled(ctx, c, id, text, expected != nil)
 					}
+					errs = append(errs, err)
+					all = append(all, a.changed(id, verb+"d", err))
 				}
-				return errors.Join(errs...)
+				return a.allChanged(all, errs)
 			})
 		},
 	}

@@ -74,7 +74,7 @@ func printExplained(w io.Writer, st *clusterpb.ExplainedStage) error {
 	}
 	g := &output.Grid{Header: []string{"  CANDIDATE", "SERVICE", "LOAD", "VERDICT"}}
 	for _, c := range st.GetCandidates() {
-		g.Add("  "+c.GetSidecarId(), c.GetLocalEndpoint(), fmt.Sprintf("%.2f", c.GetLoad()), candidateVerdict(c.GetRuns(), c.GetVerdict()))
+		g.Add("  "+c.GetSidecarId(), c.GetLocalEndpoint(), fmt.Sprintf("%.2f", c.GetLoad()), candidateVerdict(c.GetRuns(), c.GetVerdict())+standsIn(c))
 	}
 	if err := listed(w, g, int(st.GetOffering()), "candidates"); err != nil {
 		return err
@@ -101,6 +101,14 @@ func listed(w io.Writer, g *output.Grid, total int, what string) error {
 		fmt.Fprintf(w, "  %d more %s are not shown; give a higher --limit\n", more, what)
 	}
 	return nil
+}
+
+// standsIn says that a service is not what the stage asks for by name.
+func standsIn(c *clusterpb.StageCandidate) string {
+	if c.GetStandsIn() == "" {
+		return ""
+	}
+	return fmt.Sprintf("; nobody offers the name: %q, its only service of that type, stands in", c.GetStandsIn())
 }
 
 func candidateVerdict(runs bool, verdict string) string {

@@ -7,8 +7,9 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
+	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -76,11 +77,16 @@ type shownPipeline struct {
 
 // MarshalJSON implements json.Marshaler.
 func (p shownPipeline) MarshalJSON() ([]byte, error) {
-	raw, err := protojson.Marshal(p.config)
+	return withMember(p.config, "status", p.status)
+}
+
+// withMember renders m with one more member.
+func withMember(m proto.Message, name string, value any) ([]byte, error) {
+	raw, err := output.Message(m)
 	if err != nil {
 		return nil, err
 	}
-	status, err := json.Marshal(p.status)
+	member, err := json.Marshal(map[string]any{name: value})
 	if err != nil {
 		return nil, err
 	}
@@ -88,8 +94,22 @@ func (p shownPipeline) MarshalJSON() ([]byte, error) {
 	if len(raw) > 1 {
 		raw = append(raw, ',')
 	}
-	raw = append(raw, `"status":`...)
-	return append(append(raw, status...), '}'), nil
+	return append(raw, member[1:]...), nil
+}
+
+// shownStatus is the status of the cluster with how good the placement is, which is
+// left out when nobody leads or the node that was asked does not tell.
+type shownStatus struct {
+	status    *adminpb.GetClusterStatusResponse
+	placement *qualityStatus
+}
+
+// MarshalJSON implements json.Marshaler.
+func (s shownStatus) MarshalJSON() ([]byte, error) {
+	if s.placement == nil {
+		return output.Message(s.status)
+	}
+	return withMember(s.status, "placement", s.placement)
 }
 
 type pipelineStatus struct {
@@ -125,15 +145,21 @@ type planMoves struct {
 }
 
 func statusOf(st *adminpb.PipelineStatus, r *clusterpb.GetPlacementQualityResponse) pipelineStatus {
-	out := pipelineStatus{Version: st.GetVersion(), Epoch: st.GetEpoch()}
-	if q := r.GetQuality(); q != nil {
-		out.Placement = &qualityStatus{
-			q.GetInstancesAsked(), q.GetInstancesPlaced(), q.GetStagesPending(), q.GetEdges(), q.GetEdgesInPod(), q.GetEdgesInNode(),
-			q.GetEdgesInZone(), q.GetLocalEdgeShare(), q.GetHighestLoad(), q.GetMeanLoad(), q.GetMaxOverMean(), nil,
-		}
-		if p := r.GetLastPlan(); p != nil {
-			out.Placement.LastPlan = &planMoves{p.GetRevision(), p.GetMoves(), p.GetLeastMoves()}
-		}
+	return pipelineStatus{Version: st.GetVersion(), Epoch: st.GetEpoch(), Placement: qualityOf(r)}
+}
+
+// qualityOf returns nil when there are no figures.
+func qualityOf(r *clusterpb.GetPlacementQualityResponse) *qualityStatus {
+	q := r.GetQuality()
+	if q == nil {
+		return nil
+	}
+	out := &qualityStatus{
+		q.GetInstancesAsked(), q.GetInstancesPlaced(), q.GetStagesPending(), q.GetEdges(), q.GetEdgesInPod(), q.GetEdgesInNode(),
+		q.GetEdgesInZone(), q.GetLocalEdgeShare(), q.GetHighestLoad(), q.GetMeanLoad(), q.GetMaxOverMean(), nil,
+	}
+	if p := r.GetLastPlan(); p != nil {
+		out.LastPlan = &planMoves{p.GetRevision(), p.GetMoves(), p.GetLeastMoves()}
 	}
 	return out
 }

@@ -92,6 +92,9 @@ func (a *app) purge(dir string) error {
 	if err != nil {
 		return err
 	}
+	if a.format != output.Table {
+		return output.Document(a.stdout, a.format, map[string]bool{"removed": removed})
+	}
 	if removed {
 		fmt.Fprintln(a.stdout, "removed what the recovery had kept")
 	} else {

@@ -70,6 +70,12 @@ func newRootCommand(a *app) *cobra.Command {
 one: pipelines, sidecars, services, groups, offsets and the cluster itself.
 
 The exit codes are the same for every command: 'router help exit-codes'.`,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			if a.timeout < 0 {
+				return usageError{cmd, fmt.Errorf("--timeout %v is negative; 0 waits without end", a.timeout)}
+			}
+			return nil
+		},
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -90,7 +96,7 @@ The exit codes are the same for every command: 'router help exit-codes'.`,
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, err} })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, plainFlag(err)} })
 	strictGroups(root)
 	return root
 }
@@ -136,6 +142,9 @@ func strictGroups(cmd *cobra.Command) {
 			if err != nil && !cmd.HasSubCommands() && strings.HasPrefix(err.Error(), "unknown command ") {
 				err = fmt.Errorf("%s takes no argument: %q", cmd.CommandPath(), given[0]) // cobra takes it for a command
 			}
+			if err != nil && strings.Contains(err.Error(), "arg(s)") {
+				err = fmt.Errorf("%s was given %s; it is called as: %s", cmd.CommandPath(), count(uint32(len(given)), "argument", "arguments"), cmd.UseLine())
+			}
 			if err != nil {
 				return usageError{cmd, err}
 			}
@@ -156,6 +165,22 @@ func strictGroups(cmd *cobra.Command) {
 		}
 		cmd.SuggestionsMinimumDistance = 2
 	}
+}
+
+// plainFlag says what a flag takes where pflag passes on the words of Go's parsers.
+func plainFlag(err error) error {
+	text, words, cut := strings.Cut(err.Error(), ": strconv.")
+	switch {
+	case !cut:
+		return err
+	case strings.HasPrefix(words, "ParseBool"):
+		return fmt.Errorf("%s: must be true or false", text)
+	case strings.Contains(words, "out of range"):
+		return fmt.Errorf("%s: is too large or too small", text)
+	case strings.HasPrefix(words, "ParseFloat"):
+		return fmt.Errorf("%s: must be a number", text)
+	}
+	return fmt.Errorf("%s: must be a whole number", text)
 }
 
 // getenv returns the value of an environment variable, empty when unset.

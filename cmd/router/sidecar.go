@@ -61,7 +61,7 @@ func newSidecarListCommand(a *app) *cobra.Command {
 					g := &output.Grid{Header: []string{"ID", "STATE", "ENDPOINT", "SERVICES", "ASSIGNMENTS", "SINCE", "ZONE"}}
 					for _, s := range all {
 						g.Add(s.GetSidecarId(), sidecarState(s), s.GetEndpoint(),
-							len(s.GetLocalServices()), len(s.GetAssignments()), when(s.GetStateChangedAt()), orDash(s.GetZone()))
+							len(s.GetLocalServices()), len(s.GetAssignments()), sidecarSince(s), orDash(s.GetZone()))
 					}
 					return g
 				})
@@ -88,7 +88,13 @@ func newSidecarGetCommand(a *app) *cobra.Command {
 				}
 				head := &output.Grid{}
 				head.Add("ID", s.GetSidecarId())
-				head.Add("STATE", sidecarState(s)+" since "+when(s.GetStateChangedAt()))
+				head.Add("STATE", livenessOf(s)+" since "+when(s.GetStateChangedAt()))
+				if words := drainState(s); words != "" {
+					if s.GetDrainSince() != nil { // older nodes do not tell
+						words += " since " + when(s.GetDrainSince())
+					}
+					head.Add("DRAIN", words)
+				}
 				if s.GetDrainDeadline() != nil {
 					head.Add("DRAINED BY", when(s.GetDrainDeadline()))
 				}

@@ -33,6 +33,8 @@ is out of time. What nobody else can run stays with it.`,
 				return usageError{cmd, fmt.Errorf("--deadline %v must be between 1ms and 24h", deadline)}
 			case timeout <= 0:
 				return usageError{cmd, fmt.Errorf("--wait-timeout %v must be positive", timeout)}
+			case cmd.Flags().Changed("wait-timeout") && !wait:
+				return usageError{cmd, errors.New("--wait-timeout is how long to --wait, which is not given")}
 			}
 			return a.call(cmd, func(ctx context.Context, c *clients) error {
 				reply, err := c.Cluster.DrainSidecar(ctx, &clusterpb.DrainSidecarRequest{
@@ -48,6 +50,11 @@ is out of time. What nobody else can run stays with it.`,
 					}
 				}
 				if a.format != output.Table {
+					if info != nil && !drained(info) {
+						for _, line := range kept(ctx, c, info) {
+							a.notice("%s", line)
+						}
+					}
 					return output.Document(a.stdout, a.format, &clusterpb.DrainSidecarResponse{Sidecar: info, Revision: reply.GetRevision()})
 				}
 				switch {
@@ -57,6 +64,9 @@ is out of time. What nobody else can run stays with it.`,
 					fmt.Fprintf(a.stdout, "sidecar %s is drained: it runs nothing\n", args[0])
 				default:
 					fmt.Fprintf(a.stdout, "sidecar %s drains: %s\n", args[0], drainLeft(info))
+					for _, line := range kept(ctx, c, info) {
+						fmt.Fprintf(a.stdout, "  %s\n", output.Clean(line))
+					}
 				}
 				return nil
 			})
@@ -83,7 +93,14 @@ func newSidecarUndrainCommand(a *app) *cobra.Command {
 				if a.format != output.Table {
 					return output.Document(a.stdout, a.format, reply)
 				}
-				fmt.Fprintf(a.stdout, "sidecar %s does not drain\n", args[0])
+				switch {
+				case reply.WasDraining == nil: // an older node does not tell
+					fmt.Fprintf(a.stdout, "sidecar %s does not drain\n", args[0])
+				case reply.GetWasDraining():
+					fmt.Fprintf(a.stdout, "sidecar %s does not drain any more\n", args[0])
+				default:
+					fmt.Fprintf(a.stdout, "sidecar %s did not drain; nothing was changed\n", args[0])
+				}
 				return nil
 			})
 		},
@@ -102,7 +119,22 @@ func drainLeft(s *clusterpb.SidecarInfo) string {
 		pipelines = append(pipelines, as.GetPipelineId())
 	}
 	slices.Sort(pipelines)
-	text := fmt.Sprintf("it runs stages of %d pipelines", len(pipelines))
+	var parts []string
+	if len(pipelines) > 0 {
+		parts = append(parts, "it runs stages of "+listedPipelines(pipelines))
+	}
+	if n := len(s.GetReleases()); n > 0 {
+		parts = append(parts, "it has yet to confirm that it let go of "+count(uint32(n), "stage", "stages"))
+	}
+	if len(parts) == 0 {
+		return "it runs nothing"
+	}
+	return strings.Join(parts, " and ")
+}
+
+// listedPipelines counts pipelines and names the first of them.
+func listedPipelines(pipelines []string) string {
+	text := count(uint32(len(pipelines)), "pipeline", "pipelines")
 	if n := len(pipelines); n > 0 {
 		text += " (" + strings.Join(pipelines[:min(n, 3)], ", ")
 		if n > 3 {
@@ -110,7 +142,7 @@ func drainLeft(s *clusterpb.SidecarInfo) string {
 		}
 		text += ")"
 	}
-	return text + fmt.Sprintf(" and has yet to confirm that it let go of %d", len(s.GetReleases()))
+	return text
 }
 
 // awaitDrained asks until the sidecar has nothing left, or is gone (nil).
@@ -120,6 +152,7 @@ func (a *app) awaitDrained(cmd *cobra.Command, talk context.Context, c *clients,
 	defer cancel()
 	defer context.AfterFunc(cmd.Context(), cancel)()
 	var last *clusterpb.SidecarInfo
+	waiting := a.awaiting()
 	for pause := convergePause; ; pause = min(2*pause, convergePauseMax) {
 		ask, end := context.WithTimeout(ctx, convergeAsk)
 		reply, err := c.Cluster.GetSidecar(ask, &clusterpb.GetSidecarRequest{SidecarId: id})
@@ -133,6 +166,9 @@ func (a *app) awaitDrained(cmd *cobra.Command, talk context.Context, c *clients,
 				return nil, codedError{exitConflict, fmt.Errorf("sidecar %s was undrained meanwhile", id)}
 			}
 			last = reply.GetSidecar()
+			waiting.say(ctx, func() string {
+				return "for sidecar " + id + " to be drained: " + strings.Join(append([]string{drainLeft(last)}, kept(ctx, c, last)...), "; ")
+			})
 		case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Unknown:
 		default:
 			return nil, about("sidecar "+id+" drains, but how far it is is not known", err)
@@ -150,21 +186,50 @@ func (a *app) awaitDrained(cmd *cobra.Command, talk context.Context, c *clients,
 		if last == nil {
 			return nil, about("sidecar "+id+" drains, but how far it is is not known", errors.Join(err, ctx.Err()))
 		}
-		return nil, codedError{exitDeadline, fmt.Errorf("sidecar %s drains, but is not done within %v: %s; 'router sidecar get %s' shows what keeps it", id, timeout, drainLeft(last), id)}
+		return nil, codedError{exitDeadline, fmt.Errorf("sidecar %s drains, but is not done within %v: %s; 'router sidecar get %s' shows what keeps it%s",
+			id, timeout, drainLeft(last), id, indented(a.keptAtLast(cmd, talk, c, last)))}
 	}
 }
 
 // sidecarState shows the state of a sidecar and what is special about it.
 func sidecarState(s *clusterpb.SidecarInfo) string {
+	text := livenessOf(s)
+	if words := drainState(s); words != "" {
+		text += ", " + words
+	}
+	return text
+}
+
+// livenessOf says whether a sidecar is heard of.
+func livenessOf(s *clusterpb.SidecarInfo) string {
 	text := short(s.GetState().String(), "SIDECAR_STATE_")
 	if s.GetGraceUntil() != nil {
 		text += ", in grace"
 	}
+	return text
+}
+
+// drainState says whether a sidecar drains, "" if not.
+func drainState(s *clusterpb.SidecarInfo) string {
 	switch {
 	case s.GetLeaves():
-		text += ", leaving"
+		return "leaving"
 	case s.GetDraining():
-		text += ", draining"
+		return "draining"
 	}
-	return text
+	return ""
+}
+
+// sidecarSince says since when sidecarState holds; of one that is alive and drains,
+// since when it drains, for a new registration changes nothing about that. When a
+// drain began, older nodes do not tell.
+func sidecarSince(s *clusterpb.SidecarInfo) string {
+	changed, drain := s.GetStateChangedAt(), s.GetDrainSince()
+	switch {
+	case !s.GetDraining():
+		return when(changed)
+	case drain != nil && s.GetState() != clusterpb.SidecarState_SIDECAR_STATE_ALIVE && changed.AsTime().After(drain.AsTime()):
+		return when(changed)
+	}
+	return when(drain)
 }

@@ -2610,6 +2610,7 @@ type SidecarInfo struct {
 	DrainDeadline  *timestamppb.Timestamp          `protobuf:"bytes,17,opt,name=drain_deadline,json=drainDeadline,proto3" json:"drain_deadline,omitempty"`
 	Releases       []*PendingRelease               `protobuf:"bytes,18,rep,name=releases,proto3" json:"releases,omitempty"`                       // what it is not known to have let go of
 	GraceUntil     *timestamppb.Timestamp          `protobuf:"bytes,19,opt,name=grace_until,json=graceUntil,proto3" json:"grace_until,omitempty"` // expired again soon: it keeps its stages until then
+	DrainSince     *timestamppb.Timestamp          `protobuf:"bytes,20,opt,name=drain_since,json=drainSince,proto3" json:"drain_since,omitempty"` // when it was first told to drain; not that of a changed deadline
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2773,6 +2774,13 @@ func (x *SidecarInfo) GetReleases() []*PendingRelease {
 func (x *SidecarInfo) GetGraceUntil() *timestamppb.Timestamp {
 	if x != nil {
 		return x.GraceUntil
+	}
+	return nil
+}
+
+func (x *SidecarInfo) GetDrainSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DrainSince
 	}
 	return nil
 }
@@ -3355,6 +3363,7 @@ type UndrainSidecarResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Sidecar       *SidecarInfo           `protobuf:"bytes,1,opt,name=sidecar,proto3" json:"sidecar,omitempty"`
 	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	WasDraining   *bool                  `protobuf:"varint,3,opt,name=was_draining,json=wasDraining,proto3,oneof" json:"was_draining,omitempty"` // false: there was no drain to end; not set by older nodes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3401,6 +3410,13 @@ func (x *UndrainSidecarResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *UndrainSidecarResponse) GetWasDraining() bool {
+	if x != nil && x.WasDraining != nil {
+		return *x.WasDraining
+	}
+	return false
 }
 
 type GroupMember struct {
@@ -4847,6 +4863,9 @@ type StageCandidate struct {
 	Runs          bool                   `protobuf:"varint,3,opt,name=runs,proto3" json:"runs,omitempty"`
 	Verdict       string                 `protobuf:"bytes,4,opt,name=verdict,proto3" json:"verdict,omitempty"` // what rules it out; empty when it runs the stage or could
 	Load          float64                `protobuf:"fixed64,5,opt,name=load,proto3" json:"load,omitempty"`     // stages it runs, of all pipelines, by capacity
+	// Nobody offers a service of the name asked for: the only service of that type in
+	// this pod, which has this name, stands in for it.
+	StandsIn      string `protobuf:"bytes,6,opt,name=stands_in,json=standsIn,proto3" json:"stands_in,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4914,6 +4933,13 @@ func (x *StageCandidate) GetLoad() float64 {
 		return x.Load
 	}
 	return 0
+}
+
+func (x *StageCandidate) GetStandsIn() string {
+	if x != nil {
+		return x.StandsIn
+	}
+	return ""
 }
 
 type VerdictCount struct {
@@ -5811,7 +5837,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\x12#\n" +
 	"\rapplied_index\x18\x02 \x01(\x04R\fappliedIndex\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x12\n" +
-	"\x04hash\x18\x04 \x01(\fR\x04hash\"\xd6\x06\n" +
+	"\x04hash\x18\x04 \x01(\fR\x04hash\"\x93\a\n" +
 	"\vSidecarInfo\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x19\n" +
@@ -5836,7 +5862,9 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x0edrain_deadline\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\rdrainDeadline\x12@\n" +
 	"\breleases\x18\x12 \x03(\v2$.conveyor_etl.cluster.PendingReleaseR\breleases\x12;\n" +
 	"\vgrace_until\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"graceUntil\"\xa0\x01\n" +
+	"graceUntil\x12;\n" +
+	"\vdrain_since\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"drainSince\"\xa0\x01\n" +
 	"\x0ePendingRelease\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x19\n" +
@@ -5879,10 +5907,12 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\"6\n" +
 	"\x15UndrainSidecarRequest\x12\x1d\n" +
 	"\n" +
-	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\"q\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\"\xaa\x01\n" +
 	"\x16UndrainSidecarResponse\x12;\n" +
 	"\asidecar\x18\x01 \x01(\v2!.conveyor_etl.cluster.SidecarInfoR\asidecar\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x04R\brevision\"y\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12&\n" +
+	"\fwas_draining\x18\x03 \x01(\bH\x00R\vwasDraining\x88\x01\x01B\x0f\n" +
+	"\r_was_draining\"y\n" +
 	"\vGroupMember\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12\x1e\n" +
@@ -6008,14 +6038,15 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"unexamined\x18\v \x01(\bR\n" +
 	"unexamined\x12:\n" +
 	"\tnext_hops\x18\f \x03(\v2\x1d.conveyor_etl.cluster.NextHopR\bnextHops\x12&\n" +
-	"\x0fnext_hops_total\x18\r \x01(\rR\rnextHopsTotal\"\x98\x01\n" +
+	"\x0fnext_hops_total\x18\r \x01(\rR\rnextHopsTotal\"\xb5\x01\n" +
 	"\x0eStageCandidate\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12%\n" +
 	"\x0elocal_endpoint\x18\x02 \x01(\tR\rlocalEndpoint\x12\x12\n" +
 	"\x04runs\x18\x03 \x01(\bR\x04runs\x12\x18\n" +
 	"\averdict\x18\x04 \x01(\tR\averdict\x12\x12\n" +
-	"\x04load\x18\x05 \x01(\x01R\x04load\">\n" +
+	"\x04load\x18\x05 \x01(\x01R\x04load\x12\x1b\n" +
+	"\tstands_in\x18\x06 \x01(\tR\bstandsIn\">\n" +
 	"\fVerdictCount\x12\x18\n" +
 	"\averdict\x18\x01 \x01(\tR\averdict\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\"\xa9\x01\n" +
@@ -6268,95 +6299,96 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	84, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
 	40, // 29: conveyor_etl.cluster.SidecarInfo.releases:type_name -> conveyor_etl.cluster.PendingRelease
 	84, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
-	84, // 31: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
-	39, // 32: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
-	39, // 33: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
-	39, // 34: conveyor_etl.cluster.DrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
-	39, // 35: conveyor_etl.cluster.UndrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
-	51, // 36: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
-	52, // 37: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
-	52, // 38: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
-	61, // 39: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
-	62, // 40: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
-	65, // 41: conveyor_etl.cluster.GetPlacementQualityResponse.quality:type_name -> conveyor_etl.cluster.PlacementQuality
-	66, // 42: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
-	71, // 43: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
-	72, // 44: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
-	73, // 45: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
-	74, // 46: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
-	88, // 47: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
-	77, // 48: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
-	78, // 49: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	79, // 50: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
-	80, // 51: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
-	65, // 52: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
-	65, // 53: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
-	78, // 54: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	27, // 55: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	35, // 56: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	37, // 57: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	41, // 58: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	43, // 59: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	45, // 60: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	47, // 61: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
-	49, // 62: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
-	53, // 63: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	55, // 64: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	59, // 65: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
-	63, // 66: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
-	69, // 67: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
-	75, // 68: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
-	81, // 69: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
-	67, // 70: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
-	57, // 71: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 72: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 73: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 74: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 75: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 76: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 77: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 78: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 79: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 80: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 81: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 82: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 83: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 84: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 85: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 86: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 87: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	42, // 88: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	44, // 89: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	46, // 90: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	48, // 91: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
-	50, // 92: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
-	54, // 93: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	56, // 94: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	60, // 95: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
-	64, // 96: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
-	70, // 97: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
-	76, // 98: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
-	82, // 99: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
-	68, // 100: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
-	58, // 101: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 102: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 103: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 104: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 105: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 106: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 107: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 108: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 109: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 110: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 111: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 112: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 113: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 114: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	85, // [85:115] is the sub-list for method output_type
-	55, // [55:85] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	84, // 31: conveyor_etl.cluster.SidecarInfo.drain_since:type_name -> google.protobuf.Timestamp
+	84, // 32: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
+	39, // 33: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 34: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 35: conveyor_etl.cluster.DrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	39, // 36: conveyor_etl.cluster.UndrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
+	51, // 37: conveyor_etl.cluster.GroupInfo.members:type_name -> conveyor_etl.cluster.GroupMember
+	52, // 38: conveyor_etl.cluster.ListGroupsResponse.groups:type_name -> conveyor_etl.cluster.GroupInfo
+	52, // 39: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
+	61, // 40: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
+	62, // 41: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
+	65, // 42: conveyor_etl.cluster.GetPlacementQualityResponse.quality:type_name -> conveyor_etl.cluster.PlacementQuality
+	66, // 43: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
+	71, // 44: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
+	72, // 45: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
+	73, // 46: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
+	74, // 47: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
+	88, // 48: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
+	77, // 49: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
+	78, // 50: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	79, // 51: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
+	80, // 52: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
+	65, // 53: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
+	65, // 54: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
+	78, // 55: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	27, // 56: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 57: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 58: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	41, // 59: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	43, // 60: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	45, // 61: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	47, // 62: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
+	49, // 63: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
+	53, // 64: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	55, // 65: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	59, // 66: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
+	63, // 67: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
+	69, // 68: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
+	75, // 69: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
+	81, // 70: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
+	67, // 71: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
+	57, // 72: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 73: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 74: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 75: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 76: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 77: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 78: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 79: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 80: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 81: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 82: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 83: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 84: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 85: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 86: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 87: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 88: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	42, // 89: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	44, // 90: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	46, // 91: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	48, // 92: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
+	50, // 93: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
+	54, // 94: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	56, // 95: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	60, // 96: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	64, // 97: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	70, // 98: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
+	76, // 99: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
+	82, // 100: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
+	68, // 101: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
+	58, // 102: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 103: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 104: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 105: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 106: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 107: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 108: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 109: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 110: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 111: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 112: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 113: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 114: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 115: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	86, // [86:116] is the sub-list for method output_type
+	56, // [56:86] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }
@@ -6372,6 +6404,7 @@ func file_conveyor_etl_cluster_proto_init() {
 		(*CommitOp_Checkpoint)(nil),
 	}
 	file_conveyor_etl_cluster_proto_msgTypes[27].OneofWrappers = []any{}
+	file_conveyor_etl_cluster_proto_msgTypes[47].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
