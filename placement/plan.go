@@ -320,10 +320,9 @@ func (l *layout) order(st *Step) {
 			continue
 		}
 		for _, id := range c.Releases {
-			// A stage that is no longer in the pipeline may be there again soon. Who
-			// still has a table of the pipeline is told of that as well, and waiting for
-			// it would make every change of a wide pipeline wait.
-			if k := l.x.stage(id, 0); k >= 0 && l.x.stages[k].entry || k < 0 && c.Revoke {
+			// A stage that is no longer in the pipeline may be there again soon, as a
+			// source: what it was is not known any more. Nothing waits for it until then.
+			if k := l.x.stage(id, 0); k < 0 || l.x.stages[k].entry {
 				if leaving == nil {
 					leaving = make(map[string][]string)
 				}

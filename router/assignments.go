@@ -143,7 +143,8 @@ func (t *tx) purgeRevoked() {
 //
 // The changes of one pipeline are stale together. Its tables fit each other: were a
 // stage given to one sidecar while taking it from another is void, because that one
-// has registered again, both would run it.
+// has registered again, both would run it. So would they if it was taken from one
+// that nobody meant to wait for, as it had expired, and that lives again.
 //
 // Rejections: INVALID (ids, texts, a pair twice is fine), LIMIT.
 func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejection {
@@ -158,7 +159,7 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 	var pipeline lastPipeline
 	stale := make(map[string]bool)
 	for _, ch := range c.Changes {
-		if !stale[ch.PipelineId] && !t.holds(ch, c.PlannedRevision, &pipeline) {
+		if !stale[ch.PipelineId] && (!t.holds(ch, c.PlannedRevision, &pipeline) || c.Handovers && t.unasked(ch, &pipeline)) {
 			stale[ch.PipelineId] = true
 		}
 	}
@@ -202,18 +203,61 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 // together, and one of a thousand stages takes longer to decode than all the rest of
 // a change.
 type lastPipeline struct {
-	id string
-	p  *commandpb.Pipeline // nil = there is none
+	id    string
+	p     *commandpb.Pipeline // nil = there is none
+	entry map[string]bool     // of each stage, if it is an entry stage; nil = not looked at
 }
 
 func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
 	if l.id != id {
-		l.id, l.p = id, &commandpb.Pipeline{}
+		l.id, l.p, l.entry = id, &commandpb.Pipeline{}, nil
 		if !t.load(t.buf.single(prefixPipeline, id), l.p) {
 			l.p = nil
 		}
 	}
 	return l.p
+}
+
+// mustWait is true for a stage that nobody may begin before who ran it has let go
+// of it: an entry stage, or one that is not in the pipeline. What that was is not
+// known any more, and it may be a source there again soon.
+func (l *lastPipeline) mustWait(t *tx, id, stage string) bool {
+	p := l.load(t, id)
+	if l.entry == nil {
+		l.entry = make(map[string]bool)
+		into := make(map[string]bool)
+		for _, e := range p.GetSpec().GetEdges() {
+			into[e.GetToStage()] = true
+		}
+		for _, s := range p.GetSpec().GetStages() {
+			l.entry[s.GetId()] = s.GetType() == commandpb.StageType_STAGE_TYPE_SOURCE || !into[s.GetId()]
+		}
+	}
+	entry, known := l.entry[stage]
+	return entry || !known
+}
+
+// unasked is true when a change takes a stage that has to be waited for from a
+// sidecar that is there, and says nothing of waiting: it was expired when that was
+// planned. Its generation does not tell, since it lives again with the one it had.
+func (t *tx) unasked(ch *commandpb.AssignmentChange, pipeline *lastPipeline) bool {
+	if sc := t.sidecar(ch.SidecarId); sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+		return false
+	}
+	had := local(t.assignment(ch.SidecarId, ch.PipelineId))
+	if len(had) == 0 {
+		return false
+	}
+	kept := make(map[string]bool, len(ch.Stages)+len(ch.Releases))
+	for _, s := range ch.Releases {
+		kept[s] = true
+	}
+	if !ch.Revoke {
+		for _, s := range ch.Stages {
+			kept[s.StageId] = kept[s.StageId] || s.RemoteSidecarId == ""
+		}
+	}
+	return slices.ContainsFunc(had, func(s string) bool { return !kept[s] && pipeline.mustWait(t, ch.PipelineId, s) })
 }
 
 // holds says whether what a change was planned from is still so.
