@@ -336,6 +336,57 @@ func TestHeldMoves(t *testing.T) {
 	}
 }
 
+// TestRearrangementsAreHeld: two pipelines get an edge that makes records go round
+// where their stages run, so that a stage of each has to move away from a sidecar
+// that could go on running it. The budget has room for one. The other one stays as it
+// is, without another command, until there is room; what is new is served
+// meanwhile.
+func TestRearrangementsAreHeld(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.budget = 1
+	r.register("a", "orders:source", "lake:sink")
+	r.register("b", "clean:transform")
+	for _, id := range []string{"p", "q"} {
+		r.putPipeline(id, "orders:source -> clean:transform\norders -> lake:sink")
+	}
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		all := []string{"a", "b", "c"}
+		r.setLeading(true)
+		beat(l, 2*time.Second, "a", "b")
+		r.register("c", "lake:sink")
+		beat(l, 2*time.Minute, all...)
+		r.expect("at first", "p", "lake", "a")
+		r.expect("at first", "q", "lake", "a")
+		r.putPipeline("p", threeStages)
+		beat(l, time.Second, all...)
+		r.expect("within the budget", "p", "lake", "c")
+		r.putPipeline("q", threeStages)
+		beat(l, time.Second, all...)
+		plans := r.planned()
+		beat(l, 50*time.Second, all...)
+		r.expect("beyond the budget", "q", "lake", "a")
+		if got := r.planned(); got != plans {
+			t.Fatalf("%d plans while a move is held", got-plans)
+		}
+		if got := r.placer.Stats().Held; got != 1 {
+			t.Fatalf("%d moves are held, want 1", got)
+		}
+		r.putPipeline("z", "lake:sink") // nobody has to wait to be served
+		beat(l, time.Second, all...)
+		if got := r.runs("z", "lake"); got == "" {
+			t.Fatal("a new pipeline waits for the budget")
+		}
+		r.expect("beyond the budget", "q", "lake", "a")
+		beat(l, 15*time.Second, all...)
+		r.expect("a minute later", "q", "lake", "c")
+		before, plans := r.table(), r.planned()
+		beat(l, 5*time.Minute, all...)
+		if r.table() != before || r.planned() != plans || r.placer.Stats().Held != 0 {
+			t.Fatalf("it does not come to rest: %d plans more\n%s", r.planned()-plans, r.table())
+		}
+	})
+}
+
 // TestOneOwner: whatever happens to sidecars and pipelines, in whatever order they
 // confirm, no revision has more owners of an entry stage than may be, counting those
 // who have yet to let go of it; and once all have confirmed, everything that can run

@@ -36,6 +36,7 @@ type replica struct {
 	check   func()        // runs after each command
 	most    map[[2]string]int
 	placer  *Placer // of inBubble
+	budget  int     // its moves per minute; 0 = no bound
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -197,7 +198,7 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		r.enter()
 		ctx, cancel := context.WithCancel(context.Background())
 		l := r.liveness()
-		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r})
+		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, MovesPerMinute: r.budget})
 		r.placer = p
 		var loops sync.WaitGroup
 		loops.Go(func() { l.Run(ctx) })
