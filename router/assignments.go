@@ -163,9 +163,9 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 			stale[ch.PipelineId] = true
 		}
 	}
-	pending := make(pendingStages)
+	claimed := make(claims)
 	for _, ch := range c.Changes {
-		if stale[ch.PipelineId] || !t.applyChange(ch, c.Handovers, &pipeline, pending) {
+		if stale[ch.PipelineId] || !t.applyChange(ch, c.Handovers, &pipeline, claimed) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -205,12 +205,14 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 type lastPipeline struct {
 	id    string
 	p     *commandpb.Pipeline // nil = there is none
-	entry map[string]bool     // of each stage, if it is an entry stage; nil = not looked at
+	entry map[string]bool     // see entryStages; nil = not looked at
+	// limits are how many may own an entry stage at a time, if they are counted.
+	limits map[string]uint32
 }
 
 func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
 	if l.id != id {
-		l.id, l.p, l.entry = id, &commandpb.Pipeline{}, nil
+		l.id, l.p, l.entry, l.limits = id, &commandpb.Pipeline{}, nil, nil
 		if !t.load(t.buf.single(prefixPipeline, id), l.p) {
 			l.p = nil
 		}
@@ -222,26 +224,38 @@ func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
 // of it: an entry stage, or one that is not in the pipeline. What that was is not
 // known any more, and it may be a source there again soon.
 func (l *lastPipeline) mustWait(t *tx, id, stage string) bool {
-	p := l.load(t, id)
+	l.load(t, id)
+	entry, known := l.entries()[stage]
+	return entry || !known
+}
+
+func (l *lastPipeline) entries() map[string]bool {
 	if l.entry == nil {
-		l.entry = make(map[string]bool)
-		into := make(map[string]bool)
-		for _, e := range p.GetSpec().GetEdges() {
-			into[e.GetToStage()] = true
-		}
-		for _, s := range p.GetSpec().GetStages() {
-			l.entry[s.GetId()] = s.GetType() == commandpb.StageType_STAGE_TYPE_SOURCE || !into[s.GetId()]
+		l.entry = entryStages(l.p.GetSpec())
+	}
+	return l.entry
+}
+
+// limit is how many sidecars may own a stage of the pipeline at a time; 0 = it is
+// not counted.
+func (l *lastPipeline) limit(stage string) uint32 {
+	if l.limits == nil {
+		l.limits = make(map[string]uint32)
+		entry := l.entries()
+		for _, s := range l.p.GetSpec().GetStages() {
+			if entry[s.GetId()] && s.GetParallelism() <= maxCountedOwners {
+				l.limits[s.GetId()] = max(1, s.GetParallelism())
+			}
 		}
 	}
-	entry, known := l.entry[stage]
-	return entry || !known
+	return l.limits[stage]
 }
 
 // unasked is true when a change takes a stage that has to be waited for from a
 // sidecar that is there, and says nothing of waiting: it was expired when that was
 // planned. Its generation does not tell, since it lives again with the one it had.
 func (t *tx) unasked(ch *commandpb.AssignmentChange, pipeline *lastPipeline) bool {
-	if sc := t.sidecar(ch.SidecarId); sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+	if !present(t.sidecar(ch.SidecarId)) {
 		return false
 	}
 	had := local(t.assignment(ch.SidecarId, ch.PipelineId))
@@ -281,12 +295,13 @@ func (t *tx) holds(ch *commandpb.AssignmentChange, planned uint64, pipeline *las
 
 // applyChange records one change that holds. It reports false, and nothing is
 // recorded, when somebody else has yet to let go of what it gives.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipeline *lastPipeline, pending pendingStages) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipeline *lastPipeline, claimed claims) bool {
 	if ch.Revoke {
-		letGo, shared := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
+		prev := t.assignment(ch.SidecarId, ch.PipelineId)
+		letGo, shared := released(ch, prev, nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
-		pending.note(ch.PipelineId, ch.SidecarId, letGo, nil)
+		claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, local(prev), nil)
 		return true
 	}
 	prev := t.assignment(ch.SidecarId, ch.PipelineId)
@@ -300,14 +315,16 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipelin
 	}
 	had, has := local(prev), local(next)
 	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
-	if handovers && len(takes) > 0 && !t.mayTake(pending, ch.SidecarId, pipeline.load(t, ch.PipelineId), takes) {
-		return false
+	if handovers && len(takes) > 0 {
+		if pipeline.load(t, ch.PipelineId); !t.mayTake(claimed, ch.SidecarId, pipeline, takes) {
+			return false
+		}
 	}
 	letGo, shared := released(ch, prev, has)
 	t.saveAssignment(prev, next)
 	t.retake(ch.SidecarId, ch.PipelineId, takes)
 	t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
-	pending.note(ch.PipelineId, ch.SidecarId, letGo, takes)
+	claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, had, has)
 	return true
 }
 
