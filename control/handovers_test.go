@@ -139,6 +139,41 @@ func TestDrainWaitsNoLonger(t *testing.T) {
 	}
 }
 
+// TestDrainWhenTheClockWasSet: a sidecar has what its drain says, whatever the leader's
+// time of day was set to after the drain.
+func TestDrainWhenTheClockWasSet(t *testing.T) {
+	for _, jump := range []time.Duration{-30 * time.Minute, 30 * time.Minute} {
+		t.Run(jump.String(), func(t *testing.T) {
+			r := newReplica(t, router.Options{})
+			r.jump = jump
+			r.register("a", "orders:source")
+			r.register("k", "lake:sink")
+			r.inBubble(func(t *testing.T, l *Liveness) {
+				r.assign("p", "orders:source -> lake:sink")
+				r.register("b", "orders:source")
+				r.drain("a", 20*time.Second, false)
+				r.setLeading(true)
+				beat(l, 17*time.Second, "a", "b", "k")
+				r.expect("just before", "p", "orders", "")
+				beat(l, 6*time.Second, "a", "b", "k")
+				r.expect("just after", "p", "orders", "b")
+			})
+		})
+	}
+}
+
+// assign declares a pipeline and hands it out.
+func (r *replica) assign(id, text string) {
+	r.t.Helper()
+	r.putPipeline(id, text)
+	v := r.fsm.View()
+	in, err := ReadInput(v)
+	if err := errors.Join(err, v.Close()); err != nil {
+		r.t.Fatal(err)
+	}
+	r.do(&commandpb.Command{Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{Changes: Plan(in)}}})
+}
+
 // TestHandoverSurvivesTheLeader: the next leader waits as well, not shorter, and
 // gives the stage to somebody once the old sidecar has confirmed.
 func TestHandoverSurvivesTheLeader(t *testing.T) {
@@ -323,7 +358,7 @@ func TestHeldMoves(t *testing.T) {
 	w := newWaits()
 	got := p.now(m, []placement.Step{
 		step("a", placement.Serve), step("b", placement.Evacuate), step("c", placement.Rearrange), step("d", placement.Rearrange), step("e", placement.Rearrange),
-	}, w, &info)
+	}, w, &info, 0)
 	var ids []string
 	for _, c := range got {
 		ids = append(ids, c.PipelineId)
