@@ -112,7 +112,7 @@ func (s *scores) note(e *placement.Engine, p *placement.Plan, info PlanInfo) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	q := p.Quality
-	q.Highest, q.Mean, q.Bound = s.all.Quality.Highest, s.all.Quality.Mean, s.all.Quality.Bound
+	q.SetLoad(&s.all.Quality)
 	if q.Moves > 0 {
 		s.all.Last = Moves{info.Revision, q.Moves, q.Least}
 	}
@@ -157,7 +157,7 @@ func (s *scores) measureLocked(e *placement.Engine) {
 		return
 	}
 	q := e.Measure()
-	s.all.Quality.Highest, s.all.Quality.Mean, s.all.Quality.Bound = q.Highest, q.Mean, q.Bound
+	s.all.Quality.SetLoad(&q)
 	s.measure.owed = false
 	end := time.Now()
 	s.measure.next = end.Add(100 * end.Sub(start))

@@ -288,7 +288,8 @@ func TestScores(t *testing.T) {
 		check := func(moves, least int, total uint64, highest float64, placed int) {
 			t.Helper()
 			s, ok := r.placer.Scores()
-			if !ok || s.Last.Moves != moves || s.Last.Least != least || s.Moves != total || s.Quality.Highest != highest || s.Quality.Placed != placed {
+			if !ok || s.Last.Moves != moves || s.Last.Least != least || s.Moves != total || s.Quality.Highest != highest || s.Quality.Placed != placed ||
+				s.Quality.MaxOverMean() != 1 {
 				t.Errorf("known %v: %+v", ok, s)
 			}
 			if m, ok := r.placer.Moved("p"); !ok || m != s.Last {
@@ -303,7 +304,7 @@ func TestScores(t *testing.T) {
 		v := r.View()
 		defer v.Close()
 		q, ok, err := PipelineQuality(v, "p")
-		want := placement.Quality{Asked: 2, Placed: 2, Edges: 1, Highest: 1, Mean: 1, Bound: 1}
+		want := placement.Quality{Asked: 2, Placed: 2, Edges: 1, Highest: 1, Mean: 1, Bound: 1, Together: 1}
 		if err != nil || !ok || q != want {
 			t.Errorf("p: %+v %v %v", q, ok, err)
 		}
