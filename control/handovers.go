@@ -53,9 +53,12 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 			info.Held += st.Moves
 			continue
 		}
-		st, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return m.busy(st.Pipeline, stage, sidecar) })
-		info.Waiting += waiting
-		todo = append(todo, st)
+		now, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return m.busy(st.Pipeline, stage, sidecar) })
+		if waiting > 0 {
+			info.Waiting += waiting
+			info.Idle += m.engine.Idle(st, now)
+		}
+		todo = append(todo, now)
 	}
 	changes := changesOf(todo)
 	k := 0

@@ -58,6 +58,8 @@ type PlanInfo struct {
 	// Held counts the stages whose move waits for the budget, Waiting those that wait
 	// for a sidecar that has yet to let go of them.
 	Held, Waiting int
+	// Idle counts the stages that run nowhere until then.
+	Idle int
 	// Quality tells how good the placement is that the plan leads to; its load
 	// figures are not filled in.
 	Quality placement.Quality

@@ -71,9 +71,10 @@ type Moves struct {
 
 // Scores tells what the plans of a node came to since it leads.
 type Scores struct {
-	// Quality is that of all pipelines after the newest plan. Its load, which takes
-	// a look at every sidecar, is measured a little later when plans follow each
-	// other closely. Its moves are those of Last.
+	// Quality is that of all pipelines after the newest plan; what waits for another
+	// sidecar to let go of it counts as waiting. Its load, which takes a look at every
+	// sidecar, is measured a little later when plans follow each other closely. Its
+	// moves are those of Last.
 	Quality placement.Quality
 	// Last is the newest plan that moved anything.
 	Last Moves
@@ -113,6 +114,8 @@ func (s *scores) note(e *placement.Engine, p *placement.Plan, info PlanInfo) {
 	defer s.mu.Unlock()
 	q := p.Quality
 	q.SetLoad(&s.all.Quality)
+	// The plan is made as if they ran already.
+	q.Placed, q.Pending = q.Placed-info.Waiting, q.Pending+info.Idle
 	if q.Moves > 0 {
 		s.all.Last = Moves{info.Revision, q.Moves, q.Least}
 	}
