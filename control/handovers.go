@@ -40,7 +40,8 @@ type waitKey struct {
 func newWaits() *waits { return &waits{due: make(map[waitKey]time.Time)} }
 
 // now returns the changes of steps that may be carried out at once.
-func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo) []*commandpb.AssignmentChange {
+// ms is the time of the state.
+func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo, ms uint64) []*commandpb.AssignmentChange {
 	w.more = time.Time{}
 	at := time.Now()
 	todo := make([]placement.Step, 0, len(steps))
@@ -52,9 +53,12 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 			info.Held += st.Moves
 			continue
 		}
-		st, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return m.busy(st.Pipeline, stage, sidecar) })
-		info.Waiting += waiting
-		todo = append(todo, st)
+		now, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return m.busy(st.Pipeline, stage, sidecar) })
+		if waiting > 0 {
+			info.Waiting += waiting
+			info.Idle += m.engine.Idle(st, now)
+		}
+		todo = append(todo, now)
 	}
 	changes := changesOf(todo)
 	k := 0
@@ -66,7 +70,7 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 				c.SharedReleases = slices.DeleteFunc(slices.Clone(todo[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
 			}
 			if len(c.Releases)+len(c.SharedReleases) > 0 {
-				c.ReleaseTimeoutMs = uint64(p.releaseTimeout(m, c.SidecarId).Milliseconds())
+				c.ReleaseTimeoutMs = uint64(p.releaseTimeout(m, c.SidecarId, ms).Milliseconds())
 			}
 		}
 	}
@@ -75,10 +79,11 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 
 // releaseTimeout is how long a sidecar is waited for from now on. A drain's deadline
 // bounds all that it lets go of until then; what it can let go of only later, for
-// want of another sidecar until then, has the usual time.
-func (p *Placer) releaseTimeout(m *mirror, sidecar string) time.Duration {
+// want of another sidecar until then, has the usual time. The deadline is in the time
+// of the state, and so is now: the clock of the day may have been set back since.
+func (p *Placer) releaseTimeout(m *mirror, sidecar string, now uint64) time.Duration {
 	if s := m.sidecars[sidecar]; s.GetDraining() && s.GetDrainDeadlineMs() > 0 {
-		if left := time.Duration(int64(s.DrainDeadlineMs)-p.c.Now().UnixMilli()) * time.Millisecond; left > 0 {
+		if left := time.Duration(int64(s.DrainDeadlineMs)-int64(now)) * time.Millisecond; left > 0 {
 			return left
 		}
 	}
@@ -191,6 +196,13 @@ func (m *mirror) idle(id string) bool {
 	return !m.engine.Runs(id)
 }
 
+// stateTime returns the time of the state, in ms.
+func (p *Placer) stateTime() (uint64, error) {
+	v := p.c.State.View()
+	ms, err := v.Time()
+	return ms, errors.Join(err, v.Close())
+}
+
 // watchClock notes by when which of what m holds is due, and when the next is.
 func (p *Placer) watchClock(m *mirror, w *waits) error {
 	due := make(map[waitKey]time.Time, len(w.due))
@@ -219,9 +231,8 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 	if len(fresh) > 0 {
 		// The time of the state is never ahead of what has passed, so nobody gets
 		// less than its time.
-		v := p.c.State.View()
-		ms, err := v.Time()
-		if err = errors.Join(err, v.Close()); err != nil {
+		ms, err := p.stateTime()
+		if err != nil {
 			return err
 		}
 		now := time.Now()

@@ -139,6 +139,41 @@ func TestDrainWaitsNoLonger(t *testing.T) {
 	}
 }
 
+// TestDrainWhenTheClockWasSet: a sidecar has what its drain says, whatever the leader's
+// time of day was set to after the drain.
+func TestDrainWhenTheClockWasSet(t *testing.T) {
+	for _, jump := range []time.Duration{-30 * time.Minute, 30 * time.Minute} {
+		t.Run(jump.String(), func(t *testing.T) {
+			r := newReplica(t, router.Options{})
+			r.jump = jump
+			r.register("a", "orders:source")
+			r.register("k", "lake:sink")
+			r.inBubble(func(t *testing.T, l *Liveness) {
+				r.assign("p", "orders:source -> lake:sink")
+				r.register("b", "orders:source")
+				r.drain("a", 20*time.Second, false)
+				r.setLeading(true)
+				beat(l, 17*time.Second, "a", "b", "k")
+				r.expect("just before", "p", "orders", "")
+				beat(l, 6*time.Second, "a", "b", "k")
+				r.expect("just after", "p", "orders", "b")
+			})
+		})
+	}
+}
+
+// assign declares a pipeline and hands it out.
+func (r *replica) assign(id, text string) {
+	r.t.Helper()
+	r.putPipeline(id, text)
+	v := r.fsm.View()
+	in, err := ReadInput(v)
+	if err := errors.Join(err, v.Close()); err != nil {
+		r.t.Fatal(err)
+	}
+	r.do(&commandpb.Command{Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{Changes: Plan(in)}}})
+}
+
 // TestHandoverSurvivesTheLeader: the next leader waits as well, not shorter, and
 // gives the stage to somebody once the old sidecar has confirmed.
 func TestHandoverSurvivesTheLeader(t *testing.T) {
@@ -323,7 +358,7 @@ func TestHeldMoves(t *testing.T) {
 	w := newWaits()
 	got := p.now(m, []placement.Step{
 		step("a", placement.Serve), step("b", placement.Evacuate), step("c", placement.Rearrange), step("d", placement.Rearrange), step("e", placement.Rearrange),
-	}, w, &info)
+	}, w, &info, 0)
 	var ids []string
 	for _, c := range got {
 		ids = append(ids, c.PipelineId)
@@ -334,6 +369,57 @@ func TestHeldMoves(t *testing.T) {
 	if left := time.Until(w.more); left < 50*time.Second || left > time.Minute {
 		t.Fatalf("the next look in %v, want nearly a minute", left)
 	}
+}
+
+// TestRearrangementsAreHeld: two pipelines get an edge that makes records go round
+// where their stages run, so that a stage of each has to move away from a sidecar
+// that could go on running it. The budget has room for one. The other one stays as it
+// is, without another command, until there is room; what is new is served
+// meanwhile.
+func TestRearrangementsAreHeld(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.budget = 1
+	r.register("a", "orders:source", "lake:sink")
+	r.register("b", "clean:transform")
+	for _, id := range []string{"p", "q"} {
+		r.putPipeline(id, "orders:source -> clean:transform\norders -> lake:sink")
+	}
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		all := []string{"a", "b", "c"}
+		r.setLeading(true)
+		beat(l, 2*time.Second, "a", "b")
+		r.register("c", "lake:sink")
+		beat(l, 2*time.Minute, all...)
+		r.expect("at first", "p", "lake", "a")
+		r.expect("at first", "q", "lake", "a")
+		r.putPipeline("p", threeStages)
+		beat(l, time.Second, all...)
+		r.expect("within the budget", "p", "lake", "c")
+		r.putPipeline("q", threeStages)
+		beat(l, time.Second, all...)
+		plans := r.planned()
+		beat(l, 50*time.Second, all...)
+		r.expect("beyond the budget", "q", "lake", "a")
+		if got := r.planned(); got != plans {
+			t.Fatalf("%d plans while a move is held", got-plans)
+		}
+		if got := r.placer.Stats().Held; got != 1 {
+			t.Fatalf("%d moves are held, want 1", got)
+		}
+		r.putPipeline("z", "lake:sink") // nobody has to wait to be served
+		beat(l, time.Second, all...)
+		if got := r.runs("z", "lake"); got == "" {
+			t.Fatal("a new pipeline waits for the budget")
+		}
+		r.expect("beyond the budget", "q", "lake", "a")
+		beat(l, 15*time.Second, all...)
+		r.expect("a minute later", "q", "lake", "c")
+		before, plans := r.table(), r.planned()
+		beat(l, 5*time.Minute, all...)
+		if r.table() != before || r.planned() != plans || r.placer.Stats().Held != 0 {
+			t.Fatalf("it does not come to rest: %d plans more\n%s", r.planned()-plans, r.table())
+		}
+	})
 }
 
 // TestOneOwner: whatever happens to sidecars and pipelines, in whatever order they

@@ -35,7 +35,9 @@ type replica struct {
 	closed  chan struct{} // made outside of the bubble
 	check   func()        // runs after each command
 	most    map[[2]string]int
-	placer  *Placer // of inBubble
+	placer  *Placer       // of inBubble
+	budget  int           // its moves per minute; 0 = no bound
+	jump    time.Duration // by how much its time of day is set
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -197,7 +199,8 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		r.enter()
 		ctx, cancel := context.WithCancel(context.Background())
 		l := r.liveness()
-		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r})
+		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, MovesPerMinute: r.budget,
+			Now: func() time.Time { return setWall(time.Now(), r.jump) }})
 		r.placer = p
 		var loops sync.WaitGroup
 		loops.Go(func() { l.Run(ctx) })

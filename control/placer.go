@@ -58,6 +58,8 @@ type PlanInfo struct {
 	// Held counts the stages whose move waits for the budget, Waiting those that wait
 	// for a sidecar that has yet to let go of them.
 	Held, Waiting int
+	// Idle counts the stages that run nowhere until then.
+	Idle int
 	// Quality tells how good the placement is that the plan leads to; its load
 	// figures are not filled in.
 	Quality placement.Quality
@@ -299,10 +301,14 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		if _, err := drain(m, sub, own); err != nil {
 			return nil, err
 		}
+		ms, err := p.stateTime()
+		if err != nil {
+			return nil, err
+		}
 		plan := m.engine.Plan()
 		planned, moved := m.revision, false
 		info := PlanInfo{Revision: planned, Quality: plan.Quality}
-		changes := p.now(m, plan.Steps, w, &info)
+		changes := p.now(m, plan.Steps, w, &info, ms)
 		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
 			res, err := p.submit(ctx, m, 0, &commandpb.Command{

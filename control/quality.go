@@ -71,9 +71,10 @@ type Moves struct {
 
 // Scores tells what the plans of a node came to since it leads.
 type Scores struct {
-	// Quality is that of all pipelines after the newest plan. Its load, which takes
-	// a look at every sidecar, is measured a little later when plans follow each
-	// other closely. Its moves are those of Last.
+	// Quality is that of all pipelines after the newest plan; what waits for another
+	// sidecar to let go of it counts as waiting. Its load, which takes a look at every
+	// sidecar, is measured a little later when plans follow each other closely. Its
+	// moves are those of Last.
 	Quality placement.Quality
 	// Last is the newest plan that moved anything.
 	Last Moves
@@ -112,7 +113,9 @@ func (s *scores) note(e *placement.Engine, p *placement.Plan, info PlanInfo) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	q := p.Quality
-	q.Highest, q.Mean, q.Bound = s.all.Quality.Highest, s.all.Quality.Mean, s.all.Quality.Bound
+	q.SetLoad(&s.all.Quality)
+	// The plan is made as if they ran already.
+	q.Placed, q.Pending = q.Placed-info.Waiting, q.Pending+info.Idle
 	if q.Moves > 0 {
 		s.all.Last = Moves{info.Revision, q.Moves, q.Least}
 	}
@@ -157,7 +160,7 @@ func (s *scores) measureLocked(e *placement.Engine) {
 		return
 	}
 	q := e.Measure()
-	s.all.Quality.Highest, s.all.Quality.Mean, s.all.Quality.Bound = q.Highest, q.Mean, q.Bound
+	s.all.Quality.SetLoad(&q)
 	s.measure.owed = false
 	end := time.Now()
 	s.measure.next = end.Add(100 * end.Sub(start))

@@ -271,6 +271,66 @@ func TestPace(t *testing.T) {
 	}
 }
 
+// TestScoresDuringHandover: a stage that waits for its sidecar of before is not counted
+// among those that run, of all pipelines as of its own, until it does.
+func TestScoresDuringHandover(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("a", "orders:source")
+	r.register("k", "lake:sink")
+	r.putPipeline("p", "orders:source*2 -> lake:sink")
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		all := []string{"a", "b", "c", "k"}
+		check := func(what string, asked, placed, pending int) {
+			t.Helper()
+			synctest.Wait()
+			s, _ := r.placer.Scores()
+			v := r.View()
+			q, _, err := PipelineQuality(v, "p")
+			if err := errors.Join(err, v.Close()); err != nil {
+				t.Fatal(err)
+			}
+			for name, q := range map[string]placement.Quality{"all": s.Quality, "p": q} {
+				if q.Asked != asked || q.Placed != placed || q.Pending != pending {
+					t.Errorf("%s: of %s %d of %d instances run, %d stages wait; want %d of %d, %d", what, name, q.Placed, q.Asked, q.Pending, placed, asked, pending)
+				}
+			}
+		}
+		r.setLeading(true)
+		beat(l, time.Second, all...)
+		r.register("b", "orders:source")
+		beat(l, 5*time.Second, all...)
+		check("at first", 3, 3, 0)
+		r.register("c", "orders:source")
+		beat(l, 5*time.Second, all...)
+		r.drain("a", 0, false)
+		beat(l, 5*time.Second, all...)
+		check("one of two instances is handed over", 3, 2, 0)
+		r.applied("a")
+		beat(l, 5*time.Second, all...)
+		check("it was", 3, 3, 0)
+		r.putPipeline("p", "orders:source -> lake:sink")
+		beat(l, 5*time.Second, all...)
+		r.applied("b")
+		r.applied("c")
+		beat(l, 5*time.Second, all...)
+		check("one instance", 2, 2, 0)
+		on := r.runs("p", "orders")
+		r.drain(on, 0, false)
+		beat(l, 5*time.Second, all...)
+		check("the only instance is handed over", 2, 1, 1)
+		r.putPipeline("q", "lake:sink")
+		beat(l, 5*time.Second, all...)
+		if s, _ := r.placer.Scores(); s.Quality.Placed != 2 || s.Quality.Pending != 1 {
+			t.Errorf("after another plan meanwhile: %+v", s.Quality)
+		}
+		r.applied(on)
+		beat(l, 5*time.Second, all...)
+		if s, _ := r.placer.Scores(); s.Quality.Placed != 3 || s.Quality.Pending != 0 {
+			t.Errorf("in the end: %+v\n%s", s.Quality, r.table())
+		}
+	})
+}
+
 // Goal: the figures of plans are there while a node leads, and only then; the load
 // is measured in the end, however fast plans follow each other.
 func TestScores(t *testing.T) {
@@ -288,7 +348,8 @@ func TestScores(t *testing.T) {
 		check := func(moves, least int, total uint64, highest float64, placed int) {
 			t.Helper()
 			s, ok := r.placer.Scores()
-			if !ok || s.Last.Moves != moves || s.Last.Least != least || s.Moves != total || s.Quality.Highest != highest || s.Quality.Placed != placed {
+			if !ok || s.Last.Moves != moves || s.Last.Least != least || s.Moves != total || s.Quality.Highest != highest || s.Quality.Placed != placed ||
+				s.Quality.MaxOverMean() != 1 {
 				t.Errorf("known %v: %+v", ok, s)
 			}
 			if m, ok := r.placer.Moved("p"); !ok || m != s.Last {
@@ -296,14 +357,14 @@ func TestScores(t *testing.T) {
 			}
 		}
 		check(2, 2, 2, 2, 2)
+		r.register("c", "orders:source") // first, or a plan may fall in between
 		r.do(&commandpb.Command{Op: &commandpb.Command_DeregisterSidecar{DeregisterSidecar: &commandpb.DeregisterSidecar{SidecarId: "a"}}})
-		r.register("c", "orders:source")
 		beat(l, time.Second, "b", "c")
 		check(2, 2, 4, 1, 2)
 		v := r.View()
 		defer v.Close()
 		q, ok, err := PipelineQuality(v, "p")
-		want := placement.Quality{Asked: 2, Placed: 2, Edges: 1, Highest: 1, Mean: 1, Bound: 1}
+		want := placement.Quality{Asked: 2, Placed: 2, Edges: 1, Highest: 1, Mean: 1, Bound: 1, Together: 1}
 		if err != nil || !ok || q != want {
 			t.Errorf("p: %+v %v %v", q, ok, err)
 		}

@@ -35,6 +35,46 @@ func (e *Engine) Defer(st Step, busy func(stage, sidecar string) bool) (now Step
 	return now, waiting
 }
 
+// Idle counts the stages to begin in st that nobody runs once now, which Defer made
+// of it, is carried out.
+func (e *Engine) Idle(st, now Step) int {
+	p, ok := e.pipeID[st.Pipeline]
+	if !ok {
+		return 0
+	}
+	// Of few stages there are many changes, so that tables are looked at once.
+	wanted, runs := make(map[string]bool), make(map[string]bool)
+	for i := range st.Changes {
+		for _, id := range st.Changes[i].Takes {
+			wanted[id] = true
+		}
+	}
+	note := func(stages []Assigned) {
+		for i := range stages {
+			if stages[i].Remote == "" {
+				runs[stages[i].Stage] = true
+			}
+		}
+	}
+	told := make(map[string]bool, len(now.Changes))
+	for i := range now.Changes {
+		told[now.Changes[i].Sidecar] = true
+		note(now.Changes[i].Stages)
+	}
+	for _, a := range e.pipes[p].recorded {
+		if !a.Revoked && !told[a.Sidecar] {
+			note(a.Stages)
+		}
+	}
+	n := 0
+	for id := range wanted {
+		if !runs[id] {
+			n++
+		}
+	}
+	return n
+}
+
 // confirms is true when a sidecar has to confirm in this step that it let go of a
 // stage.
 func (st *Step) confirms(sidecar, stage string) bool {

@@ -40,7 +40,8 @@ const (
 	Grow
 	// Evacuate takes stages from sidecars that drain.
 	Evacuate
-	// Rearrange moves what could not stay because of others.
+	// Rearrange moves what could run where it is, were it not for the rest of its
+	// pipeline: a change of its edges makes records go round. It serves as it is.
 	Rearrange
 )
 
@@ -320,10 +321,9 @@ func (l *layout) order(st *Step) {
 			continue
 		}
 		for _, id := range c.Releases {
-			// A stage that is no longer in the pipeline may be there again soon. Who
-			// still has a table of the pipeline is told of that as well, and waiting for
-			// it would make every change of a wide pipeline wait.
-			if k := l.x.stage(id, 0); k >= 0 && l.x.stages[k].entry || k < 0 && c.Revoke {
+			// A stage that is no longer in the pipeline may be there again soon, as a
+			// source: what it was is not known any more. Nothing waits for it until then.
+			if k := l.x.stage(id, 0); k < 0 || l.x.stages[k].entry {
 				if leaving == nil {
 					leaving = make(map[string][]string)
 				}
@@ -361,7 +361,7 @@ func (l *layout) urgency(moves int) Urgency {
 	}
 	u := Rearrange
 	for i := range l.x.stages {
-		kept, were, lost := 0, 0, 0
+		kept, were, lost, drained := 0, 0, 0, 0
 		for n := range l.nodes {
 			x := &l.nodes[n]
 			if !x.bound.has(int32(i)) {
@@ -371,8 +371,10 @@ func (l *layout) urgency(moves int) Urgency {
 			switch s := l.e.hosts[x.host].s; {
 			case x.local.has(int32(i)):
 				kept++
-			case !s.Draining || s.lost():
+			case s.lost() || l.fit(int32(i), x.host) == unfit:
 				lost++
+			case s.Draining:
+				drained++
 			}
 		}
 		for _, a := range l.x.recorded { // of sidecars that are gone altogether
@@ -383,13 +385,13 @@ func (l *layout) urgency(moves int) Urgency {
 		}
 		switch now := len(l.at[i]); {
 		case now == kept:
-		case kept == 0 && (were == 0 || lost == were):
+		case kept == 0 && lost == were:
 			u = min(u, Serve)
 		case lost > 0:
 			u = min(u, Restore)
 		case now > were:
 			u = min(u, Grow)
-		default:
+		case drained > 0:
 			u = min(u, Evacuate)
 		}
 	}

@@ -28,13 +28,19 @@ type Quality struct {
 	Together float64
 }
 
-// MaxOverMean is Highest by Mean, or by Bound or Together where Mean cannot be
-// reached. 1 is perfect.
+// MaxOverMean is Highest by the largest of Mean, Bound and Together, which it cannot
+// be below. 1 is perfect; 0 = nothing to compare, as when nothing runs.
 func (q *Quality) MaxOverMean() float64 {
-	if q.Highest == 0 {
-		return 1
+	least := max(q.Mean, q.Bound, q.Together)
+	if q.Highest == 0 || least == 0 {
+		return 0
 	}
-	return q.Highest / max(q.Mean, q.Bound, q.Together)
+	return q.Highest / least
+}
+
+// SetLoad takes over the load of another measurement.
+func (q *Quality) SetLoad(of *Quality) {
+	q.Highest, q.Mean, q.Bound, q.Together = of.Highest, of.Mean, of.Bound, of.Together
 }
 
 // LocalShare is the share of edges that stay within a pod.
@@ -73,6 +79,7 @@ func Judge(p *Pipeline, recorded []*Assignment, at func(sidecar string) (*Sideca
 	x.declare()
 	runs := make(map[string]int, len(x.stages)) // instances, by stage
 	load, capacity, hosts := 0, int64(0), 0
+	largest := int64(1)
 	for _, a := range recorded {
 		s, n := at(a.Sidecar)
 		if a.Revoked || s == nil {
@@ -108,6 +115,7 @@ func Judge(p *Pipeline, recorded []*Assignment, at func(sidecar string) (*Sideca
 			hosts++
 			load += n
 			capacity += s.capacity()
+			largest = max(largest, s.capacity())
 			q.Highest = max(q.Highest, float64(n)/float64(s.capacity()))
 		}
 	}
@@ -123,6 +131,8 @@ func Judge(p *Pipeline, recorded []*Assignment, at func(sidecar string) (*Sideca
 		q.Mean = float64(load) / float64(capacity)
 		c := float64(capacity) / float64(hosts)
 		q.Bound = min(q.Highest, math.Ceil(q.Mean*c-1e-3)/c)
+		x.figures = figures{placed: q.Placed, pod: q.InPod}
+		q.Together = min(q.Highest, float64(x.together())/float64(largest))
 	}
 	return q
 }
@@ -179,16 +189,17 @@ func (e *Engine) Measure() Quality {
 		}
 		c := x.capacity
 		q.Highest = max(q.Highest, float64(x.load)/float64(c))
+		largest = max(largest, c)
 		if x.takes {
 			load += int64(x.load)
 			capacity += c
-			largest = max(largest, c)
 		}
 	}
 	for i := range e.pipes {
 		q.Together = max(q.Together, float64(e.pipes[i].together())/float64(largest))
 	}
-	q.Bound = min(q.Bound, q.Highest) // rounding goes by the mean capacity
+	// Rounding goes by the mean capacity; a stage may run on sidecars that take none.
+	q.Bound, q.Together = min(q.Bound, q.Highest), min(q.Together, q.Highest)
 	if capacity > 0 {
 		q.Mean = float64(load) / float64(capacity)
 	}

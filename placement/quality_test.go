@@ -1,6 +1,7 @@
 package placement
 
 import (
+	"math"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -45,5 +46,50 @@ func TestTogetherOfWholePipelines(t *testing.T) {
 	e.Plan()
 	if q := e.Measure(); q.Highest != 5 || q.Together != 5 || q.MaxOverMean() != 1 {
 		t.Fatalf("%+v: the highest load by what it can be is %.2f", q, q.MaxOverMean())
+	}
+}
+
+// TestMaxOverMeanIsFinite: a ratio is a number at least 1 while anything runs, also when
+// every sidecar is suspect and may be given nothing, so that there is no mean; nothing
+// to compare is 0, of all pipelines and of one.
+func TestMaxOverMeanIsFinite(t *testing.T) {
+	m := newModel()
+	if q := m.engine.Measure(); q.MaxOverMean() != 0 {
+		t.Fatalf("nothing is there: %+v has the ratio %v", q, q.MaxOverMean())
+	}
+	for _, id := range []string{"a", "b"} {
+		m.putSidecar(&Sidecar{ID: id, Generation: 1, Capacity: 4, Offers: parseOffers(t, []string{"orders:source", "lake:sink"})})
+	}
+	m.putPipeline(parsePipeline(t, "p", "orders:source -> lake:sink"))
+	m.putPipeline(parsePipeline(t, "q", "orders:source"))
+	m.carryOut(m.engine.Plan())
+	judge := func(id string) Quality {
+		var of []*Assignment
+		for _, a := range m.sorted() {
+			if a.Pipeline == id {
+				of = append(of, a)
+			}
+		}
+		return Judge(m.pipelines[id], of, func(id string) (*Sidecar, int) { return m.sidecars[id], int(m.engine.hosts[m.engine.hostID[id]].load) })
+	}
+	sound := func(what string) {
+		t.Helper()
+		m.engine.Plan()
+		for name, q := range map[string]Quality{"all": m.engine.Measure(), "p": judge("p"), "q": judge("q")} {
+			if r := q.MaxOverMean(); r < 1 || math.IsInf(r, 0) || math.IsNaN(r) {
+				t.Errorf("%s, of %s: %+v has the ratio %v", what, name, q, r)
+			}
+		}
+	}
+	sound("alive")
+	for id := range m.sidecars {
+		m.change(id, func(s *Sidecar) { s.Condition = Suspect })
+	}
+	sound("suspect")
+	m.removePipeline("p")
+	m.removePipeline("q")
+	m.carryOut(m.engine.Plan())
+	if q := m.engine.Measure(); q.MaxOverMean() != 0 {
+		t.Fatalf("nothing runs: %+v has the ratio %v", q, q.MaxOverMean())
 	}
 }

@@ -143,7 +143,8 @@ func (t *tx) purgeRevoked() {
 //
 // The changes of one pipeline are stale together. Its tables fit each other: were a
 // stage given to one sidecar while taking it from another is void, because that one
-// has registered again, both would run it.
+// has registered again, both would run it. So would they if it was taken from one
+// that nobody meant to wait for, as it had expired, and that lives again.
 //
 // Rejections: INVALID (ids, texts, a pair twice is fine), LIMIT.
 func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejection {
@@ -158,13 +159,13 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 	var pipeline lastPipeline
 	stale := make(map[string]bool)
 	for _, ch := range c.Changes {
-		if !stale[ch.PipelineId] && !t.holds(ch, c.PlannedRevision, &pipeline) {
+		if !stale[ch.PipelineId] && (!t.holds(ch, c.PlannedRevision, &pipeline) || c.Handovers && t.unasked(ch, &pipeline)) {
 			stale[ch.PipelineId] = true
 		}
 	}
-	pending := make(pendingStages)
+	claimed := make(claims)
 	for _, ch := range c.Changes {
-		if stale[ch.PipelineId] || !t.applyChange(ch, c.Handovers, &pipeline, pending) {
+		if stale[ch.PipelineId] || !t.applyChange(ch, c.Handovers, &pipeline, claimed) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -202,18 +203,75 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 // together, and one of a thousand stages takes longer to decode than all the rest of
 // a change.
 type lastPipeline struct {
-	id string
-	p  *commandpb.Pipeline // nil = there is none
+	id    string
+	p     *commandpb.Pipeline // nil = there is none
+	entry map[string]bool     // see entryStages; nil = not looked at
+	// limits are how many may own an entry stage at a time, if they are counted.
+	limits map[string]uint32
 }
 
 func (l *lastPipeline) load(t *tx, id string) *commandpb.Pipeline {
 	if l.id != id {
-		l.id, l.p = id, &commandpb.Pipeline{}
+		l.id, l.p, l.entry, l.limits = id, &commandpb.Pipeline{}, nil, nil
 		if !t.load(t.buf.single(prefixPipeline, id), l.p) {
 			l.p = nil
 		}
 	}
 	return l.p
+}
+
+// mustWait is true for a stage that nobody may begin before who ran it has let go
+// of it: an entry stage, or one that is not in the pipeline. What that was is not
+// known any more, and it may be a source there again soon.
+func (l *lastPipeline) mustWait(t *tx, id, stage string) bool {
+	l.load(t, id)
+	entry, known := l.entries()[stage]
+	return entry || !known
+}
+
+func (l *lastPipeline) entries() map[string]bool {
+	if l.entry == nil {
+		l.entry = entryStages(l.p.GetSpec())
+	}
+	return l.entry
+}
+
+// limit is how many sidecars may own a stage of the pipeline at a time; 0 = it is
+// not counted.
+func (l *lastPipeline) limit(stage string) uint32 {
+	if l.limits == nil {
+		l.limits = make(map[string]uint32)
+		entry := l.entries()
+		for _, s := range l.p.GetSpec().GetStages() {
+			if entry[s.GetId()] && s.GetParallelism() <= maxCountedOwners {
+				l.limits[s.GetId()] = max(1, s.GetParallelism())
+			}
+		}
+	}
+	return l.limits[stage]
+}
+
+// unasked is true when a change takes a stage that has to be waited for from a
+// sidecar that is there, and says nothing of waiting: it was expired when that was
+// planned. Its generation does not tell, since it lives again with the one it had.
+func (t *tx) unasked(ch *commandpb.AssignmentChange, pipeline *lastPipeline) bool {
+	if !present(t.sidecar(ch.SidecarId)) {
+		return false
+	}
+	had := local(t.assignment(ch.SidecarId, ch.PipelineId))
+	if len(had) == 0 {
+		return false
+	}
+	kept := make(map[string]bool, len(ch.Stages)+len(ch.Releases))
+	for _, s := range ch.Releases {
+		kept[s] = true
+	}
+	if !ch.Revoke {
+		for _, s := range ch.Stages {
+			kept[s.StageId] = kept[s.StageId] || s.RemoteSidecarId == ""
+		}
+	}
+	return slices.ContainsFunc(had, func(s string) bool { return !kept[s] && pipeline.mustWait(t, ch.PipelineId, s) })
 }
 
 // holds says whether what a change was planned from is still so.
@@ -237,12 +295,13 @@ func (t *tx) holds(ch *commandpb.AssignmentChange, planned uint64, pipeline *las
 
 // applyChange records one change that holds. It reports false, and nothing is
 // recorded, when somebody else has yet to let go of what it gives.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipeline *lastPipeline, pending pendingStages) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipeline *lastPipeline, claimed claims) bool {
 	if ch.Revoke {
-		letGo, shared := released(ch, t.assignment(ch.SidecarId, ch.PipelineId), nil)
+		prev := t.assignment(ch.SidecarId, ch.PipelineId)
+		letGo, shared := released(ch, prev, nil)
 		t.revoke(ch.SidecarId, ch.PipelineId)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
-		pending.note(ch.PipelineId, ch.SidecarId, letGo, nil)
+		claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, local(prev), nil)
 		return true
 	}
 	prev := t.assignment(ch.SidecarId, ch.PipelineId)
@@ -256,14 +315,16 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipelin
 	}
 	had, has := local(prev), local(next)
 	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
-	if handovers && len(takes) > 0 && !t.mayTake(pending, ch.SidecarId, pipeline.load(t, ch.PipelineId), takes) {
-		return false
+	if handovers && len(takes) > 0 {
+		if pipeline.load(t, ch.PipelineId); !t.mayTake(claimed, ch.SidecarId, pipeline, takes) {
+			return false
+		}
 	}
 	letGo, shared := released(ch, prev, has)
 	t.saveAssignment(prev, next)
 	t.retake(ch.SidecarId, ch.PipelineId, takes)
 	t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
-	pending.note(ch.PipelineId, ch.SidecarId, letGo, takes)
+	claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, had, has)
 	return true
 }
 

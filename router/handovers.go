@@ -22,34 +22,84 @@ const (
 	maxCountedOwners = 64
 )
 
-// pendingStages are the stages of pipelines that somebody has yet to let go of, and
-// who, as one command finds and leaves them. It is read once per pipeline: a change
-// of one that thousands run asks thousands of times.
-type pendingStages map[string]map[string][]string
+// claims are what stands in the way of who is to be given stages of pipelines, as
+// one command finds and leaves it. A pipeline is read once: a change of one that
+// thousands run asks thousands of times.
+type claims map[string]*pipelineClaims
+
+type pipelineClaims struct {
+	pending map[string]map[string]bool // stage -> who has yet to let go of it
+	// owners counts who runs an entry stage and is not expired. It has the stages
+	// whose owners are counted, and is nil until somebody is to be given one of them.
+	owners map[string]uint32
+}
+
+func (p *pipelineClaims) wait(stage, sidecar string) {
+	if p.pending[stage] == nil {
+		p.pending[stage] = make(map[string]bool)
+	}
+	p.pending[stage][sidecar] = true
+}
+
+// waits is true when somebody other than sidecar has yet to let go of a stage.
+func (p *pipelineClaims) waits(stage, sidecar string) bool {
+	by := p.pending[stage]
+	return len(by) > 1 || len(by) == 1 && !by[sidecar]
+}
 
 // note adds what a sidecar was told to let go of, and takes out what it was given
-// back.
-func (p pendingStages) note(pipeline, sidecar string, letGo, takes []string) {
-	stages := p[pipeline]
-	if stages == nil {
+// back. had and has are all the stages that it ran and runs.
+func (c claims) note(t *tx, pipeline, sidecar string, letGo, had, has []string) {
+	p := c[pipeline]
+	if p == nil {
 		return // not read yet
 	}
-	for _, s := range takes {
-		stages[s] = slices.DeleteFunc(stages[s], func(by string) bool { return by == sidecar })
+	for _, s := range has {
+		if !slices.Contains(had, s) {
+			delete(p.pending[s], sidecar)
+		}
 	}
 	for _, s := range letGo {
-		if !slices.Contains(stages[s], sidecar) {
-			stages[s] = append(stages[s], sidecar)
+		p.wait(s, sidecar)
+	}
+	if (p.counts(had) || p.counts(has)) && present(t.sidecar(sidecar)) {
+		p.own(had, ^uint32(0))
+		p.own(has, 1)
+	}
+}
+
+// counts is true when owners are counted of one of stages at least.
+func (p *pipelineClaims) counts(stages []string) bool {
+	return slices.ContainsFunc(stages, func(s string) bool { _, counted := p.owners[s]; return counted })
+}
+
+// own adds by, which may be -1, to the owners of those of stages that are counted.
+func (p *pipelineClaims) own(stages []string, by uint32) {
+	for _, s := range stages {
+		if n, counted := p.owners[s]; counted {
+			p.owners[s] = n + by
 		}
 	}
 }
 
-// entryStage is true for a stage where records enter a pipeline: a source, or one
-// without an edge into it. No more sidecars than its parallelism says may run it
-// at a time. It must say what the planner says of it.
-func entryStage(spec *commandpb.PipelineSpec, s *commandpb.Stage) bool {
-	return s.GetType() == commandpb.StageType_STAGE_TYPE_SOURCE ||
-		!slices.ContainsFunc(spec.GetEdges(), func(e *commandpb.Edge) bool { return e.GetToStage() == s.GetId() })
+// present is false for a sidecar that is expired or gone: it owns nothing any more.
+func present(sc *commandpb.Sidecar) bool {
+	return sc != nil && sc.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED
+}
+
+// entryStages returns of each stage of a pipeline whether records enter there: a
+// source, or one without an edge into it. No more sidecars than its parallelism says
+// may run it at a time. It must say what the planner says of it.
+func entryStages(spec *commandpb.PipelineSpec) map[string]bool {
+	into := make(map[string]bool)
+	for _, e := range spec.GetEdges() {
+		into[e.GetToStage()] = true
+	}
+	entry := make(map[string]bool)
+	for _, s := range spec.GetStages() {
+		entry[s.GetId()] = s.GetType() == commandpb.StageType_STAGE_TYPE_SOURCE || !into[s.GetId()]
+	}
+	return entry
 }
 
 // local returns the ids of the stages that a runs itself; none when it is nil or
@@ -147,61 +197,60 @@ func (t *tx) retake(sidecar, pipeline string, stages []string) {
 // mayTake reports whether a sidecar may begin to run stages of p: nobody else has
 // yet to let go of one, and of the entry stages there are not as many owners
 // already as there may be. Who is expired owns nothing any more.
-func (t *tx) mayTake(pending pendingStages, sidecar string, p *commandpb.Pipeline, stages []string) bool {
-	id := p.GetSpec().GetId()
-	if _, read := pending[id]; !read {
-		pending[id] = make(map[string][]string)
+func (t *tx) mayTake(c claims, sidecar string, pipeline *lastPipeline, stages []string) bool {
+	id := pipeline.p.GetSpec().GetId()
+	p := c[id]
+	if p == nil {
+		p = &pipelineClaims{pending: make(map[string]map[string]bool)}
+		c[id] = p
 		t.scan(t.buf.group(prefixHandover, id), func(_, v []byte) {
 			h := &commandpb.Handover{}
 			t.fail(h.UnmarshalVT(v))
 			for _, r := range h.Releases {
 				if !r.Shared {
-					pending[id][r.StageId] = append(pending[id][r.StageId], h.SidecarId)
+					p.wait(r.StageId, h.SidecarId)
 				}
 			}
 		})
 	}
 	for _, s := range stages {
-		if slices.ContainsFunc(pending[id][s], func(by string) bool { return by != sidecar }) {
+		if p.waits(s, sidecar) {
 			return false
 		}
 	}
-	owners := make(map[string]uint32)
-	limits := make(map[string]uint32)
-	for _, s := range p.GetSpec().GetStages() {
-		if slices.Contains(stages, s.GetId()) && s.Parallelism <= maxCountedOwners && entryStage(p.Spec, s) {
-			limits[s.Id] = max(1, s.Parallelism)
-		}
-	}
-	if len(limits) == 0 {
-		return true
-	}
-	var others []string
-	t.scan(t.buf.group(prefixByPipeline, id), func(k, _ []byte) {
-		_, other, err := decodePair(k)
-		t.fail(err)
-		if other != sidecar {
-			others = append(others, other)
-		}
-	})
-	for _, other := range others {
-		runs := local(t.assignment(other, id))
-		if !slices.ContainsFunc(runs, func(s string) bool { return limits[s] > 0 }) {
-			continue
-		}
-		if sc := t.sidecar(other); sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
-			continue
-		}
-		for _, s := range runs {
-			owners[s]++
-		}
-	}
-	for s, n := range limits {
-		if owners[s] >= n {
+	for _, s := range stages {
+		if limit := pipeline.limit(s); limit > 0 && t.ownersOf(p, pipeline, s) >= limit {
 			return false
 		}
 	}
 	return true
+}
+
+// ownersOf counts who runs a counted entry stage. The first time it counts those of
+// all of the pipeline: each sidecar of it has to be looked at.
+func (t *tx) ownersOf(p *pipelineClaims, pipeline *lastPipeline, stage string) uint32 {
+	if p.owners == nil {
+		id := pipeline.p.GetSpec().GetId()
+		p.owners = make(map[string]uint32)
+		for _, s := range pipeline.p.GetSpec().GetStages() {
+			if pipeline.limit(s.GetId()) > 0 {
+				p.owners[s.GetId()] = 0
+			}
+		}
+		var sidecars []string
+		t.scan(t.buf.group(prefixByPipeline, id), func(k, _ []byte) {
+			_, sidecar, err := decodePair(k)
+			t.fail(err)
+			sidecars = append(sidecars, sidecar)
+		})
+		for _, sidecar := range sidecars {
+			runs := local(t.assignment(sidecar, id))
+			if p.counts(runs) && present(t.sidecar(sidecar)) {
+				p.own(runs, 1)
+			}
+		}
+	}
+	return p.owners[stage]
 }
 
 // endHandovers frees stages: those that a sidecar has let go of, has had enough

@@ -120,12 +120,13 @@ func (t *tx) deletePipeline(c *commandpb.DeletePipeline) *commandpb.Rejection {
 		t.fail(err)
 		sidecars = append(sidecars, sidecar)
 	})
+	entry := entryStages(prev.Spec)
 	for _, sidecar := range sidecars {
 		var letGo []string
 		if c.ReleaseTimeoutMs > 0 {
 			ran := local(t.assignment(sidecar, c.PipelineId))
 			for _, s := range prev.GetSpec().GetStages() {
-				if slices.Contains(ran, s.GetId()) && entryStage(prev.Spec, s) {
+				if entry[s.GetId()] && slices.Contains(ran, s.GetId()) {
 					letGo = append(letGo, s.Id)
 				}
 			}

@@ -61,15 +61,7 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 	if err != nil {
 		return nil, err
 	}
-	releasing := make(map[string][]*commandpb.Handover)
-	err = r.v.PipelineHandovers(p.GetSpec().GetId(), func(h *commandpb.Handover) bool {
-		for _, rel := range h.Releases {
-			if !rel.Shared {
-				releasing[rel.StageId] = append(releasing[rel.StageId], h)
-			}
-		}
-		return true
-	})
+	releasing, err := releasingOf(r.v, p.GetSpec().GetId())
 	if err != nil {
 		return nil, err
 	}
@@ -98,6 +90,20 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 		st.Placements = append(st.Placements, placed)
 	}
 	return st, nil
+}
+
+// releasingOf returns by stage of a pipeline the handovers that it waits for.
+func releasingOf(v *router.View, pipeline string) (map[string][]*commandpb.Handover, error) {
+	out := make(map[string][]*commandpb.Handover)
+	err := v.PipelineHandovers(pipeline, func(h *commandpb.Handover) bool {
+		for _, rel := range h.Releases {
+			if !rel.Shared {
+				out[rel.StageId] = append(out[rel.StageId], h)
+			}
+		}
+		return true
+	})
+	return out, err
 }
 
 // handoverReason says whom a stage waits for, and how long at most.

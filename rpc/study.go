@@ -88,6 +88,9 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	case len(stages) == 0 && req.StageId != "":
 		return nil, errAbsent("pipeline "+req.PipelineId, fmt.Sprintf("pipeline %q has no stage %q", req.PipelineId, req.StageId))
 	}
+	if err := a.waitingFor(req.PipelineId, stages); err != nil {
+		return nil, err
+	}
 	a.reader.SetHeader(ctx, at.Revision, at.Epoch)
 	resp := &clusterpb.ExplainPipelineResponse{Revision: at.Revision, Epoch: at.Epoch}
 	size := 0
@@ -101,6 +104,31 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 		resp.Stages = append(resp.Stages, st)
 	}
 	return resp, nil
+}
+
+// waitingFor says of stages that run nowhere which sidecar has yet to let go of them,
+// as GetPipeline does. Handovers are of the state, and the planner does not know them.
+func (a *clusterAPI) waitingFor(pipeline string, stages []placement.StageStatus) error {
+	idle := func(s *placement.StageStatus) bool { return len(s.Sidecars) == 0 && s.Pending != "" }
+	if !slices.ContainsFunc(stages, func(s placement.StageStatus) bool { return idle(&s) }) {
+		return nil
+	}
+	v := a.cfg.State.View()
+	defer v.Close()
+	p, err := v.Pipeline(pipeline)
+	if err != nil || !p.GetSpec().GetEnabled() {
+		return err
+	}
+	releasing, err := releasingOf(v, pipeline)
+	if err != nil {
+		return err
+	}
+	for i := range stages {
+		if s := &stages[i]; idle(s) && len(releasing[s.Stage]) > 0 {
+			s.Pending = handoverReason(releasing[s.Stage], s.Stage)
+		}
+	}
+	return nil
 }
 
 // errAbsent refuses a call about something that does not exist.

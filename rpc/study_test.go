@@ -242,6 +242,39 @@ func TestPlanPipelines(t *testing.T) {
 	}
 }
 
+// Goal: of a stage in a handover it is said which sidecar has yet to let go of it, in
+// the words that the pipeline's status has.
+func TestExplainDuringHandover(t *testing.T) {
+	a := newStudiedAPI(t)
+	a.offer("ns/one", "x:source")
+	a.offer("ns/two", "x:source")
+	a.offer("ns/sink", "y:sink")
+	a.create(chain("p", "x", "y"))
+	a.place()
+	ask := func() (explained, shown string) {
+		t.Helper()
+		e, err := a.cluster.ExplainPipeline(a.ctx(), &clusterpb.ExplainPipelineRequest{PipelineId: "p", StageId: "x-stage"})
+		noError(t, err)
+		r, err := a.admin.GetPipeline(a.ctx(), &adminpb.GetPipelineRequest{PipelineId: "p"})
+		noError(t, err)
+		return e.Stages[0].PendingReason, r.GetStatus().GetPlacements()[0].GetPendingReason()
+	}
+	if e, s := ask(); e != "" || s != "" {
+		t.Fatalf("it runs, and waits because %q, %q", e, s)
+	}
+	e, err := a.cluster.ExplainPipeline(a.ctx(), &clusterpb.ExplainPipelineRequest{PipelineId: "p"})
+	noError(t, err)
+	on := e.Stages[0].SidecarIds[0]
+	a.node.must(t, &commandpb.Command{Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
+		Handovers: true, Changes: []*commandpb.AssignmentChange{{
+			SidecarId: on, PipelineId: "p", SidecarGeneration: 1, Revoke: true, Releases: []string{"x-stage"}, ReleaseTimeoutMs: 60_000,
+		}},
+	}}})
+	if e, s := ask(); e != s || !strings.Contains(e, on+" was told to let go of it and has not confirmed that") {
+		t.Fatalf("explained as %q, shown as %q", e, s)
+	}
+}
+
 // Goal: what a loss would come to is told, of sidecars that are there, and nothing
 // is lost for it.
 func TestWhatIf(t *testing.T) {

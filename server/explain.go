@@ -37,7 +37,9 @@ func (s *Server) placementMetrics(out map[string]float64) {
 	out["placement_edges_in_node"], out["placement_edges_in_zone"] = float64(q.InNode), float64(q.InZone)
 	out["placement_local_edge_share"] = q.LocalShare()
 	out["placement_load_highest"], out["placement_load_mean"] = q.Highest, q.Mean
-	out["placement_load_max_over_mean"] = q.MaxOverMean()
+	if r := q.MaxOverMean(); r > 0 {
+		out["placement_load_max_over_mean"] = r
+	}
 }
 
 // reachable says whether this node is connected to another one.

@@ -233,8 +233,8 @@ func printOutlook(w io.Writer, o *clusterpb.PlacementOutlook, order []string, ti
 	g := &output.Grid{Header: []string{"PLACEMENT", "BEFORE", "AFTER"}}
 	g.Add("instances that run", fmt.Sprintf("%d of %d", b.GetInstancesPlaced(), b.GetInstancesAsked()), fmt.Sprintf("%d of %d", f.GetInstancesPlaced(), f.GetInstancesAsked()))
 	g.Add("stages that wait", b.GetStagesPending(), f.GetStagesPending())
-	g.Add("load, max/mean", fmt.Sprintf("%.2f", b.GetMaxOverMean()), fmt.Sprintf("%.2f", f.GetMaxOverMean()))
-	g.Add("edges that stay local", percent(b.GetLocalEdgeShare()), percent(f.GetLocalEdgeShare()))
+	g.Add("load, max/mean", maxOverMean(b), maxOverMean(f))
+	g.Add("edges that stay local", localShare(b), localShare(f))
 	if err := g.Write(w); err != nil {
 		return err
 	}

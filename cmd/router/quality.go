@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -51,12 +52,31 @@ func qualityLine(r *clusterpb.GetPlacementQualityResponse) string {
 	if n := q.GetStagesPending(); n > 0 {
 		parts = append(parts, count(n, "stage waits", "stages wait"))
 	}
-	parts = append(parts, fmt.Sprintf("%s of the edges stay in the pod", percent(q.GetLocalEdgeShare())),
-		fmt.Sprintf("load max/mean %.2f", q.GetMaxOverMean()))
+	if q.GetEdges() > 0 {
+		parts = append(parts, fmt.Sprintf("%s of the edges stay in the pod", percent(q.GetLocalEdgeShare())))
+	}
+	parts = append(parts, "load max/mean "+maxOverMean(q))
 	if p := r.GetLastPlan(); p != nil {
 		parts = append(parts, fmt.Sprintf("last plan: %s, at least %d", count(p.GetMoves(), "move", "moves"), p.GetLeastMoves()))
 	}
 	return strings.Join(parts, "; ")
+}
+
+// maxOverMean is the highest load by the least it could be, "-" when there is
+// nothing to compare.
+func maxOverMean(q *clusterpb.PlacementQuality) string {
+	if r := q.GetMaxOverMean(); r > 0 && !math.IsInf(r, 0) { // older nodes say +Inf
+		return fmt.Sprintf("%.2f", r)
+	}
+	return "-"
+}
+
+// localShare is the share of edges that stay within a pod, "-" when there are none.
+func localShare(q *clusterpb.PlacementQuality) string {
+	if q.GetEdges() == 0 {
+		return "-"
+	}
+	return percent(q.GetLocalEdgeShare())
 }
 
 func percent(share float64) string { return fmt.Sprintf("%.0f%%", 100*share) }
@@ -132,7 +152,8 @@ type qualityStatus struct {
 	LocalEdgeShare  float64 `json:"local_edge_share"`
 	HighestLoad     float64 `json:"highest_load"`
 	MeanLoad        float64 `json:"mean_load"`
-	MaxOverMean     float64 `json:"max_over_mean"`
+	// MaxOverMean is left out when there is nothing to compare.
+	MaxOverMean float64 `json:"max_over_mean,omitempty"`
 	// LastPlan is left out when the leader has made none of it since it leads, or
 	// does not answer.
 	LastPlan *planMoves `json:"last_plan,omitempty"`
@@ -154,9 +175,13 @@ func qualityOf(r *clusterpb.GetPlacementQualityResponse) *qualityStatus {
 	if q == nil {
 		return nil
 	}
+	ratio := q.GetMaxOverMean()
+	if math.IsInf(ratio, 0) { // an older node's, of which JSON knows nothing
+		ratio = 0
+	}
 	out := &qualityStatus{
 		q.GetInstancesAsked(), q.GetInstancesPlaced(), q.GetStagesPending(), q.GetEdges(), q.GetEdgesInPod(), q.GetEdgesInNode(),
-		q.GetEdgesInZone(), q.GetLocalEdgeShare(), q.GetHighestLoad(), q.GetMeanLoad(), q.GetMaxOverMean(), nil,
+		q.GetEdgesInZone(), q.GetLocalEdgeShare(), q.GetHighestLoad(), q.GetMeanLoad(), ratio, nil,
 	}
 	if p := r.GetLastPlan(); p != nil {
 		out.LastPlan = &planMoves{p.GetRevision(), p.GetMoves(), p.GetLeastMoves()}

@@ -4297,8 +4297,9 @@ type PlacementQuality struct {
 	// of it; of one pipeline, of those that run any of it, by all they run.
 	HighestLoad float64 `protobuf:"fixed64,9,opt,name=highest_load,json=highestLoad,proto3" json:"highest_load,omitempty"`
 	MeanLoad    float64 `protobuf:"fixed64,10,opt,name=mean_load,json=meanLoad,proto3" json:"mean_load,omitempty"`
-	// highest_load by mean_load, or by the least it could be with whole stages; 1 is
-	// perfect.
+	// highest_load by the least it could be: the largest of mean_load, that with whole
+	// stages, and that in any plan which keeps as many edges within pods, so that what
+	// hangs together is load of one sidecar. 1 is perfect; 0 = nothing to compare.
 	MaxOverMean   float64 `protobuf:"fixed64,11,opt,name=max_over_mean,json=maxOverMean,proto3" json:"max_over_mean,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
