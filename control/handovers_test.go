@@ -427,7 +427,7 @@ func TestRearrangementsAreHeld(t *testing.T) {
 // who have yet to let go of it; and once all have confirmed, everything that can run
 // runs, and nothing changes any more.
 func TestOneOwner(t *testing.T) {
-	for seed := range uint64(12) {
+	for seed := range uint64(60) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) { oneOwner(t, seed) })
 	}
 }

@@ -343,8 +343,14 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
 				"least", plan.Quality.Least, "held", info.Held, "waiting", info.Waiting, "revision", info.Revision, "took", info.Took)
 		}
-		if info.Stale == 0 && !moved {
+		// What waits may wait for a handover that this very plan has ended, by giving a
+		// stage back to who had yet to let go of it. Nobody else would say so.
+		freed := info.Waiting > 0 && len(changes) > 0
+		if info.Stale == 0 && !moved && !freed {
 			return own, nil
+		}
+		if info.Stale == 0 && !moved {
+			continue
 		}
 		if !sleep(ctx, pause) {
 			return nil, ctx.Err()
