@@ -1,0 +1,73 @@
+package rpc
+
+import (
+	"testing"
+
+	"conveyor.etl/router/rpc/routerpb/sidecarpb"
+)
+
+// entryOf returns what is remembered of a sidecar, nil when nothing is.
+func (a *api) entryOf(id string) *told {
+	a.told.mu.Lock()
+	defer a.told.mu.Unlock()
+	return a.told.by[id]
+}
+
+func (a *api) isDirty(id string) bool {
+	a.told.mu.Lock()
+	defer a.told.mu.Unlock()
+	return a.told.by[id].dirty
+}
+
+// Goal: a change that is noted while others of the same round are answered is told,
+// whether its sidecar is being introduced or was before. Method: the round waits at
+// the first sidecar for what the test holds, and the second one's change comes then.
+func TestStreamTellsWhatChangesDuringARound(t *testing.T) {
+	for _, introduced := range []bool{true, false} {
+		name := "changes"
+		if !introduced {
+			name = "introductions"
+		}
+		t.Run(name, func(t *testing.T) {
+			a := newAPI(t)
+			c := a.streamBeats()
+			for i, id := range []string{"ns/x", "ns/a", "ns/b"} {
+				a.registerSidecar(id)
+				if introduced || i == 0 {
+					c.introduce(uint32(i), id)
+				} else {
+					a.beat(&sidecarpb.SidecarHeartbeatRequest{SidecarId: id})
+				}
+			}
+			a.create(chain("p", "u", "v"))
+			first, second := a.entryOf("ns/x"), a.entryOf("ns/a")
+			first.mu.Lock() // one round waits here, and the next one gathers
+			a.assign("ns/x", "p")
+			a.noted()
+			eventually(t, "the first round has begun", func() bool { return !a.isDirty("ns/x") })
+			a.assign("ns/a", "p")
+			a.assign("ns/b", "p")
+			a.noted()
+			if !introduced {
+				before := a.beats.count("ns/b", "")
+				c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/a"}))
+				c.send(full(2, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/b"}))
+				a.touched("ns/b", before+1)
+			}
+			second.mu.Lock()
+			first.mu.Unlock()
+			eventually(t, "the second round has begun", func() bool { return !a.isDirty("ns/a") })
+			a.create(chain("p", "u", "w", "v"))
+			a.assign("ns/b", "p")
+			a.noted()
+			want := a.assignments("ns/b")["p"]
+			second.mu.Unlock()
+			for told := uint64(0); told != want; {
+				next := c.next()
+				if cmds := next.GetResponse().GetCommands(); next.GetNumber() == 2 && len(cmds) > 0 {
+					told = cmds[len(cmds)-1].GetAssign().GetGeneration()
+				}
+			}
+		})
+	}
+}
