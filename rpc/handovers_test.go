@@ -93,6 +93,67 @@ func TestHandoverIsConfirmed(t *testing.T) {
 	eventually(t, "the one that says so is done", func() bool { return slices.Equal(a.handovers(), []string{"ns/other"}) })
 }
 
+// stageOf returns a stage that a sidecar runs of a pipeline.
+func (a *api) stageOf(sidecar, pipeline string) string {
+	a.t.Helper()
+	v := a.node.fsm.View()
+	defer v.Close()
+	as, err := v.Assignment(sidecar, pipeline)
+	noError(a.t, err)
+	return as.Stages[0].StageId
+}
+
+// Goal: an answer names no revision of whose changes it does not know, so that a
+// sidecar that repeats it confirms nothing it never heard of. Method: the feed of
+// changes is held while a handover is decided.
+func TestAnswerNamesNoRevisionItDidNotTell(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/pod")
+	a.registerSidecar("ns/other")
+	a.create(chain("p", "x", "y"))
+	a.assign("ns/pod", "p")
+	a.assign("ns/other", "p")
+	a.noted()
+	beat := func(revision, epoch uint64) *sidecarpb.HeartbeatResponse {
+		r, err := a.sidecar.Heartbeat(a.ctx(), &sidecarpb.SidecarHeartbeatRequest{
+			SidecarId: "ns/pod", AppliedRevision: revision, AppliedEpoch: epoch,
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return r
+	}
+	last, epoch := uint64(0), a.node.fsm.Epoch()
+	for range 3 { // of no epoch there is: it confirms nothing, for which the held lock is needed
+		last = beat(1, 7).GetRevision()
+	}
+	if last != a.node.fsm.Revision() {
+		t.Errorf("told of revision %d, all up to %d is known", last, a.node.fsm.Revision())
+	}
+	stage := a.stageOf("ns/pod", "p")
+	cmd := a.assignment("ns/other", "p", true)
+	cmd.GetApplyAssignments().Changes = append(cmd.GetApplyAssignments().Changes, a.assignment("ns/pod", "p", true).GetApplyAssignments().Changes...)
+	for _, c := range cmd.GetApplyAssignments().Changes {
+		c.Releases, c.ReleaseTimeoutMs = []string{stage}, 60_000
+	}
+	a.Server.handovers.mu.Lock()
+	a.node.must(t, cmd)
+	r, decided := beat(1, 7), a.node.fsm.Revision()
+	a.Server.handovers.mu.Unlock()
+	if told1(r) == "" && r.GetRevision() >= decided {
+		t.Errorf("told of revision %d, which revokes p, without a word of that", decided)
+	}
+	a.noted()
+	if r = beat(r.GetRevision(), epoch); told1(r) != "-p" || r.GetRevision() < decided {
+		t.Fatalf("told %q up to %d", told1(r), r.GetRevision())
+	}
+	if got := a.handovers(); len(got) != 2 {
+		t.Fatalf("pending are %v", got)
+	}
+	beat(r.GetRevision(), epoch)
+	eventually(t, "it has let go", func() bool { return slices.Equal(a.handovers(), []string{"ns/other"}) })
+}
+
 // Goal: on a stream a heartbeat that says so ends a handover, and one that says
 // nothing does not: it does not show that the answer before was read.
 func TestStreamConfirmsHandover(t *testing.T) {
