@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
@@ -239,4 +240,46 @@ func TestPlacementLabels(t *testing.T) {
 		SidecarId: "ns/a", PodName: "a", Namespace: "ns", SidecarEndpoint: "10.0.0.1:1", Labels: map[string]string{"": "x"},
 	})
 	wantCode(t, err, codes.InvalidArgument)
+}
+
+// Goal: what a sidecar said once on its stream is not lost, neither when it cannot
+// be recorded at first nor when it comes before the node has noted the handover.
+func TestStreamedConfirmationIsNotLost(t *testing.T) {
+	prepare := func(t *testing.T) (*api, *beatClient, string) {
+		a := newAPI(t)
+		a.registerSidecar("ns/pod")
+		a.create(chain("p", "x", "y"))
+		a.assign("ns/pod", "p")
+		a.noted()
+		c := a.streamBeats()
+		c.introduce(1, "ns/pod")
+		return a, c, a.stageOf("ns/pod", "p")
+	}
+	t.Run("not recorded at first", func(t *testing.T) {
+		a, c, stage := prepare(t)
+		a.takeAway("ns/pod", "p", stage)
+		c.answer(1)
+		a.node.holdAll()
+		c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
+		eventually(t, "the report is under way", func() bool { return a.node.heldCount() == 1 })
+		a.node.setLeader(1, raftnode.ErrAmbiguous)
+		a.node.release() // it fails
+		a.node.setLeader(1, nil)
+		eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
+	})
+	t.Run("said before it was noted", func(t *testing.T) {
+		a, c, stage := prepare(t)
+		before := a.node.fsm.Revision()
+		a.takeAway("ns/pod", "p", stage)
+		c.answer(1)
+		v := a.node.fsm.View()
+		var h *commandpb.Handover
+		noError(t, v.Handovers(func(x *commandpb.Handover) bool { h = x; return true }))
+		noError(t, v.Close())
+		a.Server.handovers.changed(h, nil) // as it was before it was noted
+		c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
+		eventually(t, "it was heard", func() bool { revision, _ := a.entryOf("ns/pod").upTo(); return revision > before })
+		a.feed.onHandover(nil, h)
+		eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
+	})
 }
