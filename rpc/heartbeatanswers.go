@@ -110,7 +110,7 @@ func (s *sidecarStream) work(ctx context.Context, some []dueMember) (*sidecarpb.
 	resp := &sidecarpb.HeartbeatStreamResponse{}
 	var judged, changed []dueMember
 	for _, d := range some {
-		if d.what&dueJudge != 0 {
+		if d.what&dueJudge != 0 || d.what&dueCheck != 0 && s.inDoubt(d) {
 			judged = append(judged, d)
 		} else {
 			changed = append(changed, d)
@@ -136,6 +136,12 @@ func (s *sidecarStream) work(ctx context.Context, some []dueMember) (*sidecarpb.
 		}
 	}
 	return resp, nil
+}
+
+// inDoubt says whether this node knows of something against the heartbeats of d.
+func (s *sidecarStream) inDoubt(d dueMember) bool {
+	sc, err := s.api.localSidecar(d.id)
+	return err != nil || beatRefusal(sc, d.id, d.registration) != ""
 }
 
 // heardMember is a member that is answered with what the state asks of it.

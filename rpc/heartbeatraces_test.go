@@ -71,3 +71,29 @@ func TestStreamTellsWhatChangesDuringARound(t *testing.T) {
 		})
 	}
 }
+
+// Goal: a sidecar that the restored state does not know is told to register, whether
+// it beats by calls or on a stream.
+func TestRestoredWithoutTheSidecar(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/old")
+	a.node.image(t, "image")
+	a.registerSidecar("ns/pod")
+	a.registerSidecar("ns/call")
+	a.noted()
+	c := a.streamBeats()
+	if r := c.introduce(1, "ns/pod"); !r.GetAcknowledged() {
+		t.Fatal(r)
+	}
+	a.beat(&sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/call"})
+	a.node.restore(t, "image")
+	a.noted()
+	if r := c.answer(1); r.GetAcknowledged() || r.GetReason() != unknownSidecar("ns/pod") {
+		t.Fatal(r)
+	}
+	r, err := a.sidecar.Heartbeat(a.ctx(), &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/call"})
+	noError(t, err)
+	if r.GetAcknowledged() || r.GetReason() != unknownSidecar("ns/call") {
+		t.Fatal(r)
+	}
+}

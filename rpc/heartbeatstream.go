@@ -70,9 +70,11 @@ const (
 	dueLost                            // its lease has run out
 	dueDisplaced                       // it beats on another stream
 	dueNews                            // nothing: it said something
+	dueCheck                           // it may be registered no more, and with that dueChanges
 )
 
 func (m *streamMember) judgeAgain() { m.stream.due(m, dueJudge, nil) }
+func (m *streamMember) check()      { m.stream.due(m, dueCheck, nil) }
 func (m *streamMember) leaseLost()  { m.stream.due(m, dueLost, nil) }
 
 func (m *streamMember) changed() {

@@ -197,17 +197,27 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	// Before the look whether something is due: of changes up to here it knows.
 	epoch, noted := a.cfg.State.Epoch(), a.feed.rungUp()
 	entry, what := a.told.beat(id, a.cfg.Now())
-	if entry == nil {
+	doubt := entry != nil && a.told.takeDoubt(entry)
+	if doubt { // one that is there needs no quorum
+		sc, err := a.localSidecar(id)
+		doubt = err != nil || sc == nil
+	}
+	if entry == nil || doubt {
 		// "Unknown" must not be said by a node that is merely behind.
-		if err := a.reader.Wait(ctx); err != nil {
+		err := a.reader.Wait(ctx)
+		var sc *commandpb.Sidecar
+		if err == nil {
+			sc, err = a.localSidecar(id)
+		}
+		if err != nil {
+			if doubt {
+				a.told.giveBackDoubt(entry)
+			}
 			return nil, err
 		}
 		current = true
-		sc, err := a.localSidecar(id)
-		if err != nil {
-			return nil, err
-		}
 		if sc == nil {
+			a.told.forget(id)
 			resp.Reason = unknownSidecar(id)
 			resp.Revision = a.cfg.State.Revision()
 			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
