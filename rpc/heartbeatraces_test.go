@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"strings"
 	"testing"
 
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
@@ -95,5 +96,23 @@ func TestRestoredWithoutTheSidecar(t *testing.T) {
 	noError(t, err)
 	if r.GetAcknowledged() || r.GetReason() != unknownSidecar("ns/call") {
 		t.Fatal(r)
+	}
+}
+
+// Goal: of a heartbeat that is refused for its size nothing is kept.
+func TestStreamKeepsNothingOfAFaultyHeartbeat(t *testing.T) {
+	a := newAPI(t)
+	long := strings.Repeat("x", 1<<20)
+	s := &sidecarStream{api: a.sidecarAPI(), bell: newBell()}
+	for name, req := range map[string]*sidecarpb.SidecarHeartbeatRequest{
+		"id":           {SidecarId: long},
+		"registration": {SidecarId: "ns/pod", RegistrationId: long},
+		"health":       {SidecarId: "ns/pod", ServiceHealth: []*sidecarpb.LocalServiceHealth{{ServiceName: long}}},
+	} {
+		noError(t, s.full(&sidecarpb.StreamedHeartbeat{Number: 1, Heartbeat: req}))
+		m := s.member(1)
+		if m.fault == "" || len(m.fault) > 1000 || m.id != "" || m.registration != "" || m.news.SizeVT() != 0 {
+			t.Errorf("%s: kept are %d bytes of id, %d of registration, %d of news, %d of fault", name, len(m.id), len(m.registration), m.news.SizeVT(), len(m.fault))
+		}
 	}
 }

@@ -188,6 +188,8 @@ func (s *sidecarStream) full(f *sidecarpb.StreamedHeartbeat) error {
 	if err := checkHeartbeat(req); err != nil {
 		// Only this one is at fault: the stream may carry thousands of others.
 		fault = Status(err).Message()
+		// What is wrong with it may be its size, and it is kept as long as its number.
+		req = &sidecarpb.SidecarHeartbeatRequest{}
 	}
 	m := s.member(number)
 	same := m != nil && fault == "" && m.fault == "" && !m.displaced.Load() &&

@@ -332,6 +332,9 @@ func (a *sidecarAPI) noteHealth(id string, e *told, said []*sidecarpb.LocalServi
 			delete(e.unhealthy, name)
 			continue
 		}
+		if len(e.unhealthy) >= MaxLocalServices {
+			continue // more than it can have, under names it makes up
+		}
 		if e.unhealthy == nil {
 			e.unhealthy = make(map[string]struct{})
 		}
