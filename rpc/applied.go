@@ -128,6 +128,18 @@ func (e *told) upTo() (revision, epoch uint64) {
 	return e.proved, e.provedEpoch
 }
 
+// comparedUpTo returns up to which revision of epoch it is known what a sidecar to
+// which nothing is due has to run: that it was compared with, or the one up to which
+// changes were noted. It is 0 when it was not compared with a state of that epoch.
+func (e *told) comparedUpTo(noted, epoch uint64) uint64 {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.shown == 0 || e.shownEpoch != epoch {
+		return 0
+	}
+	return max(e.shown, noted)
+}
+
 // hasApplied says whether a sidecar is known here to have applied a, which is of a
 // state of the given epoch.
 func (t *toldSidecars) hasApplied(a *commandpb.Assignment, epoch uint64) bool {

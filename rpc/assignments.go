@@ -35,6 +35,7 @@ type told struct {
 	heard time.Time // its last heartbeat here
 	full  time.Time // when it was last told everything
 	dirty bool      // its assignments may have changed since
+	doubt bool      // it may be registered no more
 	// changed is the revision of the newest change that it is not known to have
 	// applied, 0 when there is none; changedAt is when the oldest came.
 	changed   uint64
@@ -206,14 +207,33 @@ func (t *toldSidecars) forget(id string) {
 	t.dropLocked(id, t.by[id], true)
 }
 
-// reset notes that anything may have changed.
+// takeDoubt says whether a sidecar has to be looked for in the state, and takes that
+// as done.
+func (t *toldSidecars) takeDoubt(e *told) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	doubt := e.doubt
+	e.doubt = false
+	return doubt
+}
+
+// giveBackDoubt undoes takeDoubt, and the beat before, of a heartbeat that failed.
+func (t *toldSidecars) giveBackDoubt(e *told) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e.doubt, e.dirty = true, true
+}
+
+// reset notes that anything may have changed, also that a sidecar is registered no
+// more. What each was told stays: a state that was restored may know nothing of what
+// it has to let go of.
 func (t *toldSidecars) reset() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, e := range t.by {
-		e.dirty = true
+		e.dirty, e.doubt = true, true
 		if e.member != nil {
-			e.member.changed()
+			e.member.check()
 		}
 	}
 }

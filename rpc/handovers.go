@@ -18,9 +18,10 @@ const (
 	endsGather = 20 * time.Millisecond
 	// endsPerCommand bounds one report.
 	endsPerCommand = 1000
-	// endsInFlight bounds how long a report may take; the next heartbeats bring
-	// about another one.
+	// endsInFlight bounds how long one attempt of a report may take.
 	endsInFlight = 5 * time.Second
+	// endsRetry is how long a report that failed waits for the next attempt.
+	endsRetry = 500 * time.Millisecond
 )
 
 // handovers knows what sidecars have yet to let go of, and reports to the state when
@@ -112,11 +113,30 @@ func (s *Server) confirm(id string, e *told) {
 	}
 }
 
+// handoverChanged takes over a change of a handover. What confirms it may have been
+// said before this node heard of it, and on a stream it is said once.
+func (s *Server) handoverChanged(prev, next *commandpb.Handover) {
+	s.handovers.changed(prev, next)
+	if next == nil {
+		return
+	}
+	s.told.mu.Lock()
+	e := s.told.by[next.SidecarId]
+	s.told.mu.Unlock()
+	if e != nil {
+		s.confirm(next.SidecarId, e)
+	}
+}
+
 // take returns what is to be reported, a bounded part of it.
 func (h *handovers) take() (ended []*commandpb.EndedHandover, epoch uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for k, revision := range h.ended {
+		if oldest, ok := h.pending[k.sidecar][k.pipeline]; !ok || oldest > revision {
+			delete(h.ended, k) // it is over
+			continue
+		}
 		ended = append(ended, &commandpb.EndedHandover{
 			SidecarId: k.sidecar, PipelineId: k.pipeline, Revision: revision, End: commandpb.HandoverEnd_HANDOVER_END_APPLIED,
 		})
@@ -131,8 +151,22 @@ func (h *handovers) take() (ended []*commandpb.EndedHandover, epoch uint64) {
 	return ended, h.epoch
 }
 
-// report replicates what was confirmed until ctx is done. What fails is not tried
-// again here: while it is pending, each heartbeat confirms it anew.
+// putBack takes back what take returned and could not be reported.
+func (h *handovers) putBack(ended []*commandpb.EndedHandover, epoch uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if epoch != h.epoch {
+		return
+	}
+	for _, x := range ended {
+		k := endedKey{x.SidecarId, x.PipelineId}
+		h.ended[k] = max(h.ended[k], x.Revision)
+	}
+	h.kick.ring()
+}
+
+// report replicates what was confirmed until ctx is done. What fails is tried again
+// for as long as it is pending: a sidecar on a stream says it once.
 func (h *handovers) report(ctx context.Context, s Submitter, now func() time.Time, log *slog.Logger) {
 	for {
 		select {
@@ -161,7 +195,14 @@ func (h *handovers) report(ctx context.Context, s Submitter, now func() time.Tim
 			cancel()
 			switch {
 			case err != nil && ctx.Err() == nil:
-				log.Debug("it was not recorded that sidecars let go of stages; their next heartbeats repeat it", "handovers", len(ended), "error", err)
+				log.Debug("it was not recorded that sidecars let go of stages; it is tried again", "handovers", len(ended), "error", err)
+				h.putBack(ended, epoch)
+				wait := time.NewTimer(endsRetry)
+				select {
+				case <-ctx.Done():
+				case <-wait.C:
+				}
+				wait.Stop()
 			case res.GetRejection() != nil:
 				log.Debug("the state refused that sidecars let go of stages", "reason", res.Rejection.Reason)
 			}

@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
@@ -91,6 +92,67 @@ func TestHandoverIsConfirmed(t *testing.T) {
 	says.AppliedRevision = a.node.fsm.Revision()
 	a.beat(says)
 	eventually(t, "the one that says so is done", func() bool { return slices.Equal(a.handovers(), []string{"ns/other"}) })
+}
+
+// stageOf returns a stage that a sidecar runs of a pipeline.
+func (a *api) stageOf(sidecar, pipeline string) string {
+	a.t.Helper()
+	v := a.node.fsm.View()
+	defer v.Close()
+	as, err := v.Assignment(sidecar, pipeline)
+	noError(a.t, err)
+	return as.Stages[0].StageId
+}
+
+// Goal: an answer names no revision of whose changes it does not know, so that a
+// sidecar that repeats it confirms nothing it never heard of. Method: the feed of
+// changes is held while a handover is decided.
+func TestAnswerNamesNoRevisionItDidNotTell(t *testing.T) {
+	a := newAPI(t)
+	a.registerSidecar("ns/pod")
+	a.registerSidecar("ns/other")
+	a.create(chain("p", "x", "y"))
+	a.assign("ns/pod", "p")
+	a.assign("ns/other", "p")
+	a.noted()
+	beat := func(revision, epoch uint64) *sidecarpb.HeartbeatResponse {
+		r, err := a.sidecar.Heartbeat(a.ctx(), &sidecarpb.SidecarHeartbeatRequest{
+			SidecarId: "ns/pod", AppliedRevision: revision, AppliedEpoch: epoch,
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return r
+	}
+	last, epoch := uint64(0), a.node.fsm.Epoch()
+	for range 3 { // of no epoch there is: it confirms nothing, for which the held lock is needed
+		last = beat(1, 7).GetRevision()
+	}
+	if last != a.node.fsm.Revision() {
+		t.Errorf("told of revision %d, all up to %d is known", last, a.node.fsm.Revision())
+	}
+	stage := a.stageOf("ns/pod", "p")
+	cmd := a.assignment("ns/other", "p", true)
+	cmd.GetApplyAssignments().Changes = append(cmd.GetApplyAssignments().Changes, a.assignment("ns/pod", "p", true).GetApplyAssignments().Changes...)
+	for _, c := range cmd.GetApplyAssignments().Changes {
+		c.Releases, c.ReleaseTimeoutMs = []string{stage}, 60_000
+	}
+	a.Server.handovers.mu.Lock()
+	a.node.must(t, cmd)
+	r, decided := beat(1, 7), a.node.fsm.Revision()
+	a.Server.handovers.mu.Unlock()
+	if told1(r) == "" && r.GetRevision() >= decided {
+		t.Errorf("told of revision %d, which revokes p, without a word of that", decided)
+	}
+	a.noted()
+	if r = beat(r.GetRevision(), epoch); told1(r) != "-p" || r.GetRevision() < decided {
+		t.Fatalf("told %q up to %d", told1(r), r.GetRevision())
+	}
+	if got := a.handovers(); len(got) != 2 {
+		t.Fatalf("pending are %v", got)
+	}
+	beat(r.GetRevision(), epoch)
+	eventually(t, "it has let go", func() bool { return slices.Equal(a.handovers(), []string{"ns/other"}) })
 }
 
 // Goal: on a stream a heartbeat that says so ends a handover, and one that says
@@ -178,4 +240,46 @@ func TestPlacementLabels(t *testing.T) {
 		SidecarId: "ns/a", PodName: "a", Namespace: "ns", SidecarEndpoint: "10.0.0.1:1", Labels: map[string]string{"": "x"},
 	})
 	wantCode(t, err, codes.InvalidArgument)
+}
+
+// Goal: what a sidecar said once on its stream is not lost, neither when it cannot
+// be recorded at first nor when it comes before the node has noted the handover.
+func TestStreamedConfirmationIsNotLost(t *testing.T) {
+	prepare := func(t *testing.T) (*api, *beatClient, string) {
+		a := newAPI(t)
+		a.registerSidecar("ns/pod")
+		a.create(chain("p", "x", "y"))
+		a.assign("ns/pod", "p")
+		a.noted()
+		c := a.streamBeats()
+		c.introduce(1, "ns/pod")
+		return a, c, a.stageOf("ns/pod", "p")
+	}
+	t.Run("not recorded at first", func(t *testing.T) {
+		a, c, stage := prepare(t)
+		a.takeAway("ns/pod", "p", stage)
+		c.answer(1)
+		a.node.holdAll()
+		c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
+		eventually(t, "the report is under way", func() bool { return a.node.heldCount() == 1 })
+		a.node.setLeader(1, raftnode.ErrAmbiguous)
+		a.node.release() // it fails
+		a.node.setLeader(1, nil)
+		eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
+	})
+	t.Run("said before it was noted", func(t *testing.T) {
+		a, c, stage := prepare(t)
+		before := a.node.fsm.Revision()
+		a.takeAway("ns/pod", "p", stage)
+		c.answer(1)
+		v := a.node.fsm.View()
+		var h *commandpb.Handover
+		noError(t, v.Handovers(func(x *commandpb.Handover) bool { h = x; return true }))
+		noError(t, v.Close())
+		a.Server.handovers.changed(h, nil) // as it was before it was noted
+		c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
+		eventually(t, "it was heard", func() bool { revision, _ := a.entryOf("ns/pod").upTo(); return revision > before })
+		a.feed.onHandover(nil, h)
+		eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
+	})
 }

@@ -110,32 +110,11 @@ func (s *sidecarStream) work(ctx context.Context, some []dueMember) (*sidecarpb.
 	resp := &sidecarpb.HeartbeatStreamResponse{}
 	var judged, changed []dueMember
 	for _, d := range some {
-		if d.what&dueJudge != 0 {
+		if d.what&dueJudge != 0 || d.what&dueCheck != 0 && s.inDoubt(d) {
 			judged = append(judged, d)
 		} else {
 			changed = append(changed, d)
 		}
-	}
-	each := func(jobs chan *pushJob, of []dueMember, do func(*router.View, dueMember) (*sidecarpb.HeartbeatResponse, error)) error {
-		if len(of) == 0 {
-			return nil
-		}
-		var err error
-		missed := turn(ctx, jobs, func() {
-			v := s.api.cfg.State.View()
-			defer v.Close()
-			for _, d := range of {
-				var r *sidecarpb.HeartbeatResponse
-				if r, err = do(v, d); err != nil {
-					return
-				}
-				if r != nil {
-					r.Revision = v.Revision()
-					resp.Answers = append(resp.Answers, &sidecarpb.StreamedHeartbeatResponse{Number: d.number, Response: r, Epoch: v.Epoch()})
-				}
-			}
-		})
-		return cmp.Or(missed, err)
 	}
 	if len(judged) > 0 {
 		// "Unknown" must not be said by a node that is merely behind, nor may it
@@ -143,75 +122,163 @@ func (s *sidecarStream) work(ctx context.Context, some []dueMember) (*sidecarpb.
 		if err := s.api.reader.Wait(ctx); err != nil {
 			return nil, err
 		}
-	}
-	if err := each(s.api.push.first, judged, func(v *router.View, d dueMember) (*sidecarpb.HeartbeatResponse, error) {
-		return s.introduce(ctx, v, d)
-	}); err != nil {
-		return nil, err
-	}
-	return resp, each(s.api.push.deltas, changed, func(v *router.View, d dueMember) (*sidecarpb.HeartbeatResponse, error) {
-		return s.changes(ctx, v, d)
-	})
-}
-
-// introduce judges whether heartbeats of d count, and tells it all it has to run.
-func (s *sidecarStream) introduce(ctx context.Context, v *router.View, d dueMember) (*sidecarpb.HeartbeatResponse, error) {
-	a := s.api
-	if d.fault != "" {
-		return &sidecarpb.HeartbeatResponse{Reason: d.fault}, nil
-	}
-	if d.displaced.Load() {
-		return displacedAnswer(), nil
-	}
-	resp := &sidecarpb.HeartbeatResponse{HeartbeatIntervalMs: a.nextBeatMs(), TtlMs: uint64(a.cfg.SidecarTTL.Milliseconds())}
-	if reason := a.rivals.find(ctx, d.id, a.cfg.Now()); reason != "" {
-		a.told.detach(d.streamMember)
-		return resp, tellRival(v, d.id, reason, resp)
-	}
-	sc, err := v.Sidecar(d.id)
-	if err != nil {
-		return nil, err
-	}
-	if reason := beatRefusal(sc, d.id, d.registration); reason != "" {
-		a.told.detach(d.streamMember)
-		resp.Reason = reason
-		return resp, nil
-	}
-	if d.what&dueBeat != 0 {
-		a.cfg.Beats.Touch(d.id, "")
-	}
-	e := a.told.attach(d.streamMember, a.cfg.Now())
-	resp.Reason = s.hear(ctx, e, d)
-	resp.Acknowledged = true
-	if !d.watches {
-		resp.Commands, _, err = e.commands(v, d.id, fullDue, true)
-	}
-	return resp, err
-}
-
-// changes tells d what is new for it, nil when nothing is.
-func (s *sidecarStream) changes(ctx context.Context, v *router.View, d dueMember) (*sidecarpb.HeartbeatResponse, error) {
-	if d.what&dueDisplaced != 0 {
-		return displacedAnswer(), nil
-	}
-	e, dirty := s.api.told.takeDirty(d.streamMember)
-	if e == nil {
-		return nil, nil // its next heartbeat is judged
-	}
-	resp := &sidecarpb.HeartbeatResponse{Acknowledged: true, Reason: s.hear(ctx, e, d)}
-	if d.what&dueLost != 0 {
-		resp.Reason = "it was silent for longer than its lease, and what it had to run may run elsewhere; its next heartbeat brings it back"
-	}
-	if dirty && !d.watches {
 		var err error
-		if resp.Commands, _, err = e.commands(v, d.id, changesDue, true); err != nil {
+		missed := turn(ctx, s.api.push.first, func() { err = s.introduce(ctx, judged, resp) })
+		if err = cmp.Or(missed, err); err != nil {
 			return nil, err
 		}
 	}
-	if resp.Reason == "" && len(resp.Commands) == 0 {
-		return nil, nil
+	if len(changed) > 0 {
+		var err error
+		missed := turn(ctx, s.api.push.deltas, func() { err = s.changes(ctx, changed, resp) })
+		if err = cmp.Or(missed, err); err != nil {
+			return nil, err
+		}
 	}
 	return resp, nil
+}
+
+// inDoubt says whether this node knows of something against the heartbeats of d.
+func (s *sidecarStream) inDoubt(d dueMember) bool {
+	sc, err := s.api.localSidecar(d.id)
+	return err != nil || beatRefusal(sc, d.id, d.registration) != ""
+}
+
+// heardMember is a member that is answered with what the state asks of it.
+//
+// What may have changed for it was taken before the view is opened that it is
+// compared with. The other way round a change that the feed notes between the two
+// would be taken with it and not be in the view, and nobody would tell it: streams
+// repeat nothing.
+type heardMember struct {
+	dueMember
+	entry *told
+	resp  *sidecarpb.HeartbeatResponse
+}
+
+// introduce judges whether heartbeats of some count, and tells those all they have
+// to run.
+func (s *sidecarStream) introduce(ctx context.Context, some []dueMember, out *sidecarpb.HeartbeatStreamResponse) error {
+	heard, err := s.accept(ctx, some, out)
+	if err != nil || len(heard) == 0 {
+		return err
+	}
+	return s.tell(heard, fullDue, out)
+}
+
+// accept refuses those of some whose heartbeats do not count and attaches the others.
+func (s *sidecarStream) accept(ctx context.Context, some []dueMember, out *sidecarpb.HeartbeatStreamResponse) (heard []heardMember, err error) {
+	a := s.api
+	v := a.cfg.State.View()
+	defer v.Close()
+	for _, d := range some {
+		resp := &sidecarpb.HeartbeatResponse{HeartbeatIntervalMs: a.nextBeatMs(), TtlMs: uint64(a.cfg.SidecarTTL.Milliseconds())}
+		rival := ""
+		switch {
+		case d.fault != "":
+			resp = &sidecarpb.HeartbeatResponse{Reason: d.fault}
+		case d.displaced.Load():
+			resp = displacedAnswer()
+		default:
+			if rival = a.rivals.find(ctx, d.id, a.cfg.Now()); rival != "" {
+				a.told.detach(d.streamMember)
+				err = tellRival(v, d.id, rival, resp)
+			} else {
+				resp.Reason, err = s.refusal(v, d)
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		if resp.Reason != "" {
+			resp.Revision = v.Revision()
+			out.Answers = append(out.Answers, &sidecarpb.StreamedHeartbeatResponse{Number: d.number, Response: resp, Epoch: v.Epoch()})
+			continue
+		}
+		if d.what&dueBeat != 0 {
+			a.cfg.Beats.Touch(d.id, "")
+		}
+		e := a.told.attach(d.streamMember, a.cfg.Now())
+		resp.Acknowledged, resp.Reason = true, s.hear(ctx, e, d)
+		heard = append(heard, heardMember{d, e, resp})
+	}
+	return heard, nil
+}
+
+// refusal says why heartbeats of d do not count, "" when they do. One that is refused
+// is not attached any more.
+func (s *sidecarStream) refusal(v *router.View, d dueMember) (string, error) {
+	sc, err := v.Sidecar(d.id)
+	if err != nil {
+		return "", err
+	}
+	reason := beatRefusal(sc, d.id, d.registration)
+	if reason != "" {
+		s.api.told.detach(d.streamMember)
+	}
+	return reason, nil
+}
+
+// changes tells some what is new for them.
+func (s *sidecarStream) changes(ctx context.Context, some []dueMember, out *sidecarpb.HeartbeatStreamResponse) error {
+	var heard []heardMember
+	for _, d := range some {
+		if d.what&dueDisplaced != 0 {
+			out.Answers = append(out.Answers, &sidecarpb.StreamedHeartbeatResponse{Number: d.number, Response: displacedAnswer()})
+			continue
+		}
+		e, dirty := s.api.told.takeDirty(d.streamMember)
+		if e == nil {
+			continue // its next heartbeat is judged
+		}
+		resp := &sidecarpb.HeartbeatResponse{Acknowledged: true, Reason: s.hear(ctx, e, d)}
+		if d.what&dueLost != 0 {
+			resp.Reason = "it was silent for longer than its lease, and what it had to run may run elsewhere; its next heartbeat brings it back"
+		}
+		// An answer names the revision of a state. So it has to be compared with
+		// that also when there is another reason for it.
+		if dirty || resp.Reason != "" {
+			heard = append(heard, heardMember{d, e, resp})
+		}
+	}
+	if len(heard) == 0 {
+		return nil
+	}
+	return s.tell(heard, changesDue, out)
+}
+
+// tell adds to the answers of those heard what the state asks of them now. An answer
+// of changes that would say nothing is left out.
+func (s *sidecarStream) tell(heard []heardMember, what due, out *sidecarpb.HeartbeatStreamResponse) error {
+	v := s.api.cfg.State.View()
+	defer v.Close()
+	for _, h := range heard {
+		if what == fullDue {
+			// It may have gone after it was accepted, which is noted of those that
+			// are attached.
+			reason, err := s.refusal(v, h.dueMember)
+			if err != nil {
+				return err
+			}
+			if reason != "" {
+				h.resp.Acknowledged, h.resp.Reason = false, reason
+			}
+		}
+		if h.resp.Acknowledged && !h.watches {
+			var err error
+			if h.resp.Commands, _, err = h.entry.commands(v, h.id, what, true); err != nil {
+				return err
+			}
+		}
+		if what == changesDue && h.resp.Reason == "" && len(h.resp.Commands) == 0 {
+			continue
+		}
+		if !h.watches { // which hears elsewhere up to where its assignments are
+			h.resp.Revision = v.Revision()
+		}
+		out.Answers = append(out.Answers, &sidecarpb.StreamedHeartbeatResponse{Number: h.number, Response: h.resp, Epoch: v.Epoch()})
+	}
+	return nil
 }
 
 // hear takes note of what a sidecar said, and returns why a part of it does not

@@ -70,9 +70,11 @@ const (
 	dueLost                            // its lease has run out
 	dueDisplaced                       // it beats on another stream
 	dueNews                            // nothing: it said something
+	dueCheck                           // it may be registered no more, and with that dueChanges
 )
 
 func (m *streamMember) judgeAgain() { m.stream.due(m, dueJudge, nil) }
+func (m *streamMember) check()      { m.stream.due(m, dueCheck, nil) }
 func (m *streamMember) leaseLost()  { m.stream.due(m, dueLost, nil) }
 
 func (m *streamMember) changed() {
@@ -186,6 +188,8 @@ func (s *sidecarStream) full(f *sidecarpb.StreamedHeartbeat) error {
 	if err := checkHeartbeat(req); err != nil {
 		// Only this one is at fault: the stream may carry thousands of others.
 		fault = Status(err).Message()
+		// What is wrong with it may be its size, and it is kept as long as its number.
+		req = &sidecarpb.SidecarHeartbeatRequest{}
 	}
 	m := s.member(number)
 	same := m != nil && fault == "" && m.fault == "" && !m.displaced.Load() &&

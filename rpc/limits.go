@@ -262,6 +262,11 @@ func checkHeartbeat(r *sidecarpb.SidecarHeartbeatRequest) error {
 	if n := len(r.GetServiceHealth()); n > MaxLocalServices {
 		return invalid("service_health", "%d services, the limit is %d", n, MaxLocalServices)
 	}
+	for _, h := range r.GetServiceHealth() {
+		if err := checkText("service_health.service_name", h.GetServiceName(), MaxText); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

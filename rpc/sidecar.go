@@ -194,18 +194,30 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		}
 	}
 	current := false // whether the state is known to be up to date
+	// Before the look whether something is due: of changes up to here it knows.
+	epoch, noted := a.cfg.State.Epoch(), a.feed.rungUp()
 	entry, what := a.told.beat(id, a.cfg.Now())
-	if entry == nil {
+	doubt := entry != nil && a.told.takeDoubt(entry)
+	if doubt { // one that is there needs no quorum
+		sc, err := a.localSidecar(id)
+		doubt = err != nil || sc == nil
+	}
+	if entry == nil || doubt {
 		// "Unknown" must not be said by a node that is merely behind.
-		if err := a.reader.Wait(ctx); err != nil {
+		err := a.reader.Wait(ctx)
+		var sc *commandpb.Sidecar
+		if err == nil {
+			sc, err = a.localSidecar(id)
+		}
+		if err != nil {
+			if doubt {
+				a.told.giveBackDoubt(entry)
+			}
 			return nil, err
 		}
 		current = true
-		sc, err := a.localSidecar(id)
-		if err != nil {
-			return nil, err
-		}
 		if sc == nil {
+			a.told.forget(id)
 			resp.Reason = unknownSidecar(id)
 			resp.Revision = a.cfg.State.Revision()
 			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
@@ -221,6 +233,13 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 	resp.Reason, counts = a.appliedFuture(ctx, req)
 	a.told.heardBack(ctx, entry, req, counts)
 	a.confirm(id, entry)
+	if what == nothingDue {
+		// The newest revision there is may be of a change that is not noted yet. Whoever
+		// was told of it without its commands would confirm what it never heard of.
+		if resp.Revision = entry.comparedUpTo(noted, epoch); resp.Revision == 0 {
+			what = changesDue
+		}
+	}
 	if what != nothingDue {
 		if what == firstDue && !current {
 			if err := a.reader.Wait(ctx); err != nil {
@@ -230,7 +249,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		}
 		v := a.cfg.State.View()
 		cmds, again, err := entry.commands(v, id, what, false)
-		resp.Revision, resp.Commands = v.Revision(), cmds
+		resp.Revision, resp.Commands, epoch = v.Revision(), cmds, v.Epoch()
 		v.Close()
 		if err != nil {
 			a.told.forget(id)
@@ -239,10 +258,8 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		if again {
 			a.told.again(id)
 		}
-	} else {
-		resp.Revision = a.cfg.State.Revision()
 	}
-	a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
+	a.reader.SetHeader(ctx, resp.Revision, epoch)
 	a.noteHealth(id, entry, req.GetServiceHealth())
 	if len(resp.Commands) > 0 {
 		entry.telling(ctx)
@@ -314,6 +331,9 @@ func (a *sidecarAPI) noteHealth(id string, e *told, said []*sidecarpb.LocalServi
 		if h.GetHealthy() {
 			delete(e.unhealthy, name)
 			continue
+		}
+		if len(e.unhealthy) >= MaxLocalServices {
+			continue // more than it can have, under names it makes up
 		}
 		if e.unhealthy == nil {
 			e.unhealthy = make(map[string]struct{})
