@@ -53,7 +53,8 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 			info.Held += st.Moves
 			continue
 		}
-		now, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return m.busy(st.Pipeline, stage, sidecar) })
+		holders := m.holders(st.Pipeline)
+		now, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return holders[stage].but(sidecar) })
 		if waiting > 0 {
 			info.Waiting += waiting
 			info.Idle += m.engine.Idle(st, now)

@@ -1,8 +1,6 @@
 package control
 
 import (
-	"slices"
-
 	"conveyor.etl/router/placement"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
@@ -140,15 +138,31 @@ func (m *mirror) clock(s *commandpb.Sidecar) {
 	set(m.graced, s.GraceUntilMs > 0)
 }
 
-// busy is true when somebody other than sidecar has yet to let go of a stage of a pipeline.
-func (m *mirror) busy(pipeline, stage, sidecar string) bool {
+// holder is who has yet to let go of a stage: how many sidecars, and one of them.
+type holder struct {
+	n  int
+	id string
+}
+
+// holders lists per stage of a pipeline who has yet to let go of it. A step that asks
+// for each of its changes anew would look at every handover as often as there are
+// changes, which took half a minute for ten thousand sidecars.
+func (m *mirror) holders(pipeline string) map[string]holder {
+	out := make(map[string]holder)
 	for id, h := range m.handovers[pipeline] {
-		if id != sidecar && slices.ContainsFunc(h.Releases, func(r *commandpb.Release) bool { return !r.Shared && r.StageId == stage }) {
-			return true
+		seen := make(map[string]bool, len(h.Releases))
+		for _, r := range h.Releases {
+			if !r.Shared && !seen[r.StageId] {
+				seen[r.StageId] = true
+				out[r.StageId] = holder{out[r.StageId].n + 1, id}
+			}
 		}
 	}
-	return false
+	return out
 }
+
+// but is true when somebody other than sidecar has yet to let go.
+func (h holder) but(sidecar string) bool { return h.n > 1 || h.n == 1 && h.id != sidecar }
 
 // gone is true for a sidecar nobody waits for.
 func (m *mirror) gone(id string) bool {

@@ -12,13 +12,14 @@ import "slices"
 // The simpler way, to put off the step as a whole, would leave stages without a
 // sidecar that have nothing to do with the handover.
 func (e *Engine) Defer(st Step, busy func(stage, sidecar string) bool) (now Step, waiting int) {
+	confirm := st.confirmers()
 	now = st
 	now.Changes, now.Moves = make([]Change, 0, len(st.Changes)), 0
 	for i := range st.Changes {
 		c := st.Changes[i]
 		var blocked []string
 		for _, id := range c.Takes {
-			if busy(id, c.Sidecar) || slices.ContainsFunc(c.After, func(s string) bool { return st.confirms(s, id) }) {
+			if busy(id, c.Sidecar) || len(confirm[id]) > 0 && slices.ContainsFunc(c.After, func(s string) bool { return confirm[id][s] }) {
 				blocked = append(blocked, id)
 			}
 		}
@@ -75,10 +76,19 @@ func (e *Engine) Idle(st, now Step) int {
 	return n
 }
 
-// confirms is true when a sidecar has to confirm in this step that it let go of a
-// stage.
-func (st *Step) confirms(sidecar, stage string) bool {
-	return slices.ContainsFunc(st.Changes, func(c Change) bool { return c.Sidecar == sidecar && slices.Contains(c.Confirm, stage) })
+// confirmers lists per stage the sidecars that have to confirm in this step that they
+// let go of it.
+func (st *Step) confirmers() map[string]map[string]bool {
+	out := make(map[string]map[string]bool)
+	for i := range st.Changes {
+		for _, stage := range st.Changes[i].Confirm {
+			if out[stage] == nil {
+				out[stage] = make(map[string]bool)
+			}
+			out[stage][st.Changes[i].Sidecar] = true
+		}
+	}
+	return out
 }
 
 // without returns c without stages that it would begin, and without the hops that
