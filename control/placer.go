@@ -349,9 +349,6 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		if info.Stale == 0 && !moved && !freed {
 			return own, nil
 		}
-		if info.Stale == 0 && !moved {
-			continue
-		}
 		if !sleep(ctx, pause) {
 			return nil, ctx.Err()
 		}

@@ -649,7 +649,7 @@ type HeartbeatResponse struct {
 	state               protoimpl.MessageState `protogen:"open.v1"`
 	Acknowledged        bool                   `protobuf:"varint,1,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
 	Commands            []*SidecarCommand      `protobuf:"bytes,2,rep,name=commands,proto3" json:"commands,omitempty"`
-	Revision            uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                                                    // revision of the assignments the commands lead to
+	Revision            uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`                                                    // revision of the assignments the commands lead to; 0 in a stream for who watches them
 	HeartbeatIntervalMs uint64                 `protobuf:"varint,101,opt,name=heartbeat_interval_ms,json=heartbeatIntervalMs,proto3" json:"heartbeat_interval_ms,omitempty"` // when to send the next one; differs a little each time, so that a fleet does not beat in step
 	TtlMs               uint64                 `protobuf:"varint,102,opt,name=ttl_ms,json=ttlMs,proto3" json:"ttl_ms,omitempty"`
 	Reason              string                 `protobuf:"bytes,103,opt,name=reason,proto3" json:"reason,omitempty"` // why it was not acknowledged, why everything is revoked, or why what it says was applied does not count
