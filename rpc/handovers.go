@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -55,6 +56,13 @@ func (h *handovers) load(v *router.View) error {
 	defer h.mu.Unlock()
 	h.pending = pending
 	return err
+}
+
+// sidecars lists those who have yet to let go of something.
+func (h *handovers) sidecars() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Collect(maps.Keys(h.pending))
 }
 
 // changed takes over a change of one; next is nil when it is over.
@@ -117,14 +125,28 @@ func (s *Server) confirm(id string, e *told) {
 // said before this node heard of it, and on a stream it is said once.
 func (s *Server) handoverChanged(prev, next *commandpb.Handover) {
 	s.handovers.changed(prev, next)
-	if next == nil {
-		return
+	if next != nil {
+		s.confirmSaid(next.SidecarId)
 	}
+}
+
+// loadHandovers reads all from v, when the changes are not known one by one, with
+// what has been said of them already.
+func (s *Server) loadHandovers(v *router.View) error {
+	err := s.handovers.load(v)
+	for _, id := range s.handovers.sidecars() {
+		s.confirmSaid(id)
+	}
+	return err
+}
+
+// confirmSaid is confirm by what a sidecar has said before.
+func (s *Server) confirmSaid(id string) {
 	s.told.mu.Lock()
-	e := s.told.by[next.SidecarId]
+	e := s.told.by[id]
 	s.told.mu.Unlock()
 	if e != nil {
-		s.confirm(next.SidecarId, e)
+		s.confirm(id, e)
 	}
 }
 

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -267,19 +268,27 @@ func TestStreamedConfirmationIsNotLost(t *testing.T) {
 		a.node.setLeader(1, nil)
 		eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
 	})
-	t.Run("said before it was noted", func(t *testing.T) {
-		a, c, stage := prepare(t)
-		before := a.node.fsm.Revision()
-		a.takeAway("ns/pod", "p", stage)
-		c.answer(1)
-		v := a.node.fsm.View()
-		var h *commandpb.Handover
-		noError(t, v.Handovers(func(x *commandpb.Handover) bool { h = x; return true }))
-		noError(t, v.Close())
-		a.Server.handovers.changed(h, nil) // as it was before it was noted
-		c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
-		eventually(t, "it was heard", func() bool { revision, _ := a.entryOf("ns/pod").upTo(); return revision > before })
-		a.feed.onHandover(nil, h)
-		eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
-	})
+	for name, note := range map[string]func(a *api, h *commandpb.Handover) error{
+		"said before it was noted": func(a *api, h *commandpb.Handover) error { a.feed.onHandover(nil, h); return nil },
+		"said before the state was read anew": func(a *api, _ *commandpb.Handover) error {
+			v := a.node.fsm.View()
+			return errors.Join(a.feed.onLoad(v), v.Close())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, c, stage := prepare(t)
+			before := a.node.fsm.Revision()
+			a.takeAway("ns/pod", "p", stage)
+			c.answer(1)
+			v := a.node.fsm.View()
+			var h *commandpb.Handover
+			noError(t, v.Handovers(func(x *commandpb.Handover) bool { h = x; return true }))
+			noError(t, v.Close())
+			a.Server.handovers.changed(h, nil) // as it was before it was noted
+			c.send(full(1, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}))
+			eventually(t, "it was heard", func() bool { revision, _ := a.entryOf("ns/pod").upTo(); return revision > before })
+			noError(t, note(a, h))
+			eventually(t, "it is done", func() bool { return len(a.handovers()) == 0 })
+		})
+	}
 }

@@ -336,7 +336,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		return nil, err
 	}
 	s.feed.onAssignment = s.told.changed
-	s.feed.onHandover, s.feed.onLoad = s.handoverChanged, s.handovers.load
+	s.feed.onHandover, s.feed.onLoad = s.handoverChanged, s.loadHandovers
 	s.feed.onSidecar = s.told.forget
 	s.feed.onExpired = s.told.expired
 	s.feed.onReplaced = s.rivals.replaced
