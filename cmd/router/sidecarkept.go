@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,6 +18,8 @@ const (
 	// only says more about a drain.
 	keptAsked = 20
 	keptTime  = 2 * time.Second
+	// keptRuns is how many of those that run a stage are looked at for the sidecar.
+	keptRuns = 100
 	// keptShown is how many of them are named one by one.
 	keptShown = 5
 )
@@ -39,12 +42,12 @@ func kept(ctx context.Context, c *clients, s *clusterpb.SidecarInfo) []string {
 				continue
 			}
 			reply, err := c.Cluster.ExplainPipeline(ctx, &clusterpb.ExplainPipelineRequest{
-				PipelineId: as.GetPipelineId(), StageId: st.GetStageId(), Limit: 1,
+				PipelineId: as.GetPipelineId(), StageId: st.GetStageId(), Limit: keptRuns,
 			})
 			if err != nil || len(reply.GetStages()) == 0 {
 				continue
 			}
-			why := keptBecause(reply.GetStages()[0])
+			why := keptBecause(s.GetSidecarId(), reply.GetStages()[0])
 			switch {
 			case why == "":
 			case len(out) == keptShown:
@@ -60,9 +63,12 @@ func kept(ctx context.Context, c *clients, s *clusterpb.SidecarInfo) []string {
 	return out
 }
 
-// keptBecause says why nobody else can be given a stage; "" when somebody can, or it
-// is not known.
-func keptBecause(st *clusterpb.ExplainedStage) string {
+// keptBecause says why nobody else can be given a stage that sidecar ran when its
+// table was read; "" when somebody can, or has been, or it is not known.
+func keptBecause(sidecar string, st *clusterpb.ExplainedStage) string {
+	if runs := st.GetSidecarIds(); len(runs) < keptRuns && !slices.Contains(runs, sidecar) {
+		return ""
+	}
 	if st.GetUnexamined() || st.GetOffering() == 0 {
 		return ""
 	}
