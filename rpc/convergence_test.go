@@ -109,7 +109,6 @@ func TestAppliedDelay(t *testing.T) {
 	a := newAPI(t)
 	a.registerSidecar("ns/pod")
 	a.create(chain("p", "x", "y"))
-	a.noted() // a registration that is noted later would make the node forget the heartbeat
 	beat := &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", AppliedRevision: 1, AppliedEpoch: a.node.fsm.Epoch()}
 	a.beat(beat)
 	a.assign("ns/pod", "p")

@@ -41,6 +41,9 @@ func (a *api) registerSidecar(id string, services ...string) {
 	a.node.must(a.t, &commandpb.Command{Op: &commandpb.Command_RegisterSidecar{
 		RegisterSidecar: &commandpb.RegisterSidecar{Sidecar: rec},
 	}})
+	// What a node remembers of a sidecar is forgotten when its registration is noted.
+	// Were that later, the first heartbeats would be answered twice, or not counted.
+	a.noted()
 }
 
 // oldSidecar behaves as the sidecar in the field: it registers once, then beats
