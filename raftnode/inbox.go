@@ -201,6 +201,16 @@ func (b *inbox) pushRead(c *call) error {
 	return nil
 }
 
+// takeReads appends the reads that wait to calls.
+func (b *inbox) takeReads(calls []*call) []*call {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	calls = append(calls, b.in.reads...)
+	clear(b.in.reads)
+	b.in.reads = b.in.reads[:0]
+	return calls
+}
+
 // reportUnreachable is taken up with the next tick: a sender that fails may
 // report at the rate of messages.
 func (b *inbox) reportUnreachable(id uint64) {

@@ -3,6 +3,7 @@ package raftnode
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -266,6 +267,9 @@ func (l *loop) propose() {
 	if l.transferTicks > 0 {
 		return // raft would drop them; the ticks look again
 	}
+	if l.props.inFlight(l.term)+len(l.unplaced) == 0 && l.in.hasProposals() {
+		letOthersCome()
+	}
 	for l.props.inFlight(l.term)+len(l.unplaced) < l.cfg.MaxBatchesInFlight {
 		b := l.in.popBatch()
 		if b == nil {
@@ -288,6 +292,27 @@ func (l *loop) propose() {
 		}
 		l.cfg.Events.BatchProposed(len(b.waiters), len(b.data))
 		l.unplaced = append(l.unplaced, b)
+	}
+}
+
+// letOthersCome lets those goroutines of this process run that wait for a
+// processor, before something is begun in which all may take part that have come
+// by then. The moment at which one batch is done is the one at which its callers
+// are woken and others' requests wait to be read: a batch that is proposed at once
+// holds few of them, and a batch costs three nodes as much as twenty commands.
+//
+// With idle processors it returns at once. To wait for a time instead, however
+// short, costs every lone command that time, and when the processors are busy it
+// says nothing of who has had his turn. One round is too few: it brings those to
+// run who then wake others, of whom each needs a round. Where thousands wait a
+// round takes long, and heartbeats must not wait for several.
+func letOthersCome() {
+	const rounds, enough = 4, 5 * time.Millisecond
+	began := time.Now() // not the node's clock: nothing but this depends on it
+	for range rounds {
+		if runtime.Gosched(); time.Since(began) > enough {
+			return
+		}
 	}
 }
 

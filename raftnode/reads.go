@@ -48,6 +48,12 @@ func (l *loop) serveReads() {
 		if len(r.next.calls) == 0 {
 			return
 		}
+		if l.leading() && l.canAsk() {
+			// Another node's request travels anyway, and those that come meanwhile
+			// wait no longer for the next one than they would for this.
+			letOthersCome()
+			r.next.calls = l.in.takeReads(r.next.calls)
+		}
 		r.flight, r.next = r.next, readBatch{}
 	} else if !r.flight.issued.IsZero() && l.now.Sub(r.flight.issued) < l.cfg.ReadRetry {
 		return

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
+	"strings"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -112,6 +114,11 @@ func (s *FSM) newTx(d *database) *tx {
 	return &tx{s: s, home: d, db: d.db, clock: s.clock, pos: pos, buf: make(key, 0, keyBytesToStartWith)}
 }
 
+// sortFrom is how many changes a run must have to be written in the order of keys:
+// then Pebble finds the place of each in its memtable from the one before, which
+// is nearer to it than the top of the list the more of them there are.
+const sortFrom = 128
+
 // commit writes the run to Pebble, then tells subscribers and readers.
 func (s *FSM) commit(t *tx) error {
 	if t.err != nil {
@@ -122,6 +129,9 @@ func (s *FSM) commit(t *tx) error {
 		if err := wipe(b); err != nil {
 			return errors.Join(err, b.Close())
 		}
+	}
+	if len(t.dirty) >= sortFrom {
+		slices.SortFunc(t.dirty, func(a, b *cell) int { return strings.Compare(a.key, b.key) })
 	}
 	for _, c := range t.dirty {
 		if !c.dirty {
