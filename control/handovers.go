@@ -28,6 +28,9 @@ type waits struct {
 	next time.Time
 	// more is when the budget allows another move; zero = nothing waits for it.
 	more time.Time
+	// heard is when a sidecar must have heard of a change that another's waits for;
+	// zero = none waits.
+	heard time.Time
 }
 
 // waitKey is a release, or with an empty pipeline a sidecar. ms is the time it is
@@ -42,9 +45,11 @@ func newWaits() *waits { return &waits{due: make(map[waitKey]time.Time)} }
 // now returns the changes of steps that may be carried out at once.
 // ms is the time of the state.
 func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo, ms uint64) []*commandpb.AssignmentChange {
-	w.more = time.Time{}
+	w.more, w.heard = time.Time{}, time.Time{}
 	at := time.Now()
+	p.older.expire(at)
 	todo := make([]placement.Step, 0, len(steps))
+	putOff := make(map[string]bool)
 	for _, st := range steps {
 		if st.Urgency == placement.Rearrange && !p.budget.take(st.Moves, at) {
 			if info.Held == 0 {
@@ -59,15 +64,27 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 			info.Waiting += waiting
 			info.Idle += m.engine.Idle(st, now)
 		}
+		now, later := m.engine.Postpone(now, func(sidecar string) []*placement.Assignment { return p.older.of(m, st.Pipeline, sidecar) })
+		if info.Later += later; later > 0 {
+			putOff[st.Pipeline] = true
+			next := p.older.next(st.Pipeline)
+			if len(now.Changes) > 0 && next.IsZero() {
+				next = at.Add(p.older.keep) // it waits for what is told now
+			}
+			if w.heard.IsZero() || next.Before(w.heard) {
+				w.heard = next
+			}
+		}
 		todo = append(todo, now)
 	}
+	p.setPutOff(putOff)
 	changes := changesOf(todo)
 	k := 0
 	for i := range todo {
 		for j := range todo[i].Changes {
 			c := changes[k]
 			k++
-			if m.draining[c.SidecarId] {
+			if m.draining[c.SidecarId] || putOff[c.PipelineId] {
 				c.SharedReleases = slices.DeleteFunc(slices.Clone(todo[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
 			}
 			if len(c.Releases)+len(c.SharedReleases) > 0 {
@@ -243,6 +260,9 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 		}
 	}
 	w.due, w.next = due, w.more
+	if !w.heard.IsZero() && (w.next.IsZero() || w.heard.Before(w.next)) {
+		w.next = w.heard
+	}
 	for id := range m.timed {
 		if s := m.sidecars[id]; s.Draining && s.Leaves && m.idle(id) {
 			due[waitKey{sidecar: id}] = time.Now().Add(p.c.Quiet) // it is removed by the next look

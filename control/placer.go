@@ -58,6 +58,9 @@ type PlanInfo struct {
 	// Held counts the stages whose move waits for the budget, Waiting those that wait
 	// for a sidecar that has yet to let go of them.
 	Held, Waiting int
+	// Later counts the changes that are told once other sidecars must have heard of
+	// theirs: until then records could go round between them.
+	Later int
 	// Idle counts the stages that run nowhere until then.
 	Idle int
 	// Quality tells how good the placement is that the plan leads to; its load
@@ -105,11 +108,27 @@ type Placer struct {
 	// before is not worth a record.
 	budget *budget
 	term   uint64
+	older  *olderTables
 	// rests is since when the last plan is through; of Run's goroutine.
 	rests time.Time
 
-	mu    sync.Mutex
-	stats PlacerStats
+	mu     sync.Mutex
+	stats  PlacerStats
+	putOff map[string]bool // pipelines; replaced, never changed
+}
+
+// PutOff reports whether changes of a pipeline wait until other sidecars have heard
+// of theirs.
+func (p *Placer) PutOff(pipeline string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.putOff[pipeline]
+}
+
+func (p *Placer) setPutOff(pipelines map[string]bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.putOff = pipelines
 }
 
 // PlacerStats tells what placement waits for; all zero while another node leads.
@@ -136,7 +155,7 @@ func (p *Placer) setStats(s PlacerStats) {
 // NewPlacer returns a Placer; Run makes it work.
 func NewPlacer(c PlacerConfig) *Placer {
 	c.EnsureDefaults()
-	return &Placer{c: c}
+	return &Placer{c: c, older: newOlderTables(c.HandoverTimeout)}
 }
 
 // Run works until ctx is done.
@@ -147,7 +166,9 @@ func (p *Placer) Run(ctx context.Context) {
 // reign follows the state for as long as ctx lasts.
 func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
+	p.older = newOlderTables(p.c.HandoverTimeout)
 	defer p.setStats(PlacerStats{})
+	defer p.setPutOff(nil)
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
 	}
@@ -311,6 +332,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		changes := p.now(m, plan.Steps, w, &info, ms)
 		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
+			p.older.add(m, chunk, time.Now())
 			res, err := p.submit(ctx, m, 0, &commandpb.Command{
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
 					Changes: chunk, PlannedRevision: planned, Handovers: true,
@@ -341,7 +363,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		p.c.Planned(info)
 		if len(changes) > 0 {
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
-				"least", plan.Quality.Least, "held", info.Held, "waiting", info.Waiting, "revision", info.Revision, "took", info.Took)
+				"least", plan.Quality.Least, "held", info.Held, "waiting", info.Waiting, "later", info.Later, "revision", info.Revision, "took", info.Took)
 		}
 		// What waits may wait for a handover that this very plan has ended, by giving a
 		// stage back to who had yet to let go of it. Nobody else would say so.

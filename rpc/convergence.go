@@ -101,6 +101,11 @@ func (a *clusterAPI) pendingStages(ctx context.Context, v *router.View, p *comma
 		})
 		return nil
 	}
+	if a.cfg.PutOff != nil && a.cfg.PutOff(p.GetSpec().GetId()) {
+		resp.Pending = append(resp.Pending, &clusterpb.PendingStage{
+			Reason: "some sidecars are told their part once others have heard of theirs, or records could go to and fro between them",
+		})
+	}
 	if !p.GetSpec().GetEnabled() {
 		return nil
 	}

@@ -34,7 +34,11 @@ func (a *api) beat(req *sidecarpb.SidecarHeartbeatRequest) {
 // it applied, one that only shows it by its next heartbeat.
 func TestConvergence(t *testing.T) {
 	planned := uint64(0)
-	a := newAPI(t, func(c *ServerConfig) { c.Planned = func() uint64 { return planned } })
+	putOff := ""
+	a := newAPI(t, func(c *ServerConfig) {
+		c.Planned = func() uint64 { return planned }
+		c.PutOff = func(pipeline string) bool { return pipeline == putOff }
+	})
 	_, err := a.cluster.GetConvergence(a.ctx(), &clusterpb.GetConvergenceRequest{PipelineId: "p"})
 	wantCode(t, err, codes.NotFound)
 	a.registerSidecar("ns/says")
@@ -47,6 +51,11 @@ func TestConvergence(t *testing.T) {
 	if r := a.convergence("p"); r.Converged || len(r.Pending) != 2 || r.Pending[0].StageId != "x-stage" {
 		t.Fatalf("not placed: %v", r)
 	}
+	putOff = "p"
+	if r := a.convergence("p"); r.Converged || len(r.Pending) != 3 || r.Pending[0].StageId != "" {
+		t.Fatalf("put off: %v", r)
+	}
+	putOff = ""
 	says := &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/says", AppliedRevision: a.node.fsm.Revision(), AppliedEpoch: a.node.fsm.Epoch()}
 	plain := &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/plain"}
 	a.beat(says)

@@ -111,6 +111,10 @@ type ServerConfig struct {
 	// recorded, while this node leads; it must not block. Optional.
 	Planned func() uint64
 
+	// PutOff reports whether changes of a pipeline are decided that are only told once
+	// others have been heard of, while this node leads; it must not block. Optional.
+	PutOff func(pipeline string) bool
+
 	// Waiting returns what placement waits for while this node leads; it must not
 	// block. Optional.
 	Waiting func() (heldMoves, handovers, draining int)

@@ -1,0 +1,56 @@
+package control
+
+import (
+	"testing"
+	"time"
+
+	"conveyor.etl/router/router"
+)
+
+// Goal: a pipeline whose records are to go the other way round is turned in two
+// steps: who is told to hand over to a sidecar that may still hand over to it hears so
+// once that one has heard. Without the wait A, which beats last, hands records to B,
+// and B hands them back.
+func TestPipelineIsTurnedRound(t *testing.T) {
+	turn := func(t *testing.T, then func(t *testing.T, r *replica, l *Liveness)) {
+		r := newReplica(t, router.Options{})
+		r.register("a", "here:source", "near:sink")
+		r.register("b", "there:source", "far:sink")
+		r.putPipeline("p", "here:source -> far:sink")
+		r.inBubble(func(t *testing.T, l *Liveness) {
+			r.setLeading(true)
+			beat(l, 2*time.Minute, "a", "b") // whoever might hold an older table has heard
+			r.expect("at first", "p", "here", "a")
+			r.putPipeline("p", "there:source -> near:sink")
+			beat(l, time.Second, "a", "b")
+			r.expect("at once", "p", "near", "a")
+			r.expect("until a has heard", "p", "there", "")
+			if !r.placer.PutOff("p") || r.placer.PutOff("q") {
+				t.Fatal("it does not say that it is not through")
+			}
+			then(t, r, l)
+			r.expect("then", "p", "there", "b")
+			if r.placer.PutOff("p") {
+				t.Fatal("it does not say that it is through")
+			}
+			before, plans := r.table(), r.planned()
+			beat(l, 5*time.Minute, "a", "b")
+			if r.table() != before || r.planned() != plans || len(r.handovers()) > 0 {
+				t.Fatalf("it does not come to rest: %d plans more\n%s\n%v", r.planned()-plans, r.table(), r.handovers())
+			}
+		})
+	}
+	t.Run("confirmed", func(t *testing.T) {
+		turn(t, func(t *testing.T, r *replica, l *Liveness) {
+			r.applied("a")
+			beat(l, time.Second, "a", "b")
+		})
+	})
+	t.Run("in time", func(t *testing.T) {
+		turn(t, func(t *testing.T, r *replica, l *Liveness) {
+			beat(l, 43*time.Second, "a", "b")
+			r.expect("nearly 45 s later", "p", "there", "")
+			beat(l, 2*time.Second, "a", "b")
+		})
+	})
+}

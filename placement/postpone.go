@@ -1,0 +1,161 @@
+package placement
+
+import "slices"
+
+// Postpone returns what of a step may be told now without records going round
+// between sidecars that have heard of it and others that have not. older lists the
+// tables of the step's pipeline that a sidecar may hold besides the one that is
+// recorded of it. later counts the changes that were put off. Planning again, once
+// the others have heard, gives what is left.
+//
+// Who beats every ten seconds holds a table for as long after it was replaced. The
+// layout avoids what such a table and a new one could make of each other, but where
+// a few sidecars have to share many stages there may be no such layout: say A hands
+// stage s over to B, and is to run s while B hands s over to A. If B hears first,
+// the records of s go to and fro until A hears. So A is told now, and B once A must
+// have heard.
+//
+// Some change can always be told. What is recorded has no circle, so of those whose
+// changes are put off there is one to whom no way leads from another one. A way
+// back to it would have to lead through a table that is put off, or else be one of
+// the layout itself, which has no circle either.
+func (e *Engine) Postpone(st Step, older func(sidecar string) []*Assignment) (now Step, later int) {
+	p, ok := e.pipeID[st.Pipeline]
+	if !ok || !st.hands() {
+		return st, 0
+	}
+	off, later := e.putOff(st, p, older)
+	if later == 0 {
+		return st, 0
+	}
+	if later == len(st.Changes) {
+		// Nothing of it now, if that is for tables which will be forgotten. If it were
+		// for those that are recorded it would be for good, and be told all the same.
+		if _, rest := e.putOff(st, p, func(string) []*Assignment { return nil }); rest == later {
+			return st, 0
+		}
+	}
+	now = st
+	now.Changes, now.Moves = make([]Change, 0, len(st.Changes)-later), 0
+	for i := range st.Changes {
+		if !off[i] {
+			now.Changes = append(now.Changes, st.Changes[i])
+			now.Moves += len(st.Changes[i].Takes)
+		}
+	}
+	return now, later
+}
+
+// putOff says of each change of st whether it has to be told later, and of how many.
+func (e *Engine) putOff(st Step, p int32, older func(sidecar string) []*Assignment) (off []bool, later int) {
+	w := ways{x: &e.pipes[p], older: older, told: make(map[string][]Assigned), seen: make(map[string]bool)}
+	off = make([]bool, len(st.Changes))
+	for i := range st.Changes {
+		c := &st.Changes[i]
+		for k := range c.Stages {
+			if to := c.Stages[k].Remote; to != "" && !off[i] {
+				off[i] = w.lead(to, c.Sidecar)
+			}
+		}
+		if off[i] {
+			later++
+		} else {
+			w.told[c.Sidecar] = c.Stages
+		}
+	}
+	// Nor is anybody told to hand over to one who will only later be told to take it.
+	for again := later > 0; again; {
+		again = false
+		for i := range st.Changes {
+			if !off[i] && st.reliesOn(&st.Changes[i], off) {
+				off[i], again = true, true
+				later++
+			}
+		}
+	}
+	return off, later
+}
+
+// hands is true when st makes anybody hand over to another sidecar.
+func (st *Step) hands() bool {
+	return slices.ContainsFunc(st.Changes, func(c Change) bool {
+		return slices.ContainsFunc(c.Stages, func(s Assigned) bool { return s.Remote != "" })
+	})
+}
+
+// reliesOn is true when c hands a stage over to a sidecar whose change, which lets
+// it begin that, is off.
+func (st *Step) reliesOn(c *Change, off []bool) bool {
+	for k := range c.Stages {
+		if c.Stages[k].Remote == "" {
+			continue
+		}
+		i, ok := slices.BinarySearchFunc(st.Changes, c.Stages[k].Remote, func(c Change, id string) int {
+			switch {
+			case c.Sidecar < id:
+				return -1
+			case c.Sidecar > id:
+				return 1
+			}
+			return 0
+		})
+		if ok && off[i] && slices.Contains(st.Changes[i].Takes, c.Stages[k].Stage) {
+			return true
+		}
+	}
+	return false
+}
+
+// ways is the hand-overs of a pipeline by any table that a sidecar may hold.
+type ways struct {
+	x     *pipe
+	older func(sidecar string) []*Assignment
+	told  map[string][]Assigned // what this step tells
+	seen  map[string]bool
+	open  []string
+}
+
+// lead is true when a batch that is handed to from can come to to.
+func (w *ways) lead(from, to string) bool {
+	clear(w.seen)
+	w.open = append(w.open[:0], from)
+	w.seen[from] = true
+	for len(w.open) > 0 {
+		id := w.open[len(w.open)-1]
+		w.open = w.open[:len(w.open)-1]
+		if id == to {
+			return true
+		}
+		if at, ok := w.x.find(id); ok && !w.x.recorded[at].Revoked {
+			w.follow(w.x.recorded[at].Stages)
+		}
+		for _, a := range w.older(id) {
+			w.follow(a.Stages)
+		}
+		w.follow(w.told[id])
+	}
+	return false
+}
+
+func (w *ways) follow(stages []Assigned) {
+	for i := range stages {
+		if to := stages[i].Remote; to != "" && !w.seen[to] {
+			w.seen[to] = true
+			w.open = append(w.open, to)
+		}
+	}
+}
+
+// Recorded returns what a sidecar was told of a pipeline last, nil when that is
+// nothing, or that it has nothing to run any more.
+func (e *Engine) Recorded(pipeline, sidecar string) *Assignment {
+	p, ok := e.pipeID[pipeline]
+	if !ok {
+		return nil
+	}
+	x := &e.pipes[p]
+	if at, ok := x.find(sidecar); ok && !x.recorded[at].Revoked {
+		return x.recorded[at]
+	}
+	return nil
+}
