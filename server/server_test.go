@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -21,6 +20,7 @@ import (
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/internal/crashpoint"
+	"conveyor.etl/router/internal/freeport"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
@@ -65,19 +65,13 @@ func settings(t *testing.T, dir string, n int) []config.Config {
 	return all
 }
 
-// freeAddr returns an address below the ports that systems give to whoever asks
-// for any: those could be taken before the node listens.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	for range 1000 {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
-		}
+	addr, err := freeport.Addr()
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no free port found")
-	return ""
+	return addr
 }
 
 // logTo shows the log of a node when its test failed.
