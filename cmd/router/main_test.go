@@ -87,6 +87,8 @@ func startNode(dir string) (*server.Server, error) {
 	loaded, err := config.Load(config.Input{Environ: []string{
 		"CONVEYOR_ROUTER_NODE_ID=1", "CONVEYOR_ROUTER_DATA_DIR=" + dir,
 		"CONVEYOR_ROUTER_LISTEN_ADDR=127.0.0.1:0", "CONVEYOR_ROUTER_RAFT_ADDR=127.0.0.1:0",
+		// Those whom populate registers send no heartbeats, and must outlive the script.
+		"CONVEYOR_ROUTER_LIVENESS_SUSPECT_AFTER=10m", "CONVEYOR_ROUTER_LIVENESS_EXPIRE_AFTER=15m",
 	}})
 	if err != nil {
 		return nil, err
