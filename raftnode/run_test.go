@@ -219,7 +219,10 @@ func TestHungAppendEndsRun(t *testing.T) {
 			<-release
 		}
 		return nil
-	}, func(c *Config) { c.StallTransfer, c.StallFail = 20*time.Millisecond, 100*time.Millisecond })
+	}, func(c *Config) {
+		// Long enough for the writes before, of a process that is kept from running.
+		c.StallTransfer, c.StallFail = 20*time.Millisecond, time.Second
+	})
 	for changed := n.Changed(); !n.Leadership().Leading; changed = n.Changed() {
 		<-changed
 	}
