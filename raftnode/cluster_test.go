@@ -391,3 +391,63 @@ func TestTransferBeforeAnswers(t *testing.T) {
 		}
 	}
 }
+
+// handTicker is a clock whose tickers tick when a test says so.
+type handTicker struct {
+	Clock
+	ticks chan time.Time
+}
+
+func (c *handTicker) Ticker(time.Duration) (<-chan time.Time, func()) { return c.ticks, func() {} }
+
+// However long the answers take: on a busy machine that may be longer than the two
+// heartbeats' time which was all that a leader waited for them.
+func TestTransferWaitsForAnswers(t *testing.T) {
+	clock := &handTicker{ticks: make(chan time.Time)}
+	g := newGroup(t, func(c *Config) {
+		if c.ID == 1 {
+			clock.Clock, c.Clock = c.Clock, clock
+			c.TransferTimeout = time.Minute
+		}
+	}, 1, 2, 3)
+	h := g.elect(1)
+	h.loop.contacts.begin()
+	done := make(chan error, 1)
+	go func() { done <- h.TransferLeader(context.Background(), 0) }()
+	asked := func() {
+		for !h.inboxWaits() && len(done) == 0 {
+			runtime.Gosched()
+		}
+		h.turn(false)
+	}
+	again := func() {
+		select {
+		case clock.ticks <- time.Time{}:
+		case err := <-done:
+			t.Fatalf("it did not wait: %v", err)
+		}
+	}
+	for range 3 {
+		asked()
+		again()
+	}
+	asked()
+	for range h.Node.cfg.HeartbeatTicks + 1 {
+		g.tick()
+	}
+	again()
+	asked()
+	g.settle()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	// One that has nobody to hand over to says so at once.
+	alone := newGroup(t, nil, 1)
+	cl := &call{ch: make(chan outcome, 1)}
+	n := alone.elect(1)
+	n.inbox.pushControl(nil, func(l *loop) { l.transfer(0, cl) })
+	alone.settle()
+	if o, ok := cl.poll(); !ok || !errors.Is(o.err, errAlone) {
+		t.Fatal(ok, o)
+	}
+}
