@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"conveyor.etl/router/internal/freeport"
 )
 
 // binary is the router that the tests run.
@@ -52,20 +53,13 @@ type run struct {
 // freePorts finds a base port with room for n nodes.
 func freePorts(t *testing.T, n int) int {
 	t.Helper()
-	for try := range 50 {
-		base := 20000 + (os.Getpid()*131+try*211)%20000
-		free := true
-		for i := 1; i <= n && free; i++ {
-			for _, p := range []int{base + i, base + 100 + i} {
-				l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", p))
-				if err != nil {
-					free = false
-					break
-				}
-				l.Close()
-			}
+	for range 1000 {
+		base := freeport.Any()
+		var ports []int
+		for i := 1; i <= n; i++ {
+			ports = append(ports, base+i, base+100+i)
 		}
-		if free {
+		if freeport.Claim(ports...) {
 			return base
 		}
 	}

@@ -42,11 +42,21 @@ func TestShortDeadlineWithoutLeader(t *testing.T) {
 		},
 	}
 	for name, call := range calls {
-		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-		err := call(ctx)
-		cancel()
-		if status.Code(err) != codes.Unavailable || len(status.Convert(err).Details()) == 0 {
-			t.Errorf("a %s with half a second and no leader: %v, want UNAVAILABLE with details", name, err)
-		}
+		// The node gives up 50 ms before its client does. On a machine too busy to
+		// bring the answer in that time it is asked again.
+		eventually(t, 20*time.Second, "a "+name+" with half a second and no leader is answered", func(context.Context) error {
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer cancel()
+			err := call(ctx)
+			st := status.Convert(err)
+			switch {
+			case st.Code() == codes.Unavailable && len(st.Details()) > 0:
+				return nil
+			case st.Code() == codes.DeadlineExceeded:
+				return err
+			}
+			t.Fatalf("a %s with half a second and no leader: %v, want UNAVAILABLE with details", name, err)
+			return nil
+		})
 	}
 }

@@ -157,22 +157,22 @@ func (w *watcher) take(ev *sidecarpb.PipelineAssignmentEvent) {
 
 // beat sends a heartbeat as soon as there is something to say, and now and then.
 func (w *watcher) beat(ctx context.Context) {
+	lost := false
 	for n := 0; ctx.Err() == nil; n++ {
 		w.mu.Lock()
 		req := &sidecarpb.SidecarHeartbeatRequest{SidecarId: w.id, AppliedRevision: w.said, AppliedEpoch: w.epoch}
 		if !w.mute {
 			req.AppliedRevision = w.revision
 		}
-		fresh := req.AppliedRevision != w.said
+		fresh := req.AppliedRevision != w.said || lost
 		w.said = req.AppliedRevision
 		w.mu.Unlock()
 		if fresh || n%20 == 0 {
 			call, cancel := context.WithTimeout(ctx, 2*time.Second)
-			if _, err := w.node().Sidecars().Heartbeat(call, req); err != nil {
-				w.mu.Lock()
-				w.said = 0 // say it again
-				w.mu.Unlock()
-			}
+			// What was lost is said again: to a node that has not heard of it, one that
+			// says nothing is one of the field, whose heartbeats show what it applied.
+			_, err := w.node().Sidecars().Heartbeat(call, req)
+			lost = err != nil
 			cancel()
 		}
 		w.rest(ctx, 20*time.Millisecond)

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
-	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -18,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/internal/freeport"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/server"
@@ -46,19 +45,11 @@ func within(t testing.TB) context.Context {
 
 func testSettings() Settings { return Settings{SegmentBytes: segment} }
 
-// freeAddr returns an address below the ports that systems give to whoever asks
-// for any: those could be taken before the node listens.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	for range 1000 {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
-		}
-	}
-	t.Fatal("no free port found")
-	return ""
+	addr, err := freeport.Addr()
+	must(t, err)
+	return addr
 }
 
 // cluster returns the settings of n nodes with data directories below dir.

@@ -28,21 +28,7 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.TransferTimeout)
 	defer cancel()
-	target, err := n.requestTransfer(ctx, to)
-	if errors.Is(err, errNobodyAlive) {
-		// A leader that has only just taken over has no answers yet; those to its
-		// next heartbeat tell it who is alive. Were it to give up, it would leave
-		// its group to an election.
-		answered, stopAnswered := n.cfg.Clock.Ticker(time.Duration(n.cfg.HeartbeatTicks+2) * n.cfg.TickInterval)
-		defer stopAnswered()
-		select {
-		case <-answered:
-			target, err = n.requestTransfer(ctx, to)
-		case <-n.stopped:
-			return ErrStopping
-		case <-ctx.Done():
-		}
-	}
+	target, err := n.firstTransfer(ctx, to)
 	if err != nil {
 		return err
 	}
@@ -76,7 +62,33 @@ func (n *Node) TransferLeader(ctx context.Context, to uint64) error {
 }
 
 // errNobodyAlive: no other voter has answered within the last election timeout.
-var errNobodyAlive = fmt.Errorf("%w: no other voter is alive", ErrTransferFailed)
+// errAlone: there is none.
+var (
+	errNobodyAlive = fmt.Errorf("%w: no other voter is alive", ErrTransferFailed)
+	errAlone       = fmt.Errorf("%w: there is no other voter", ErrTransferFailed)
+)
+
+// firstTransfer is requestTransfer of a leader that may have only just taken over:
+// then it has no answers yet, and those to its next heartbeats tell it who is alive.
+// Were it to give up, it would leave its group to an election. How long they take on
+// machines that are busy nobody knows; if nobody is alive it soon leads no more.
+func (n *Node) firstTransfer(ctx context.Context, to uint64) (uint64, error) {
+	answered, stop := n.cfg.Clock.Ticker(time.Duration(n.cfg.HeartbeatTicks+2) * n.cfg.TickInterval)
+	defer stop()
+	for {
+		target, err := n.requestTransfer(ctx, to)
+		if !errors.Is(err, errNobodyAlive) {
+			return target, err
+		}
+		select {
+		case <-answered:
+		case <-n.stopped:
+			return 0, ErrStopping
+		case <-ctx.Done():
+			return 0, err
+		}
+	}
+}
 
 // requestTransfer begins a transfer and returns its target.
 func (n *Node) requestTransfer(ctx context.Context, to uint64) (uint64, error) {
@@ -95,6 +107,10 @@ func (l *loop) transfer(to uint64, cl *call) {
 		cl.ch <- outcome{err: l.notLeaderErr()}
 		return
 	case to == 0:
+		if !slices.ContainsFunc(l.confState.GetVoters(), func(id uint64) bool { return id != l.cfg.ID }) {
+			cl.ch <- outcome{err: errAlone}
+			return
+		}
 		if to = l.bestTransferee(); to == 0 {
 			cl.ch <- outcome{err: errNobodyAlive}
 			return

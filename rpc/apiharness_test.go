@@ -164,6 +164,12 @@ func (n *oneNode) entryCount() int {
 	return n.entries
 }
 
+func (n *oneNode) readCount() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.readers
+}
+
 func (n *oneNode) setLeader(id uint64, down error) {
 	n.mu.Lock()
 	n.leader, n.down = id, down

@@ -31,22 +31,24 @@ func beating(t *testing.T) (*forwarding, *Beats, func(s *station, k beatKey) int
 }
 
 // A leader may die with heartbeats nobody else knows of: the next one is told
-// them again, also those it received itself, and also when it is this node.
+// them again, also those it received itself, and also when it is this node. It may
+// be told twice: because it is new, and because the stream to the old one broke.
 func TestBeatsAreToldToTheNextLeader(t *testing.T) {
 	x, b, count := beating(t)
 	x.lead(x.two, 1)
 	a, s := beatKey{"a", ""}, beatKey{"", "s"}
 	b.Touch("a", "s")
-	until(t, &x.two.node.event, "the first leader", func() bool { return count(x.two, a) == 1 && count(x.two, s) == 1 })
+	until(t, &x.two.node.event, "the first leader", func() bool { return count(x.two, a) > 0 && count(x.two, s) > 0 })
 	x.two.stopServer()
 	x.lead(x.tree, 2)
-	until(t, &x.tree.node.event, "the second leader", func() bool { return count(x.tree, a) == 1 && count(x.tree, s) == 1 })
+	until(t, &x.tree.node.event, "the second leader", func() bool { return count(x.tree, a) > 0 && count(x.tree, s) > 0 })
 	x.lead(x.station, 3)
-	until(t, &x.node.event, "this node", func() bool { return count(x.station, a) == 1 && count(x.station, s) == 1 })
+	until(t, &x.node.event, "this node", func() bool { return count(x.station, a) > 0 && count(x.station, s) > 0 })
 	b.Sidecar("mine") // while this node leads
+	before := count(x.tree, a)
 	x.lead(x.tree, 4)
 	until(t, &x.tree.node.event, "what this node heard while it led", func() bool {
-		return count(x.tree, a) == 2 && count(x.tree, beatKey{"mine", ""}) == 1
+		return count(x.tree, a) > before && count(x.tree, beatKey{"mine", ""}) > 0
 	})
 }
 

@@ -256,6 +256,7 @@ func TestStreamedSidecarIsJudgedAnew(t *testing.T) {
 	c := a.streamBeats()
 	resp, err := a.sidecar.RegisterSidecar(a.ctx(), sidecarRequest("ns/pod"))
 	noError(t, err)
+	a.noted() // were that later, it would be judged, and answered, once more
 	c.send(full(0, &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/pod", RegistrationId: resp.GetRegistrationId()}))
 	if r := c.answer(0); !r.GetAcknowledged() {
 		t.Fatal(r)

@@ -154,23 +154,19 @@ func (p *peer) session(ctx context.Context) error {
 	}
 	defer conn.Close()
 
-	timeout := time.AfterFunc(2*p.t.o.DialTimeout, func() {
-		cancel(fmt.Errorf("rpc: no greeting from node %d at %s within %v", p.id, addr, 2*p.t.o.DialTimeout))
-	})
-	defer timeout.Stop()
+	limit := 2 * p.t.o.DialTimeout
+	late := fmt.Errorf("rpc: no greeting from node %d at %s within %v", p.id, addr, limit)
 	// Greater than the last also after a restart of this process, which a
 	// counter would not be.
 	session := uint64(time.Now().UnixNano())
-	control, err := p.open(ctx, conn, session)
-	if err != nil {
-		return cause(ctx, err)
-	}
-	entries, err := p.open(ctx, conn, session)
-	if err != nil {
-		return cause(ctx, err)
-	}
-	if !timeout.Stop() {
-		return cause(ctx, ctx.Err())
+	var control, entries grpc.ClientStream
+	if err := within(ctx, limit, cancel, late, func() (err error) {
+		if control, err = p.open(ctx, conn, session); err == nil {
+			entries, err = p.open(ctx, conn, session)
+		}
+		return err
+	}); err != nil {
+		return err
 	}
 	p.connected.Store(true)
 	p.mu.Lock()
@@ -195,6 +191,22 @@ func (p *peer) session(ctx context.Context) error {
 	}
 	wg.Wait()
 	return context.Cause(ctx)
+}
+
+// within runs greet, and cancels ctx with late when it takes longer than limit. ctx
+// outlives the greeting: the streams that it opens are of ctx.
+func within(ctx context.Context, limit time.Duration, cancel context.CancelCauseFunc, late error, greet func() error) error {
+	timeout := time.AfterFunc(limit, func() { cancel(late) })
+	defer timeout.Stop()
+	if err := greet(); err != nil {
+		return cause(ctx, err)
+	}
+	if !timeout.Stop() {
+		// The time is up, though the function of the timer may have yet to run.
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 // cause prefers the reason ctx was cancelled for over err, which then only says

@@ -152,7 +152,7 @@ func TestHealthWaitsForReadIndex(t *testing.T) {
 	node.setLeader(0, raftnode.ErrNoLeader)
 	a := serveAPI(t, node)
 	client := healthpb.NewHealthClient(a.conn)
-	eventually(t, "a read index was tried", func() bool { node.mu.Lock(); defer node.mu.Unlock(); return node.readers > 0 })
+	eventually(t, "a read index was tried", func() bool { return node.readCount() > 0 })
 	resp, err := client.Check(a.ctx(), &healthpb.HealthCheckRequest{})
 	noError(t, err)
 	if resp.Status != healthpb.HealthCheckResponse_NOT_SERVING {
@@ -212,11 +212,12 @@ func TestReplyHeaders(t *testing.T) {
 // Goal: consistency metadata is honoured: a stale read works without a leader, a
 // linearizable one does not, a revision that cannot exist is refused.
 func TestReadConsistency(t *testing.T) {
-	a := newAPI(t, func(c *ServerConfig) { c.CallTimeout = 20 * time.Millisecond })
+	a := newAPI(t)
+	hasty := serveAPI(t, a.node, func(c *ServerConfig) { c.CallTimeout = 20 * time.Millisecond })
 	_, err := a.checkpoint.CommitOffset(a.ctx(), &checkpointpb.CommitOffsetRequest{SourceId: "s", Offset: 5})
 	noError(t, err)
 	a.node.setLeader(0, raftnode.ErrNoLeader)
-	_, err = a.checkpoint.GetSourceOffset(a.ctx(), &checkpointpb.GetOffsetRequest{SourceId: "s"})
+	_, err = hasty.checkpoint.GetSourceOffset(a.ctx(), &checkpointpb.GetOffsetRequest{SourceId: "s"})
 	wantCode(t, err, codes.Unavailable)
 	got, err := a.checkpoint.GetSourceOffset(a.with(MetadataConsistency, "stale"), &checkpointpb.GetOffsetRequest{SourceId: "s"})
 	noError(t, err)

@@ -128,6 +128,7 @@ func TestExistingSidecar(t *testing.T) {
 	})
 	a.assign("ns/pod-1", "default/orders")
 	s := <-registered
+	a.noted() // a registration that is noted later makes the node tell everything anew
 	if !slices.Equal(s.runs(), []string{"default/orders"}) {
 		t.Fatalf("initial assignments: %v", s.runs())
 	}
@@ -190,12 +191,12 @@ func TestFullSet(t *testing.T) {
 	a.revoke("ns/pod", "one")
 	a.caughtUp()
 	s := &oldSidecar{a: a, id: "ns/pod", routes: map[string]*sidecarpb.PipelineAssignment{"one": nil}}
-	readers := a.node.readers
+	readers := a.node.readCount()
 	resp := s.beat(false)
 	if len(resp.Commands) != 2 || !slices.Equal(s.runs(), []string{"two"}) {
 		t.Fatal(resp)
 	}
-	if a.node.readers == readers {
+	if a.node.readCount() == readers {
 		t.Fatal("a node that may be behind told a sidecar what to run")
 	}
 	s.beat(false) // the repetition
@@ -222,7 +223,8 @@ func TestFullSet(t *testing.T) {
 // Goal: an unknown sidecar is not acknowledged, and a node that cannot know says
 // so instead.
 func TestHeartbeatOfUnknownSidecar(t *testing.T) {
-	a := newAPI(t, func(c *ServerConfig) { c.CallTimeout = 20 * time.Millisecond })
+	a := newAPI(t)
+	hasty := serveAPI(t, a.node, func(c *ServerConfig) { c.CallTimeout = 20 * time.Millisecond })
 	beat := func(id string) (*sidecarpb.HeartbeatResponse, error) {
 		return a.sidecar.Heartbeat(a.ctx(), &sidecarpb.SidecarHeartbeatRequest{SidecarId: id})
 	}
@@ -232,7 +234,7 @@ func TestHeartbeatOfUnknownSidecar(t *testing.T) {
 		t.Fatal(resp)
 	}
 	a.node.setLeader(0, raftnode.ErrNoLeader)
-	_, err = beat("ns/nobody")
+	_, err = hasty.sidecar.Heartbeat(a.ctx(), &sidecarpb.SidecarHeartbeatRequest{SidecarId: "ns/nobody"})
 	wantCode(t, err, codes.Unavailable)
 	a.node.setLeader(1, nil)
 	a.registerSidecar("ns/pod")

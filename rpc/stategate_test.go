@@ -155,7 +155,7 @@ func TestShutGateRefusesCommands(t *testing.T) {
 func TestShutGateRefusesForwarded(t *testing.T) {
 	checkLeaks(t)
 	gate := NewStateGate()
-	x := newForwarding(t, func(c *ForwarderConfig) { c.MaxWait = 300 * time.Millisecond })
+	x := newForwarding(t, nil)
 	x.two.config = func(c *PeerServerConfig) { c.Gate = gate }
 	x.two.stopServer()
 	x.two.restartServer()
@@ -166,10 +166,19 @@ func TestShutGateRefusesForwarded(t *testing.T) {
 		t.Fatalf("with an open gate: %v", a.err)
 	}
 	gate.Quarantine("because")
-	a := get(t, x.submit(onceCommand("second")))
-	if s := Status(a.err); s.Code() != codes.Unavailable || OutcomeOf(s) != NotDone || !strings.Contains(s.Message(), "because") {
-		t.Errorf("with a shut gate: %v", a.err)
-	}
+	// One that gives up soon. Before it has heard from the leader it cannot tell why.
+	f, err := NewForwarder(ForwarderConfig{Node: x.node, Transport: x.transport, MaxWait: 300 * time.Millisecond})
+	noError(t, err)
+	defer f.Close()
+	eventually(t, "it is said why", func() bool {
+		ch := make(chan answer, 1)
+		f.SubmitFunc(onceCommand("second"), func(r *commandpb.Result, index uint64, err error) { ch <- answer{r, index, err} })
+		s := Status(get(t, ch).err)
+		if s.Code() != codes.Unavailable || OutcomeOf(s) != NotDone {
+			t.Fatalf("with a shut gate: %v", s)
+		}
+		return strings.Contains(s.Message(), "because")
+	})
 	ch := x.submit(onceCommand("third"))
 	x.lead(x.tree, 2)
 	if a := get(t, ch); a.err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"reflect"
 	"strings"
 	"testing"
@@ -16,6 +17,14 @@ import (
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/rpc/peerpb"
 )
+
+// lines is told every line that is written.
+type lines func(line string)
+
+func (l lines) Write(p []byte) (int, error) {
+	l(string(p))
+	return len(p), nil
+}
 
 // sumsOf is a state that says what the test wants.
 type sumsOf struct {
@@ -102,9 +111,15 @@ func TestPeersTellTheirHashes(t *testing.T) {
 		t.Errorf("sums of a wrong state: %v %v", got, err)
 	}
 	image := b.node.makeImage(t, 200, 1000)
-	fctx, fcancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	// It tries until it is told to stop: here, once an attempt has failed for the reason.
+	fctx, fcancel := context.WithCancel(ctx)
 	defer fcancel()
-	_, err = FetchState(fctx, FetchOptions{Identity: a.id, Peers: peers[:2], Store: a.node.images, MinIndex: 1})
+	told := slog.NewTextHandler(lines(func(line string) {
+		if strings.Contains(line, "it is wrong") {
+			fcancel()
+		}
+	}), nil)
+	_, err = FetchState(fctx, FetchOptions{Identity: a.id, Peers: peers[:2], Store: a.node.images, MinIndex: 1, Logger: slog.New(told)})
 	if err == nil || !strings.Contains(err.Error(), "it is wrong") {
 		t.Errorf("the image %s of a wrong state was handed out: %v", image.Info().ID, err)
 	}

@@ -17,7 +17,7 @@ import (
 // call through them ends with an unknown outcome, although none of the commands
 // may be sent twice.
 func TestStoppingTheLeaderAnswersTheOthers(t *testing.T) {
-	_, nodes := startCluster(t, 3, nil)
+	_, nodes := startCluster(t, 3, steady)
 	first := leader(t, nodes...)
 	ctx, cancel := context.WithCancel(within(t))
 	var callers sync.WaitGroup

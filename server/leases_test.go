@@ -14,7 +14,7 @@ import (
 // leases while it leads and when it hands over, and the next one goes on from
 // there.
 func TestLeasesOutliveTheirLeader(t *testing.T) {
-	_, nodes := startCluster(t, 3, func(c *config.Config) { c.Liveness.HeartbeatInterval = 200 * time.Millisecond })
+	_, nodes := startCluster(t, 3, func(c *config.Config) { steady(c); c.Liveness.HeartbeatInterval = 200 * time.Millisecond })
 	lead := leader(t, nodes...)
 	reply, err := sidecarpb.NewSidecarCoordinatorClient(dial(t, lead.Addr())).RegisterSidecar(within(t), &sidecarpb.RegisterSidecarRequest{
 		SidecarId: "ns/one", PodName: "one", Namespace: "ns", SidecarEndpoint: "10.0.0.1:50053",

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -21,6 +20,7 @@ import (
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/internal/crashpoint"
+	"conveyor.etl/router/internal/freeport"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
@@ -65,19 +65,13 @@ func settings(t *testing.T, dir string, n int) []config.Config {
 	return all
 }
 
-// freeAddr returns an address below the ports that systems give to whoever asks
-// for any: those could be taken before the node listens.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	for range 1000 {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
-		}
+	addr, err := freeport.Addr()
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no free port found")
-	return ""
+	return addr
 }
 
 // logTo shows the log of a node when its test failed.
@@ -359,6 +353,10 @@ func TestAddressInUse(t *testing.T) {
 	}
 }
 
+// steady makes leaders keep their place on a machine that is busy with other things,
+// which may keep a node from its heartbeats for longer than the usual 150 ms.
+func steady(c *config.Config) { c.Raft.ElectionTimeout = 2 * time.Second }
+
 func startCluster(t *testing.T, n int, change func(*config.Config)) ([]config.Config, []*Server) {
 	t.Helper()
 	all := settings(t, t.TempDir(), n)
@@ -375,7 +373,7 @@ func startCluster(t *testing.T, n int, change func(*config.Config)) ([]config.Co
 // A leader that is stopped hands over before it ends, so that clients of the
 // others hardly notice; its own callers get their answers.
 func TestStoppingTheLeaderHandsOver(t *testing.T) {
-	_, nodes := startCluster(t, 3, nil)
+	_, nodes := startCluster(t, 3, steady)
 	first := leader(t, nodes...)
 	term := first.Node().Leadership().Term
 	var rest []*Server
@@ -450,7 +448,7 @@ func compareHashes(t *testing.T, nodes []*Server) {
 // A node whose state is gone, and whose log no longer reaches back to the
 // beginning, fetches the state from a peer while the others serve.
 func TestLostStateIsFetched(t *testing.T) {
-	all, nodes := startCluster(t, 3, func(c *config.Config) { c.Raft.TailBytes = 1 << 20 })
+	all, nodes := startCluster(t, 3, func(c *config.Config) { steady(c); c.Raft.TailBytes = 1 << 20 })
 	ctx := within(t)
 	leader(t, nodes...)
 	last := nodes[2]

@@ -2,10 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -21,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"conveyor.etl/router/config"
+	"conveyor.etl/router/internal/freeport"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/commonpb"
 	"conveyor.etl/router/rpc/routerpb/registrypb"
@@ -49,7 +47,7 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		Setup: func(env *testscript.Env) error {
 			for i := 1; i <= 4; i++ {
-				addr, err := freeAddr()
+				addr, err := freeport.Addr()
 				if err != nil {
 					return err
 				}
@@ -85,23 +83,12 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// freeAddr returns an address below the ports that systems give to whoever asks
-// for any: those could be taken before the node of a script listens.
-func freeAddr() (string, error) {
-	for range 1000 {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String(), nil
-		}
-	}
-	return "", errors.New("no free port found")
-}
-
 func startNode(dir string) (*server.Server, error) {
 	loaded, err := config.Load(config.Input{Environ: []string{
 		"CONVEYOR_ROUTER_NODE_ID=1", "CONVEYOR_ROUTER_DATA_DIR=" + dir,
 		"CONVEYOR_ROUTER_LISTEN_ADDR=127.0.0.1:0", "CONVEYOR_ROUTER_RAFT_ADDR=127.0.0.1:0",
+		// Those whom populate registers send no heartbeats, and must outlive the script.
+		"CONVEYOR_ROUTER_LIVENESS_SUSPECT_AFTER=10m", "CONVEYOR_ROUTER_LIVENESS_EXPIRE_AFTER=15m",
 	}})
 	if err != nil {
 		return nil, err

@@ -170,7 +170,7 @@ var importRules = []importRule{{
 }, {
 	from:      "./e2e",
 	forbidden: []string{"./...", pebblePkg, "go.etcd.io/..."},
-	except:    []string{"./rpc/client", "./rpc/routerpb/...", "./e2e/..."},
+	except:    []string{"./rpc/client", "./rpc/routerpb/...", "./e2e/...", "./internal/freeport"},
 	tests:     true,
 	reason:    "end-to-end tests see what users see: the binary and the API; knowing the insides, they would prove less",
 }}
