@@ -270,6 +270,7 @@ type Server struct {
 	told   *toldSidecars
 	// handovers reports what sidecars have let go of.
 	handovers *handovers
+	unheard   *unheard
 	rivals    rivals
 	push      *pusher
 	relay     *leaderRelay
@@ -303,6 +304,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		reader:    NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithEpochs(cfg.State),
 		feed:      newFeed(cfg.State, cfg.Logger),
 		handovers: newHandovers(),
+		unheard:   newUnheard(),
 		told:      newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		push:      newPusher(),
 		relay:     newLeaderRelay(cfg),
@@ -348,6 +350,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	s.loops.Go(s.followGate)
 	s.push.start(s.run, &s.loops)
+	s.loops.Go(func() { s.judgeClaims(s.run) })
 	s.loops.Go(func() { s.handovers.report(s.run, cfg.Submitter, cfg.Now, s.log) })
 	s.loops.Add(2)
 	go func() { defer s.loops.Done(); s.feed.follow(s.run, revision) }()

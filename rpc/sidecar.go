@@ -230,8 +230,8 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		entry, what = a.told.first(id, a.cfg.Now()), firstDue
 	}
 	var counts bool
-	resp.Reason, counts = a.appliedFuture(ctx, req)
-	a.told.heardBack(ctx, entry, req, counts)
+	resp.Reason, counts = a.appliedFuture(ctx, claimOf(req))
+	a.told.heardBack(ctx, entry, claimOf(req), counts)
 	a.confirm(id, entry)
 	if what == nothingDue {
 		// The newest revision there is may be of a change that is not noted yet. Whoever
