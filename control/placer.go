@@ -117,7 +117,9 @@ type PlacerStats struct {
 	Held      int // stages whose move waits for the movement budget
 	Handovers int // sidecars, per pipeline, that have yet to let go of a stage
 	Draining  int // sidecars
-	Graced    int // sidecars that expired again soon and keep what they have for now
+	// DrainingServices have been deregistered in peace and have something left to do.
+	DrainingServices int
+	Graced           int // sidecars that expired again soon and keep what they have for now
 }
 
 // Stats returns what placement waits for.
@@ -174,7 +176,8 @@ func (p *Placer) follow(ctx context.Context) error {
 		return err
 	}
 	m.removed = p.scores.forget
-	sub, err := p.c.State.Hub().Subscribe(m.revision, placementTables()...)
+	// The groups decide when a service has drained.
+	sub, err := p.c.State.Hub().Subscribe(m.revision, append(placementTables(), router.TableGroups)...)
 	if err != nil {
 		return err
 	}
@@ -210,7 +213,7 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 			return err
 		}
 		m.follow(changes, at)
-		if foreign(changes, own) {
+		if m.foreign(changes, own) {
 			break
 		}
 	}
@@ -219,8 +222,9 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 	}
 	last := time.NewTimer(p.c.MaxDelay)
 	defer last.Stop()
+	quiet := time.Now().Add(p.c.Quiet)
 	for {
-		calm, cancel := context.WithTimeout(ctx, p.c.Quiet)
+		calm, cancel := context.WithDeadline(ctx, quiet)
 		changes, at, err := sub.Next(calm)
 		cancel()
 		switch {
@@ -232,6 +236,9 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 			return err
 		}
 		m.follow(changes, at)
+		if m.foreign(changes, own) { // groups change without a reason to wait for them
+			quiet = time.Now().Add(p.c.Quiet)
+		}
 		select {
 		case <-last.C:
 			return nil
@@ -257,7 +264,7 @@ func (p *Placer) next(ctx context.Context, m *mirror, sub *router.Subscription) 
 }
 
 // drain takes over the changes that are there, without waiting for any. It reports
-// whether any of them is not of the placer's own making; see foreign.
+// whether any of them is not of the placer's own making; see mirror.foreign.
 func drain(m *mirror, sub *router.Subscription, own map[uint64]bool) (others bool, err error) {
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -270,13 +277,21 @@ func drain(m *mirror, sub *router.Subscription, own map[uint64]bool) (others boo
 			return others, err
 		}
 		m.follow(changes, at)
-		others = others || foreign(changes, own)
+		others = m.foreign(changes, own) || others
 	}
 }
 
-// foreign is true when any of changes is not of the placer's own making.
-func foreign(changes []router.Change, own map[uint64]bool) bool {
-	for _, c := range changes {
+// foreign is true when any of changes is not of the placer's own making and may make
+// a difference to it.
+func (m *mirror) foreign(changes []router.Change, own map[uint64]bool) bool {
+	for i := range changes {
+		c := &changes[i]
+		if c.Table == router.TableGroups {
+			if m.concerns(c) {
+				return true
+			}
+			continue
+		}
 		if c.Table != router.TableAssignments && c.Table != router.TableHandovers || !own[c.Revision] {
 			return true
 		}
