@@ -27,6 +27,7 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "liveness"), Now: s.o.Now,
 		SuspectAfter: s.c.Liveness.SuspectAfter, ExpireAfter: s.c.Liveness.ExpireAfter, Beat: s.c.Liveness.HeartbeatInterval,
 		MassFraction: float64(s.c.Liveness.MassExpiryPercent) / 100, MassHold: s.c.Liveness.MassExpiryHold,
+		Retention: s.c.Liveness.ServiceRetention,
 		FlapGrace: s.c.Placement.FlapGrace,
 		Share:     s.shareLeases,
 	})
