@@ -45,8 +45,10 @@ type PlacerConfig struct {
 	// plans for the sake of others (placement.Rearrange). What is lost or drained is
 	// not held back. 0 = no bound.
 	MovesPerMinute int
-	// Planned is told about every plan that was carried out; may be nil.
+	// Planned is told about every plan that was carried out, Stopped when this node
+	// leads no more; either may be nil.
 	Planned func(PlanInfo)
+	Stopped func()
 }
 
 // PlanInfo tells what came of one plan.
@@ -93,6 +95,9 @@ func (c *PlacerConfig) EnsureDefaults() {
 	}
 	if c.Planned == nil {
 		c.Planned = func(PlanInfo) {}
+	}
+	if c.Stopped == nil {
+		c.Stopped = func() {}
 	}
 }
 
@@ -149,6 +154,7 @@ func (p *Placer) Run(ctx context.Context) {
 // reign follows the state for as long as ctx lasts.
 func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
+	defer p.c.Stopped()
 	defer p.setStats(PlacerStats{})
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return

@@ -110,6 +110,9 @@ type ServerConfig struct {
 	// Planned returns the revision of a state about which everything is decided and
 	// recorded, while this node leads; it must not block. Optional.
 	Planned func() uint64
+	// PlannedChanged returns a channel that is closed when Planned changes next.
+	// Optional: without it RegisterSidecar waits for assignments alone.
+	PlannedChanged func() <-chan struct{}
 
 	// Waiting returns what placement waits for while this node leads; it must not
 	// block. Optional.
@@ -134,7 +137,7 @@ type ServerConfig struct {
 	// as a restore, has ended. What they began goes on when it has passed.
 	LongCallTimeout time.Duration
 	// PlacementWait bounds how long RegisterSidecar waits for the placement of
-	// the sidecar it has just registered.
+	// the sidecar it has just registered. It answers as soon as that has looked at it.
 	PlacementWait time.Duration
 	// FullSetEvery is how often a sidecar is told everything again.
 	FullSetEvery time.Duration
@@ -277,6 +280,8 @@ type Server struct {
 	idle      idle
 	// steering is held by whoever looks at the membership to change it.
 	steering chan struct{}
+	// plannedAsks is held by whoever asks the leader how far the placement is.
+	plannedAsks chan struct{}
 
 	calls    sync.Pool                   // of *commitCall
 	streams  atomic.Pointer[openStreams] // those that may be open now
@@ -310,7 +315,8 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		relay:     newLeaderRelay(cfg),
 		idle:      idle{after: cfg.TransferIdle, timer: realTimer},
 
-		steering: make(chan struct{}, 1),
+		steering:    make(chan struct{}, 1),
+		plannedAsks: make(chan struct{}, maxPlannedAsks),
 	}
 	s.told.now = cfg.Now
 	s.reader.gate = cfg.Gate
