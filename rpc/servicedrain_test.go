@@ -101,7 +101,7 @@ func TestGracefulDeregistration(t *testing.T) {
 		t.Fatal("another registration was drained")
 	}
 
-	reg = a.register(registration("svc", "filter"))
+	a.register(registration("svc", "filter"))
 	if s := list(false); len(s) != 1 || s[0].RemovedBy != nil {
 		t.Fatal(s)
 	}
