@@ -20,8 +20,14 @@ import (
 // cluster before it answers with its own.
 const relayTimeout = time.Second
 
-// askedAtOnce bounds how many nodes are asked about themselves at a time.
-const askedAtOnce = 16
+const (
+	// askedAtOnce bounds how many nodes are asked about themselves at a time.
+	askedAtOnce = 16
+	// askedWithin bounds how long all of them are waited for: less than the half second
+	// after which a client turns to another node, for one that hangs is no fault of
+	// this one.
+	askedWithin = 400 * time.Millisecond
+)
 
 // GetClusterStatus describes the cluster as the leader sees it; a node that
 // cannot reach the leader in time answers with what it knows itself. What only each
@@ -43,7 +49,7 @@ func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterSt
 // askNodes fills in what the nodes of resp say of themselves. What one does not say in
 // time stays unknown.
 func (a *adminAPI) askNodes(ctx context.Context, resp *adminpb.GetClusterStatusResponse) {
-	ctx, cancel := context.WithTimeout(ctx, relayTimeout)
+	ctx, cancel := context.WithTimeout(ctx, askedWithin)
 	defer cancel()
 	slots := make(chan struct{}, askedAtOnce)
 	var asking sync.WaitGroup
