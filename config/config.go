@@ -112,6 +112,9 @@ type Liveness struct {
 	MassExpiryPercent uint64
 	// MassExpiryHold is for how long; zero is ten times ExpireAfter.
 	MassExpiryHold time.Duration
+	// ServiceRetention is how long a service that has expired stays registered; zero is
+	// 24 h, or ExpireAfter when that is longer.
+	ServiceRetention time.Duration
 }
 
 // Check holds how the states of the members are compared.

@@ -308,6 +308,10 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 			"%s is not longer than liveness.heartbeat_interval, %s: everything would be suspect all the time",
 			c.Liveness.SuspectAfter, c.Liveness.HeartbeatInterval)
 	}
+	if r := c.Liveness.ServiceRetention; r > 0 && r < c.Liveness.ExpireAfter && !faults.about("liveness.service_retention", "liveness.expire_after") {
+		faults.add(l.source("liveness.service_retention", ""), "liveness.service_retention",
+			"%s is shorter than liveness.expire_after, %s", c.Liveness.ServiceRetention, c.Liveness.ExpireAfter)
+	}
 	if c.Liveness.ExpireAfter <= c.Liveness.SuspectAfter && !faults.about("liveness.expire_after", "liveness.suspect_after") {
 		faults.add(l.source("liveness.expire_after", ""), "liveness.expire_after",
 			"%s is not longer than liveness.suspect_after, %s", c.Liveness.ExpireAfter, c.Liveness.SuspectAfter)

@@ -275,6 +275,8 @@ func TestFaults(t *testing.T) {
 		{"tick too slow", append(one, "--raft-tick-interval", "60ms"), nil, "", []string{"flag --raft-tick-interval: raft.tick_interval: 60ms is longer"}},
 		{"suspicion before a heartbeat is due", one, nil, "liveness:\n  suspect_after: 5s\n", []string{"router.yaml:2: liveness.suspect_after: 5s is not longer"}},
 		{"expiry before suspicion", one, nil, "liveness:\n  expire_after: 1s\n", []string{"router.yaml:2: liveness.expire_after: 1s is not longer"}},
+		{"retention before expiry", one, nil, "liveness:\n  service_retention: 30s\n", []string{"router.yaml:2: liveness.service_retention: 30s is shorter than liveness.expire_after, 45s"}},
+		{"retention out of range", append(one, "--liveness-service-retention", "9000h"), nil, "", []string{"liveness.service_retention: 9000h0m0s is out of range"}},
 		{"unused key, bad value", one, nil, "buffer:\n  max_per_stage: many\nmetrics:\n  enabled: perhaps\n", []string{
 			`router.yaml:2: buffer.max_per_stage: "many" is not a whole number`, `router.yaml:4: metrics.enabled: "perhaps" is not true or false`}},
 		{"unknown key", one, nil, "# a comment\nnode_di: 1\n", []string{"router.yaml:2: node_di: unknown key; did you mean node_id?"}},

@@ -146,6 +146,10 @@ func settings() []*setting {
 			bind: func(c *Config) value {
 				return span{&c.Liveness.MassExpiryHold, time.Nanosecond, 0, 240 * time.Hour}
 			}},
+		{key: "liveness.service_retention", flag: "liveness-service-retention", def: "0s", usage: "how long a service that has expired stays registered, so that its next heartbeat brings it back; after that it has to register again; not shorter than expire_after; 0s = 24h, or expire_after when that is longer",
+			bind: func(c *Config) value {
+				return span{&c.Liveness.ServiceRetention, time.Nanosecond, 0, 8760 * time.Hour}
+			}},
 
 		{key: "placement.handover_timeout", flag: "placement-handover-timeout", def: "0s", usage: "how long a sidecar that drains or loses a source has to confirm that it let go of it, before another one is given it; 0s = liveness.expire_after, at most 1h",
 			bind: func(c *Config) value {

@@ -33,11 +33,11 @@ type waits struct {
 	heard time.Time
 }
 
-// waitKey is a release, or with an empty pipeline a sidecar. ms is the time it is
-// about, in that of the state.
+// waitKey is a release, or with an empty pipeline a sidecar, or a service. ms is the
+// time it is about, in that of the state.
 type waitKey struct {
-	pipeline, sidecar string
-	ms                uint64
+	pipeline, sidecar, service string
+	ms                         uint64
 }
 
 func newWaits() *waits { return &waits{due: make(map[waitKey]time.Time)} }
@@ -84,7 +84,7 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 		for j := range todo[i].Changes {
 			c := changes[k]
 			k++
-			if m.draining[c.SidecarId] || putOff[c.PipelineId] {
+			if m.draining[c.SidecarId] || m.hasLeaving(c.SidecarId) || putOff[c.PipelineId] {
 				c.SharedReleases = slices.DeleteFunc(slices.Clone(todo[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
 			}
 			if len(c.Releases)+len(c.SharedReleases) > 0 {
@@ -123,7 +123,7 @@ func (p *Placer) submit(ctx context.Context, m *mirror, atLeast uint64, cmd *com
 }
 
 // tidy does what is due by the clock: it ends handovers and graces, and removes
-// sidecars that leave.
+// sidecars that leave and services that have drained.
 func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 	now := time.Now()
 	past := func(k waitKey) bool {
@@ -139,7 +139,7 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 				switch {
 				case m.gone(sidecar):
 					e.End = commandpb.HandoverEnd_HANDOVER_END_GONE
-				case past(waitKey{pipeline, sidecar, r.DeadlineMs}):
+				case past(waitKey{pipeline: pipeline, sidecar: sidecar, ms: r.DeadlineMs}):
 					e.End = commandpb.HandoverEnd_HANDOVER_END_DEADLINE
 					latest = max(latest, r.DeadlineMs)
 				default:
@@ -171,7 +171,10 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 			}
 		}
 	}
-	return p.tidySidecars(ctx, m, past)
+	if err := p.tidySidecars(ctx, m, past); err != nil {
+		return err
+	}
+	return p.tidyServices(ctx, m, past)
 }
 
 // tidySidecars ends graces and removes who leaves.
@@ -235,7 +238,7 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 	for pipeline, hs := range m.handovers {
 		for sidecar, h := range hs {
 			for _, r := range h.Releases {
-				note(waitKey{pipeline, sidecar, r.DeadlineMs})
+				note(waitKey{pipeline: pipeline, sidecar: sidecar, ms: r.DeadlineMs})
 			}
 		}
 	}
@@ -245,6 +248,9 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 			note(waitKey{sidecar: id, ms: s.DrainDeadlineMs})
 		}
 		note(waitKey{sidecar: id, ms: s.GraceUntilMs})
+	}
+	for id, s := range m.leaving {
+		note(waitKey{service: id, ms: s.DrainDeadlineMs})
 	}
 	if len(fresh) > 0 {
 		// The time of the state is never ahead of what has passed, so nobody gets
@@ -268,6 +274,15 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 			due[waitKey{sidecar: id}] = time.Now().Add(p.c.Quiet) // it is removed by the next look
 		}
 	}
+	for id, s := range m.leaving {
+		left, err := p.hasLeft(m, s)
+		if err != nil {
+			return err
+		}
+		if left {
+			due[waitKey{service: id}] = time.Now().Add(p.c.Quiet)
+		}
+	}
 	for _, at := range due {
 		if w.next.IsZero() || at.Before(w.next) {
 			w.next = at
@@ -278,7 +293,7 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 
 // stats counts what placement waits for. held is of the plan made last.
 func (m *mirror) stats(held int) PlacerStats {
-	s := PlacerStats{Held: held, Draining: len(m.draining), Graced: len(m.graced)}
+	s := PlacerStats{Held: held, Draining: len(m.draining), Graced: len(m.graced), DrainingServices: len(m.leaving)}
 	for _, hs := range m.handovers {
 		s.Handovers += len(hs)
 	}

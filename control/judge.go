@@ -15,6 +15,9 @@ type LivenessStats struct {
 	// Transitions counts those that were replicated by this node, by what they
 	// made of the holder.
 	Revived, Suspected, Expired uint64
+	// Purged counts the services that were removed since they had been expired for
+	// long.
+	Purged uint64
 	// Unconfirmed counts sweeps whose decisions were dropped because no quorum
 	// said that this node still leads, HeldUp how often this node found that it
 	// had been stopped or starved.

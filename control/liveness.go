@@ -51,6 +51,9 @@ type LivenessConfig struct {
 	// FlapGrace is how long a sidecar keeps what it has, expired, that expired less
 	// than ten times this ago already. Default 1 min, at most an hour.
 	FlapGrace time.Duration
+	// Retention is how long a service that is expired stays registered, in case it
+	// comes back. Default 24 h; not shorter than ExpireAfter.
+	Retention time.Duration
 	// InFlight bounds the transitions on their way at once. Default 256.
 	InFlight int
 	// Transitioned is told about every transition that was replicated; may be
@@ -104,6 +107,9 @@ func (c *LivenessConfig) EnsureDefaults() {
 	if c.FlapGrace == 0 {
 		c.FlapGrace = time.Minute
 	}
+	if c.Retention == 0 {
+		c.Retention = max(24*time.Hour, c.ExpireAfter)
+	}
 	if c.InFlight == 0 {
 		c.InFlight = 256
 	}
@@ -123,6 +129,9 @@ func (c *LivenessConfig) Validate() error {
 	}
 	if c.Beat < 0 || c.Period < c.Beat {
 		errs = append(errs, fmt.Errorf("liveness: a period of %v must not be shorter than the %v between two beats, and both positive", c.Period, c.Beat))
+	}
+	if c.Retention < c.ExpireAfter {
+		errs = append(errs, fmt.Errorf("liveness: expired services stay for %v, which must not be shorter than the %v after which they expire", c.Retention, c.ExpireAfter))
 	}
 	if c.Sweep < 0 || c.MassFloor < 0 || c.MassHold < 0 || c.InFlight < 0 || c.FlapGrace < 0 {
 		errs = append(errs, errors.New("liveness: sweep, mass floor, mass hold, flap grace and in-flight limit must not be negative"))
@@ -271,6 +280,7 @@ func (l *Liveness) reign(ctx context.Context, term uint64) {
 				first = false
 				flying.Go(func() { l.judge(ctx, term, &flying) })
 				flying.Go(func() { l.share(ctx, term) })
+				flying.Go(func() { l.purge(ctx, term) })
 			}
 		})
 		if err != nil && ctx.Err() == nil && !errors.Is(err, router.ErrResync) {

@@ -558,3 +558,25 @@ func TestChunks(t *testing.T) {
 		t.Fatalf("chunks %v, want %v", got, want)
 	}
 }
+
+// TestPlannedEndsWithTheReign: who asks how far the placement is hears that nobody
+// knows once the node leads no more.
+func TestPlannedEndsWithTheReign(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("a", "orders:source")
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		planned := uint64(0)
+		r.placer.c.Planned = func(p PlanInfo) { planned = p.Revision }
+		r.placer.c.Stopped = func() { planned = 0 }
+		r.setLeading(true)
+		beat(l, time.Second, "a")
+		if planned != r.fsm.Revision() {
+			t.Fatalf("planned up to %d, the state is at %d", planned, r.fsm.Revision())
+		}
+		r.setLeading(false)
+		synctest.Wait()
+		if planned != 0 {
+			t.Fatalf("planned up to %d though it does not lead", planned)
+		}
+	})
+}

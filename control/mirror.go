@@ -23,6 +23,8 @@ type mirror struct {
 	timed map[string]bool
 	// draining and graced are the sidecars that are.
 	draining, graced map[string]bool
+	// leaving are the services that drain.
+	leaving map[string]*commandpb.Service
 	// removed is told of pipelines that are gone; may be nil.
 	removed func(pipeline string)
 }
@@ -41,6 +43,7 @@ func newMirror(v *router.View) (*mirror, error) {
 		timed:     make(map[string]bool),
 		draining:  make(map[string]bool),
 		graced:    make(map[string]bool),
+		leaving:   make(map[string]*commandpb.Service),
 	}
 	for _, s := range in.Sidecars {
 		m.sidecars[s.SidecarId] = s
@@ -171,6 +174,7 @@ func (m *mirror) gone(id string) bool {
 }
 
 func (m *mirror) putService(s *commandpb.Service) {
+	m.drainingService(s)
 	if s.SidecarId == "" {
 		return
 	}
@@ -181,6 +185,7 @@ func (m *mirror) putService(s *commandpb.Service) {
 }
 
 func (m *mirror) dropService(s *commandpb.Service) {
+	delete(m.leaving, s.ServiceId)
 	delete(m.services[s.SidecarId], s.ServiceId)
 	if len(m.services[s.SidecarId]) == 0 {
 		delete(m.services, s.SidecarId)

@@ -45,8 +45,10 @@ type PlacerConfig struct {
 	// plans for the sake of others (placement.Rearrange). What is lost or drained is
 	// not held back. 0 = no bound.
 	MovesPerMinute int
-	// Planned is told about every plan that was carried out; may be nil.
+	// Planned is told about every plan that was carried out, Stopped when this node
+	// leads no more; either may be nil.
 	Planned func(PlanInfo)
+	Stopped func()
 }
 
 // PlanInfo tells what came of one plan.
@@ -97,6 +99,9 @@ func (c *PlacerConfig) EnsureDefaults() {
 	if c.Planned == nil {
 		c.Planned = func(PlanInfo) {}
 	}
+	if c.Stopped == nil {
+		c.Stopped = func() {}
+	}
 }
 
 // Placer keeps the assignments in step with pipelines, sidecars and services
@@ -136,7 +141,9 @@ type PlacerStats struct {
 	Held      int // stages whose move waits for the movement budget
 	Handovers int // sidecars, per pipeline, that have yet to let go of a stage
 	Draining  int // sidecars
-	Graced    int // sidecars that expired again soon and keep what they have for now
+	// DrainingServices have been deregistered in peace and have something left to do.
+	DrainingServices int
+	Graced           int // sidecars that expired again soon and keep what they have for now
 }
 
 // Stats returns what placement waits for.
@@ -167,6 +174,7 @@ func (p *Placer) Run(ctx context.Context) {
 func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
 	p.older = newOlderTables(p.c.HandoverTimeout)
+	defer p.c.Stopped()
 	defer p.setStats(PlacerStats{})
 	defer p.setPutOff(nil)
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
@@ -195,7 +203,8 @@ func (p *Placer) follow(ctx context.Context) error {
 		return err
 	}
 	m.removed = p.scores.forget
-	sub, err := p.c.State.Hub().Subscribe(m.revision, placementTables()...)
+	// The groups decide when a service has drained.
+	sub, err := p.c.State.Hub().Subscribe(m.revision, append(placementTables(), router.TableGroups)...)
 	if err != nil {
 		return err
 	}
@@ -231,7 +240,7 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 			return err
 		}
 		m.follow(changes, at)
-		if foreign(changes, own) {
+		if m.foreign(changes, own) {
 			break
 		}
 	}
@@ -240,8 +249,9 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 	}
 	last := time.NewTimer(p.c.MaxDelay)
 	defer last.Stop()
+	quiet := time.Now().Add(p.c.Quiet)
 	for {
-		calm, cancel := context.WithTimeout(ctx, p.c.Quiet)
+		calm, cancel := context.WithDeadline(ctx, quiet)
 		changes, at, err := sub.Next(calm)
 		cancel()
 		switch {
@@ -253,6 +263,9 @@ func (p *Placer) settled(ctx context.Context, m *mirror, sub *router.Subscriptio
 			return err
 		}
 		m.follow(changes, at)
+		if m.foreign(changes, own) { // groups change without a reason to wait for them
+			quiet = time.Now().Add(p.c.Quiet)
+		}
 		select {
 		case <-last.C:
 			return nil
@@ -278,7 +291,7 @@ func (p *Placer) next(ctx context.Context, m *mirror, sub *router.Subscription) 
 }
 
 // drain takes over the changes that are there, without waiting for any. It reports
-// whether any of them is not of the placer's own making; see foreign.
+// whether any of them is not of the placer's own making; see mirror.foreign.
 func drain(m *mirror, sub *router.Subscription, own map[uint64]bool) (others bool, err error) {
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -291,13 +304,21 @@ func drain(m *mirror, sub *router.Subscription, own map[uint64]bool) (others boo
 			return others, err
 		}
 		m.follow(changes, at)
-		others = others || foreign(changes, own)
+		others = m.foreign(changes, own) || others
 	}
 }
 
-// foreign is true when any of changes is not of the placer's own making.
-func foreign(changes []router.Change, own map[uint64]bool) bool {
-	for _, c := range changes {
+// foreign is true when any of changes is not of the placer's own making and may make
+// a difference to it.
+func (m *mirror) foreign(changes []router.Change, own map[uint64]bool) bool {
+	for i := range changes {
+		c := &changes[i]
+		if c.Table == router.TableGroups {
+			if m.concerns(c) {
+				return true
+			}
+			continue
+		}
 		if c.Table != router.TableAssignments && c.Table != router.TableHandovers || !own[c.Revision] {
 			return true
 		}

@@ -108,6 +108,7 @@ func register(out *placement.Sidecar, s *commandpb.Service) {
 		Group: s.GroupId, Labels: s.Labels,
 		Expired:   s.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED,
 		Unhealthy: s.GetHealth().GetStatus() == commandpb.HealthStatus_HEALTH_STATUS_UNHEALTHY,
+		Draining:  s.DrainSinceMs > 0,
 	}
 	name := router.NormalizeName(s.Name)
 	found := false

@@ -55,7 +55,7 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 func sameOffer(a, b Offer) bool {
 	return a.Name == b.Name && a.Raw == b.Raw && a.Type == b.Type && a.Endpoint == b.Endpoint &&
 		slices.EqualFunc(a.Registrations, b.Registrations, func(x, y Registration) bool {
-			if x.Group != y.Group || x.Expired != y.Expired || x.Unhealthy != y.Unhealthy || len(x.Labels) != len(y.Labels) {
+			if x.Group != y.Group || x.Expired != y.Expired || x.Unhealthy != y.Unhealthy || x.Draining != y.Draining || len(x.Labels) != len(y.Labels) {
 				return false
 			}
 			for k, v := range x.Labels {

@@ -263,7 +263,7 @@ func (l *layout) nobody(i int32) string {
 	s := &l.x.stages[i]
 	w := &l.e.wants[s.want]
 	what := describe(s)
-	var expired, suspect, draining, unqualified, unwell []string
+	var expired, suspect, draining, leavers, unqualified, unwell []string
 	for _, h := range l.e.offering(w) {
 		x := l.e.hosts[h].s
 		o := x.loose(w)
@@ -275,6 +275,8 @@ func (l *layout) nobody(i int32) string {
 			expired = append(expired, x.ID)
 		case o.fitness(w) == unfit && w.qualified():
 			unqualified = append(unqualified, x.ID)
+		case o.fitness(w) == leaving:
+			leavers = append(leavers, x.ID)
 		case o.fitness(w) != fresh:
 			unwell = append(unwell, x.ID)
 		case x.Draining:
@@ -288,6 +290,8 @@ func (l *layout) nobody(i int32) string {
 		return fmt.Sprintf("only sidecars that miss heartbeats offer %s: %s", what, someOf(suspect))
 	case len(draining) > 0:
 		return fmt.Sprintf("only sidecars that drain offer %s: %s", what, someOf(draining))
+	case len(leavers) > 0:
+		return fmt.Sprintf("%s drains on %s: it is to be deregistered", what, someOf(leavers))
 	case len(unwell) > 0:
 		return fmt.Sprintf("%s is expired or unhealthy on %s", what, someOf(unwell))
 	case len(unqualified) > 0:
@@ -398,6 +402,8 @@ func (l *layout) verdict(i, h int32, o *Offer) string {
 		return "its service has not the labels and group asked for"
 	case o.fitness(w) == unfit:
 		return "its service has expired"
+	case o.fitness(w) == leaving:
+		return "its service drains: it is to be deregistered"
 	case o.fitness(w) == keeping:
 		return "its service is unhealthy"
 	case w.byType && l.x.rival(s, e.nameID[o.Name]):

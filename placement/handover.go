@@ -136,9 +136,22 @@ func (e *Engine) without(c Change, pipeline string, stages []string) (Change, bo
 
 // Runs is true when a sidecar has been told to run something, by what is recorded.
 func (e *Engine) Runs(sidecar string) bool {
+	return e.runs(sidecar, func(*Assignment) bool { return true })
+}
+
+// RunsAt is true when a sidecar has been told to run a stage itself with a service at
+// one of the endpoints.
+func (e *Engine) RunsAt(sidecar string, endpoints []string) bool {
+	return e.runs(sidecar, func(a *Assignment) bool {
+		return slices.ContainsFunc(a.Stages, func(s Assigned) bool { return s.Remote == "" && slices.Contains(endpoints, s.Endpoint) })
+	})
+}
+
+// runs is true when of what a sidecar has been told to run something is like that.
+func (e *Engine) runs(sidecar string, like func(*Assignment) bool) bool {
 	runs := func(pipes []int32) bool {
 		return slices.ContainsFunc(pipes, func(p int32) bool {
-			return slices.ContainsFunc(e.pipes[p].recorded, func(a *Assignment) bool { return a.Sidecar == sidecar && !a.Revoked })
+			return slices.ContainsFunc(e.pipes[p].recorded, func(a *Assignment) bool { return a.Sidecar == sidecar && !a.Revoked && like(a) })
 		})
 	}
 	if h, ok := e.hostID[sidecar]; ok {

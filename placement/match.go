@@ -39,6 +39,7 @@ type fitness uint8
 
 const (
 	unfit   fitness = iota
+	leaving         // may keep the stage while nobody else can run it: drains
 	keeping         // may keep the stage, gets it no more: unhealthy
 	fresh           // may be given the stage
 )
@@ -143,6 +144,8 @@ func (o *Offer) fitness(w *want) fitness {
 	for i := range o.Registrations {
 		switch r := &o.Registrations[i]; {
 		case r.Expired || !w.qualifies(r):
+		case r.Draining:
+			best = max(best, leaving)
 		case r.Unhealthy:
 			best = max(best, keeping)
 		default:
@@ -150,6 +153,12 @@ func (o *Offer) fitness(w *want) fitness {
 		}
 	}
 	return best
+}
+
+// leaves is true when stage i, which host h runs, is to be given to another one that
+// can run it: the sidecar drains, or the service on it.
+func (l *layout) leaves(i, h int32) bool {
+	return l.e.hosts[h].s.Draining || l.fit(i, h) == leaving
 }
 
 func (w *want) qualifies(r *Registration) bool {

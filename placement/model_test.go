@@ -234,11 +234,12 @@ func (m *model) circle(pipeline string) []string {
 }
 
 // parseOffers reads services written "name:type", with "!" at the end for one
-// whose registration is unhealthy and "@zone=west" for one that is registered
-// with a label.
+// whose registration is unhealthy, "~" for one whose registration drains, and
+// "@zone=west" for one that is registered with a label.
 func parseOffers(t testing.TB, words []string) (out []Offer) {
 	for i, w := range words {
 		w, unhealthy := strings.CutSuffix(w, "!")
+		w, drains := strings.CutSuffix(w, "~")
 		w, label, labelled := strings.Cut(w, "@")
 		name, typ, _ := strings.Cut(w, ":")
 		o := Offer{Name: strings.ReplaceAll(strings.ToLower(name), "-", ""), Raw: name, Endpoint: fmt.Sprintf("127.0.0.1:%d", 9001+i)}
@@ -254,8 +255,8 @@ func parseOffers(t testing.TB, words []string) (out []Offer) {
 		default:
 			t.Fatalf("%s: no such type of service", w)
 		}
-		if unhealthy || labelled {
-			r := Registration{Unhealthy: unhealthy}
+		if unhealthy || drains || labelled {
+			r := Registration{Unhealthy: unhealthy, Draining: drains}
 			if k, v, ok := strings.Cut(label, "="); ok {
 				r.Labels = map[string]string{k: v}
 			}
@@ -332,6 +333,9 @@ func drawOffers(t *rapid.T) []Offer {
 	var words []string
 	for _, s := range []string{"s0:source", "s1:source", "t0:transform", "t1:transform", "t2:transform", "k0:sink", "k1:sink"} {
 		if rapid.IntRange(0, 2).Draw(t, "offers") == 0 {
+			if rapid.IntRange(0, 7).Draw(t, "drains") == 0 {
+				s += "~"
+			}
 			words = append(words, s)
 		}
 	}

@@ -234,9 +234,10 @@ func (e *Engine) shorten(x *pipe, l *layout) {
 	}
 }
 
-// relies is true when stage i runs on a sidecar that drains, for want of another.
+// relies is true when stage i runs on a sidecar that drains, or with a service that
+// does, for want of another.
 func (l *layout) relies(i int32) bool {
-	return slices.ContainsFunc(l.at[i], func(n int32) bool { return l.e.hosts[l.nodes[n].host].s.Draining })
+	return slices.ContainsFunc(l.at[i], func(n int32) bool { return l.leaves(i, l.nodes[n].host) })
 }
 
 // step compares the layout with what is recorded.
@@ -373,7 +374,7 @@ func (l *layout) urgency(moves int) Urgency {
 				kept++
 			case s.lost() || l.fit(int32(i), x.host) == unfit:
 				lost++
-			case s.Draining:
+			case l.leaves(int32(i), x.host):
 				drained++
 			}
 		}

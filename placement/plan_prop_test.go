@@ -235,7 +235,10 @@ func (m *model) provisional(p *Pipeline, runs map[string][]string) bool {
 	for _, st := range p.Stages {
 		for _, h := range runs[st.ID] {
 			s := m.sidecars[h]
-			if s.Draining || !slices.ContainsFunc(s.Offers, func(o Offer) bool { return o.Name == st.Name }) {
+			settled := func(o Offer) bool {
+				return o.Name == st.Name && !slices.ContainsFunc(o.Registrations, func(r Registration) bool { return r.Draining })
+			}
+			if s.Draining || !slices.ContainsFunc(s.Offers, settled) {
 				return true
 			}
 		}

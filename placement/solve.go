@@ -59,9 +59,17 @@ func (l *layout) settle() bool {
 	return false
 }
 
-// draining is true when something of the pipeline runs on a sidecar that drains.
+// draining is true when something of the pipeline runs on a sidecar that drains, or
+// with a service that does.
 func (l *layout) draining() bool {
-	return slices.ContainsFunc(l.nodes, func(n node) bool { return l.e.hosts[n.host].s.Draining && n.bound.count() > 0 })
+	return slices.ContainsFunc(l.nodes, func(n node) bool {
+		for i := range l.x.stages {
+			if n.bound.has(int32(i)) && l.leaves(int32(i), n.host) {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // scope decides which stages can run and where. A stage nobody can run is a
@@ -175,7 +183,7 @@ func (l *layout) mayKeep(i, n int32) bool {
 	if l.kept[i] || s.lost() || l.fit(i, h) == unfit {
 		return false
 	}
-	if s.Draining && l.able[i] && !l.keepDraining {
+	if l.able[i] && !l.keepDraining && l.leaves(i, h) {
 		return false // somebody else can
 	}
 	return !l.letGo || l.mayTake(i, n)

@@ -102,6 +102,8 @@ type Registration struct {
 	Labels    map[string]string
 	Expired   bool
 	Unhealthy bool
+	// Draining: it is about to leave. It loses what others can run.
+	Draining bool
 }
 
 // Pipeline is a graph of stages.

@@ -7,7 +7,64 @@ import (
 	"conveyor.etl/router/router/commandpb"
 )
 
-// assignPartitions spreads count partitions over members, in place.
+// assignPartitions spreads count partitions over members, in place, as spread does.
+// Those that drain keep what they have and get no more, unless all of them drain: a
+// partition must have an owner.
+func assignPartitions(count uint32, members []*commandpb.GroupMember) {
+	var takers []*commandpb.GroupMember
+	owned := make([]bool, count)
+	for _, m := range members {
+		if !m.Draining {
+			takers = append(takers, m)
+		}
+	}
+	if len(takers) == 0 || len(takers) == len(members) {
+		spread(count, members)
+		return
+	}
+	for _, m := range members {
+		if !m.Draining {
+			continue
+		}
+		m.Partitions = slices.DeleteFunc(slices.Clone(m.Partitions), func(p uint32) bool {
+			gone := p >= count || owned[p]
+			if !gone {
+				owned[p] = true
+			}
+			return gone
+		})
+	}
+	// The others share what is left, numbered anew in the same order.
+	var left []uint32
+	number := make(map[uint32]uint32)
+	for p := range count {
+		if !owned[p] {
+			number[p] = uint32(len(left))
+			left = append(left, p)
+		}
+	}
+	renumber := func(in []uint32) (out []uint32) {
+		for _, p := range in {
+			if n, ok := number[p]; ok {
+				out = append(out, n)
+			}
+		}
+		return out
+	}
+	short := make([]*commandpb.GroupMember, len(takers))
+	for i, m := range takers {
+		short[i] = &commandpb.GroupMember{ServiceId: m.ServiceId, Partitions: renumber(m.Partitions), Preferences: renumber(m.Preferences)}
+	}
+	spread(uint32(len(left)), short)
+	for i, m := range takers {
+		m.Partitions = nil
+		for _, p := range short[i].Partitions {
+			m.Partitions = append(m.Partitions, left[p])
+		}
+	}
+}
+
+// spread spreads count partitions over members, in place.
 //
 // The result is balanced: no member has two partitions more than another. No
 // partition moves that could stay: only those without an owner and those above
@@ -15,7 +72,7 @@ import (
 // that hold most already. Among the answers that move equally little,
 // preferences decide. Members must be sorted by service id, their partitions
 // ascending; the outcome depends on nothing else.
-func assignPartitions(count uint32, members []*commandpb.GroupMember) {
+func spread(count uint32, members []*commandpb.GroupMember) {
 	if len(members) == 0 {
 		return
 	}

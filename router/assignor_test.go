@@ -148,3 +148,60 @@ func TestAssignorHonoursFreePreferences(t *testing.T) {
 		t.Fatalf("the owner kept %v, want %v", old.Partitions, want)
 	}
 }
+
+// Goal: whoever drains keeps exactly what it has, the others share the rest evenly
+// and without needless moves, and every partition has an owner; when all drain they
+// share as usual.
+func TestAssignorLeavesWhoDrains(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		count := rapid.Uint32Range(1, 24).Draw(t, "partitions")
+		n := rapid.IntRange(1, 6).Draw(t, "members")
+		members := make([]*commandpb.GroupMember, n)
+		for i := range members {
+			members[i] = &commandpb.GroupMember{ServiceId: fmt.Sprint("m", i), Preferences: rapid.SliceOfNDistinct(rapid.Uint32Range(0, 30), 0, 4, rapid.ID).Draw(t, "preferences")}
+		}
+		assignPartitions(count, members)
+		drains := 0
+		for _, m := range members {
+			if m.Draining = rapid.Bool().Draw(t, "drains"); m.Draining {
+				drains++
+			}
+		}
+		before := make([][]uint32, n)
+		for i, m := range members {
+			before[i] = slices.Clone(m.Partitions)
+		}
+		// One of those that take joins or leaves.
+		if rapid.Bool().Draw(t, "joins") {
+			members = append(members, &commandpb.GroupMember{ServiceId: "n"})
+		} else if i := slices.IndexFunc(members, func(m *commandpb.GroupMember) bool { return !m.Draining }); i >= 0 && len(members) > 1 {
+			members = slices.Delete(slices.Clone(members), i, i+1)
+			before = slices.Delete(before, i, i+1)
+		}
+		assignPartitions(count, members)
+		seen := make([]bool, count)
+		least, most, takers := int(count), 0, 0
+		for i, m := range members {
+			for _, p := range m.Partitions {
+				if seen[p] {
+					t.Fatalf("partition %d has two owners", p)
+				}
+				seen[p] = true
+			}
+			if m.Draining {
+				if drains < len(members) && !slices.Equal(m.Partitions, before[i]) {
+					t.Fatalf("%s drains and had %v, now %v", m.ServiceId, before[i], m.Partitions)
+				}
+				continue
+			}
+			takers++
+			least, most = min(least, len(m.Partitions)), max(most, len(m.Partitions))
+		}
+		if slices.Contains(seen, false) {
+			t.Fatal("a partition has no owner")
+		}
+		if takers > 0 && most-least > 1 {
+			t.Fatalf("shares from %d to %d", least, most)
+		}
+	})
+}

@@ -39,6 +39,8 @@ func commandTable() map[reflect.Type]handler {
 		on(13, "UpdateServiceHealth", func(w *commandpb.Command_UpdateServiceHealth) *commandpb.UpdateServiceHealth {
 			return w.UpdateServiceHealth
 		}, (*tx).updateServiceHealth),
+		on(14, "DrainService", func(w *commandpb.Command_DrainService) *commandpb.DrainService { return w.DrainService }, (*tx).drainService),
+		on(15, "PurgeServices", func(w *commandpb.Command_PurgeServices) *commandpb.PurgeServices { return w.PurgeServices }, (*tx).purgeServices),
 
 		on(20, "PutPipeline", func(w *commandpb.Command_PutPipeline) *commandpb.PutPipeline { return w.PutPipeline }, (*tx).putPipeline),
 		on(21, "DeletePipeline", func(w *commandpb.Command_DeletePipeline) *commandpb.DeletePipeline { return w.DeletePipeline }, (*tx).deletePipeline),

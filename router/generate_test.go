@@ -195,7 +195,19 @@ func (g *commands) next() *pb.Command {
 		term := uint64(g.r.Intn(2))
 		c.ExpectedTerm = &term
 	}
-	switch g.r.Intn(23) {
+	switch g.r.Intn(25) {
+	case 23:
+		c.Op = &pb.Command_DrainService{DrainService: &pb.DrainService{ServiceId: g.pick("service", 6), TimeoutMs: uint64(g.r.Intn(3)) * 10_000}}
+	case 24:
+		if g.r.Intn(2) == 0 {
+			c.Op = &pb.Command_DeregisterService{DeregisterService: &pb.DeregisterService{ServiceId: g.pick("service", 6), DrainedOnly: true}}
+			break
+		}
+		p := &pb.PurgeServices{RetentionMs: uint64(g.r.Intn(20_000))}
+		for range g.r.Intn(4) {
+			p.Services = append(p.Services, &pb.ExpiredService{ServiceId: g.pick("service", 6), ExpectedRevision: uint64(g.r.Intn(1000))})
+		}
+		c.Op = &pb.Command_PurgeServices{PurgeServices: p}
 	case 20:
 		c.Op = g.operation().Op
 	case 21:

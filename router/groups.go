@@ -1,7 +1,6 @@
 package router
 
 import (
-	"errors"
 	"slices"
 	"strings"
 
@@ -71,7 +70,7 @@ func (t *tx) saveGroup(prev, next *commandpb.Group) {
 // member that joins again gets its assignment as it is.
 //
 // Rejections: INVALID (ids, no partition count for a new group), LIMIT,
-// PRECONDITION (the group serves another stage).
+// PRECONDITION (the group serves another stage, the service drains).
 func (t *tx) joinGroup(c *commandpb.JoinGroup) *commandpb.Rejection {
 	if r := first(checkID("service id", c.ServiceId), checkID("group id", c.GroupId)); r != nil {
 		return r
@@ -117,6 +116,9 @@ func (t *tx) joinGroup(c *commandpb.JoinGroup) *commandpb.Rejection {
 		t.joined(next, i)
 		return nil
 	}
+	if s := t.service(c.ServiceId); s.GetDrainSinceMs() > 0 {
+		return reject(commandpb.Code_CODE_PRECONDITION, subject, "service %s drains and takes nothing more; register it again to take that back", c.ServiceId)
+	}
 	if len(next.Members) >= maxMembers {
 		return limit(subject, "the group has %d members already", len(next.Members))
 	}
@@ -136,11 +138,7 @@ func (t *tx) joinGroup(c *commandpb.JoinGroup) *commandpb.Rejection {
 // would notice when a member dies that has never come back.
 func (t *tx) joined(g *commandpb.Group, i int) {
 	if prev := t.service(g.Members[i].ServiceId); prev != nil && prev.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
-		next := proto.Clone(prev).(*commandpb.Service)
-		next.State = commandpb.ServiceState_SERVICE_STATE_ALIVE
-		if r := t.saveService(prev, next); r != nil {
-			t.fail(errors.New("router: a stored service cannot be stored again: " + r.Reason))
-		}
+		t.reviveService(prev)
 	}
 	t.res.Generation, t.res.PartitionCount = t.fenced(g.Generation), g.PartitionCount
 	t.res.Partitions = slices.Clone(g.Members[i].Partitions)
@@ -193,14 +191,8 @@ func (t *tx) leave(group, service string) {
 // leaveAll takes a service out of every group, so that the partitions of a
 // service that is gone get another owner in the same step.
 func (t *tx) leaveAll(service string) {
-	var groups []string
-	t.scan(t.buf.group(prefixMembership, service), func(k, _ []byte) {
-		_, group, err := decodePair(k)
-		t.fail(err)
-		groups = append(groups, group)
-	})
 	generation := t.res.Generation
-	for _, g := range groups {
+	for _, g := range t.groupsOf(service) {
 		t.leave(g, service)
 	}
 	t.res.Generation = generation

@@ -133,6 +133,7 @@ func (t *tx) registerService(c *commandpb.RegisterService) *commandpb.Rejection 
 	next.State = commandpb.ServiceState_SERVICE_STATE_ALIVE
 	next.RegisteredAtMs, next.LastHeartbeatMs = t.now, t.now
 	next.CreateRevision, next.ModRevision = t.revision, t.revision
+	next.DrainSinceMs, next.DrainDeadlineMs, next.ExpiredAtMs = 0, 0, 0
 	if prev != nil {
 		t.res.Existed = true
 		next.CreateRevision, next.ModRevision = prev.CreateRevision, prev.ModRevision
@@ -149,6 +150,9 @@ func (t *tx) registerService(c *commandpb.RegisterService) *commandpb.Rejection 
 			return nil
 		}
 		next.RegisteredAtMs, next.LastHeartbeatMs = t.now, t.now
+		if prev.DrainSinceMs > 0 {
+			t.drainMemberships(next.ServiceId, false)
+		}
 	}
 	return t.saveService(prev, next)
 }
@@ -156,7 +160,8 @@ func (t *tx) registerService(c *commandpb.RegisterService) *commandpb.Rejection 
 // deregisterService removes a service, and it from its groups. Removing what
 // is not there succeeds with existed unset.
 //
-// Rejections: INVALID (id), FENCED (the registration is another one).
+// Rejections: INVALID (id), FENCED (the registration is another one), PRECONDITION
+// (it has not drained).
 func (t *tx) deregisterService(c *commandpb.DeregisterService) *commandpb.Rejection {
 	if r := checkID("service id", c.ServiceId); r != nil {
 		return r
@@ -165,14 +170,15 @@ func (t *tx) deregisterService(c *commandpb.DeregisterService) *commandpb.Reject
 	if prev == nil {
 		return nil
 	}
-	if c.RegistrationId != "" && c.RegistrationId != prev.RegistrationId {
-		return reject(commandpb.Code_CODE_FENCED, "service "+c.ServiceId, "the service was registered again since, as %q; only the current registration can be removed", prev.RegistrationId)
+	if r := otherRegistration(prev, c.RegistrationId); r != nil {
+		return r
 	}
-	t.unindexService(prev)
-	t.remove(t.buf.single(prefixService, c.ServiceId))
-	t.count(countServices, -1)
-	t.emit(TableServices, c.ServiceId, prev, nil)
-	t.leaveAll(c.ServiceId)
+	if c.DrainedOnly {
+		if r := t.drained(prev); r != nil {
+			return r
+		}
+	}
+	t.removeService(prev)
 	t.res.Existed = true
 	return nil
 }
@@ -194,7 +200,7 @@ func (t *tx) renewLease(c *commandpb.RenewLease) *commandpb.Rejection {
 	}
 	next := proto.Clone(prev).(*commandpb.Service)
 	next.LastHeartbeatMs = t.now
-	next.State = commandpb.ServiceState_SERVICE_STATE_ALIVE
+	t.setState(next, commandpb.ServiceState_SERVICE_STATE_ALIVE)
 	return t.saveService(prev, next)
 }
 
@@ -225,7 +231,7 @@ func (t *tx) updateServiceHealth(c *commandpb.UpdateServiceHealth) *commandpb.Re
 		next.Health = c.Health
 	}
 	if c.State != commandpb.ServiceState_SERVICE_STATE_UNSPECIFIED {
-		next.State = c.State
+		t.setState(next, c.State)
 	}
 	if proto.Equal(prev, next) {
 		return nil

@@ -46,6 +46,7 @@ type oneNode struct {
 	entries int
 	applied chan struct{} // closed at the next applied entry
 	readers int           // read indexes served
+	behind  uint64        // entries that are decided and not applied here
 	peers   []raftnode.PeerStatus
 	members []raftnode.Member
 	voters  []uint64
@@ -178,14 +179,25 @@ func (n *oneNode) setLeader(id uint64, down error) {
 	n.mu.Unlock()
 }
 
+// ReadIndex returns, as that of a raft node, once what it returns is applied.
 func (n *oneNode) ReadIndex(ctx context.Context) (uint64, error) {
 	n.mu.Lock()
-	defer n.mu.Unlock()
 	n.readers++
-	if n.down != nil {
-		return 0, n.down
+	index, down := n.index+n.behind, n.down
+	n.mu.Unlock()
+	if down != nil {
+		return 0, down
 	}
-	return n.index, ctx.Err()
+	if err := n.WaitApplied(ctx, index); err != nil {
+		return 0, err
+	}
+	return index, ctx.Err()
+}
+
+func (n *oneNode) readCount() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.readers
 }
 
 func (n *oneNode) WaitApplied(ctx context.Context, index uint64) error {

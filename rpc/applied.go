@@ -9,7 +9,6 @@ import (
 
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
-	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 )
 
 // What a sidecar has applied is known in one of two ways.
@@ -63,39 +62,37 @@ const appliedWait = 250 * time.Millisecond
 // was never decided here. Taken at its word it would count as having applied
 // everything, for ever. This node may merely be behind, so it asks first; when it
 // cannot, the word waits for the next heartbeat.
-func (a *sidecarAPI) appliedFuture(ctx context.Context, req *sidecarpb.SidecarHeartbeatRequest) (reason string, counts bool) {
-	revision, epoch := req.GetAppliedRevision(), req.GetAppliedEpoch()
-	ahead := func() bool {
-		now := a.cfg.State.Epoch()
-		return epoch > now || epoch == now && revision > a.cfg.State.Revision()
-	}
-	if revision == 0 || !ahead() {
+func (a *sidecarAPI) appliedFuture(ctx context.Context, c appliedClaim) (reason string, counts bool) {
+	if !a.ahead(c) {
 		return "", true
 	}
-	wait, cancel := context.WithTimeout(ctx, appliedWait)
-	defer cancel()
-	if a.reader.Wait(wait) != nil {
+	if !a.learnWhatExists(ctx) {
 		return "", false
 	}
-	if !ahead() {
+	if !a.ahead(c) {
 		return "", true
 	}
+	return a.neverDecided(c), false
+}
+
+// neverDecided says that a claim is of what does not exist.
+func (a *sidecarAPI) neverDecided(c appliedClaim) string {
 	return fmt.Sprintf("revision %d of restore epoch %d, said to be applied, does not exist in this cluster, whose newest is %d of epoch %d; it does not count: watch the assignments again, from the beginning",
-		revision, epoch, a.cfg.State.Revision(), a.cfg.State.Epoch()), false
+		c.revision, c.epoch, a.cfg.State.Revision(), a.cfg.State.Epoch())
 }
 
 // heardBack takes from a heartbeat what it says, or shows, of what was applied. What
 // it says is left out unless it counts.
-func (t *toldSidecars) heardBack(ctx context.Context, e *told, req *sidecarpb.SidecarHeartbeatRequest, counts bool) {
-	revision := req.GetAppliedRevision()
+func (t *toldSidecars) heardBack(ctx context.Context, e *told, c appliedClaim, counts bool) {
+	revision := c.revision
 	e.mu.Lock()
 	confirms := e.unread != 0 && e.over == remoteAddr(ctx)
 	switch {
 	case revision > 0:
 		e.says = true
 		// Heartbeats of one sidecar may overtake each other.
-		if counts && (req.GetAppliedEpoch() > e.epoch || req.GetAppliedEpoch() == e.epoch && revision > e.revision) {
-			e.revision, e.epoch = revision, req.GetAppliedEpoch()
+		if counts && c.beyond(appliedClaim{e.revision, e.epoch}) {
+			e.revision, e.epoch = revision, c.epoch
 		}
 	case confirms:
 		e.confirmed = e.unread

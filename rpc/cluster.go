@@ -413,6 +413,9 @@ func summarizeService(id string, prev, next *commandpb.Service) string {
 		if s.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
 			return "expired"
 		}
+		if s.DrainSinceMs > 0 {
+			return "draining"
+		}
 		return strings.ToLower(strings.TrimPrefix(healthOf(s).String(), "HEALTH_STATUS_"))
 	}
 	switch {

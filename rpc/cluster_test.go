@@ -3,6 +3,7 @@ package rpc
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net"
 	"slices"
 	"strings"
@@ -290,5 +291,55 @@ func TestFollowerAsksLeader(t *testing.T) {
 	if st.Health != adminpb.ClusterHealth_CLUSTER_HEALTH_DEGRADED || !st.Nodes[2].Healthy || st.Nodes[1].MatchIndex == 0 ||
 		len(st.Alarms) != 1 || !strings.Contains(st.Alarms[0], "the leader, node 1, cannot be reached from node 2") {
 		t.Fatal(st)
+	}
+}
+
+// Goal: whichever node is asked shows of every node what it has applied and which
+// release it is, as that node says itself, and nothing of one that cannot be reached.
+func TestStatusAsksEveryNode(t *testing.T) {
+	members := []raftnode.Member{{ID: 1, Addr: "n1:1"}, {ID: 2, Addr: "n2:1"}, {ID: 3, Addr: "n3:1"}, {ID: 4, Addr: "n4:1"}}
+	var mu sync.Mutex
+	addrs := map[uint64]string{4: "127.0.0.1:1"} // nobody listens there
+	addr := func(id uint64) string {
+		mu.Lock()
+		defer mu.Unlock()
+		return addrs[id]
+	}
+	nodes := make(map[uint64]*api)
+	for id := uint64(1); id <= 3; id++ {
+		serve := newAPI
+		if id > 1 { // the first one looks for what all of them leave behind
+			serve = func(t *testing.T, change ...func(*ServerConfig)) *api { return serveAPI(t, newOneNode(t), change...) }
+		}
+		a := serve(t, func(c *ServerConfig) {
+			c.NodeID, c.ClientAddr, c.Version = id, addr, fmt.Sprint("1.0.", id)
+		})
+		a.node.mu.Lock()
+		a.node.id, a.node.members, a.node.voters, a.node.index = id, members, []uint64{1, 2, 3, 4}, 100+id
+		a.node.mu.Unlock()
+		at := a.serveTCP()
+		mu.Lock()
+		addrs[id] = at
+		mu.Unlock()
+		nodes[id] = a
+	}
+	for _, a := range nodes {
+		eventually(t, "it knows what all say of themselves", func() bool {
+			st, err := a.admin.GetClusterStatus(a.ctx(), &adminpb.GetClusterStatusRequest{})
+			noError(t, err)
+			as := 0
+			for _, n := range st.Nodes {
+				index, version := 100+n.NodeId, fmt.Sprint("1.0.", n.NodeId)
+				if n.NodeId == 4 {
+					index, version = 0, ""
+				}
+				if n.AppliedIndex == index && n.Version == version {
+					as++
+				} else if n.AppliedIndex != 0 || n.Version != "" { // it may be slow, but not wrong
+					t.Fatalf("asked %d: node %d has applied %d and is %q", st.NodeId, n.NodeId, n.AppliedIndex, n.Version)
+				}
+			}
+			return as == 4
+		})
 	}
 }

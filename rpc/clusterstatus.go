@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/metadata"
@@ -19,25 +20,75 @@ import (
 // cluster before it answers with its own.
 const relayTimeout = time.Second
 
+const (
+	// askedAtOnce bounds how many nodes are asked about themselves at a time.
+	askedAtOnce = 16
+	// askedWithin bounds how long all of them are waited for: less than the half second
+	// after which a client turns to another node, for one that hangs is no fault of
+	// this one.
+	askedWithin = 400 * time.Millisecond
+)
+
 // GetClusterStatus describes the cluster as the leader sees it; a node that
-// cannot reach the leader in time answers with what it knows itself. It works
-// without a leader.
+// cannot reach the leader in time answers with what it knows itself. What only each
+// node knows of itself it is asked for. It works without a leader.
 func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterStatusRequest) (*adminpb.GetClusterStatusResponse, error) {
 	st := a.cfg.Node.Status()
 	own := a.clusterStatus(st)
 	a.reader.SetHeader(ctx, own.Revision, a.cfg.State.Epoch())
-	if st.Leader == st.ID || len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
+	if len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
 		return own, nil
 	}
+	if st.Leader != st.ID {
+		own = a.asTheLeaderSees(ctx, st, own)
+	}
+	a.askNodes(ctx, own)
+	return own, nil
+}
+
+// askNodes fills in what the nodes of resp say of themselves. What one does not say in
+// time stays unknown.
+func (a *adminAPI) askNodes(ctx context.Context, resp *adminpb.GetClusterStatusResponse) {
+	ctx, cancel := context.WithTimeout(ctx, askedWithin)
+	defer cancel()
+	slots := make(chan struct{}, askedAtOnce)
+	var asking sync.WaitGroup
+	for _, n := range resp.Nodes {
+		if n.Version != "" || n.NodeId == a.cfg.NodeID {
+			continue
+		}
+		asking.Go(func() {
+			select {
+			case slots <- struct{}{}:
+				defer func() { <-slots }()
+			case <-ctx.Done():
+				return
+			}
+			conn, rctx, err := a.relay.to(ctx, n.NodeId)
+			if err != nil {
+				return
+			}
+			theirs, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(rctx, &adminpb.GetClusterStatusRequest{})
+			if err != nil || theirs.GetClusterId() != resp.ClusterId || theirs.GetNodeId() != n.NodeId {
+				return
+			}
+			n.AppliedIndex, n.Version = theirs.GetAppliedIndex(), theirs.GetVersion()
+		})
+	}
+	asking.Wait()
+}
+
+// asTheLeaderSees returns own with what the leader knows better.
+func (a *adminAPI) asTheLeaderSees(ctx context.Context, st raftnode.Status, own *adminpb.GetClusterStatusResponse) *adminpb.GetClusterStatusResponse {
 	conn, rctx, err := a.relay.connect(ctx)
 	if err != nil {
-		return onlyOwn(own), nil
+		return onlyOwn(own)
 	}
 	rctx, cancel := context.WithTimeout(rctx, relayTimeout)
 	defer cancel()
 	theirs, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(rctx, &adminpb.GetClusterStatusRequest{})
 	if err != nil || theirs.GetClusterId() != own.ClusterId {
-		return onlyOwn(own), nil
+		return onlyOwn(own)
 	}
 	// The indexes stay those of the node that was asked.
 	own.LeaderId, own.Term = theirs.GetLeaderId(), max(theirs.GetTerm(), own.Term)
@@ -63,7 +114,7 @@ func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterSt
 			}
 		}
 	}
-	return own, nil
+	return own
 }
 
 // onlyOwn says of what this node knows that the leader has not confirmed it: it

@@ -59,15 +59,20 @@ func serviceToAPI(s *commandpb.Service, partitions []uint32) *registrypb.Registe
 		AssignedPartitions: slices.Clone(partitions),
 		SidecarId:          s.SidecarId,
 		ModRevision:        s.ModRevision,
+		RemovedBy:          timestampMs(s.DrainDeadlineMs),
 	}
 }
 
-// serviceHealthToAPI shows the health a caller should act on: an expired lease
-// is unhealthy whatever the service last said of itself.
+// serviceHealthToAPI shows the health a caller should act on: an expired lease is
+// unhealthy whatever the service last said of itself, and so is one that drains, for
+// it takes no new work and callers in the field know no other word for that.
 func serviceHealthToAPI(s *commandpb.Service) *registrypb.ServiceHealth {
 	out := &registrypb.ServiceHealth{Status: healthOf(s), Message: s.Health.GetMessage()}
-	if s.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
+	switch {
+	case s.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED:
 		out.Message = "its lease expired: no heartbeat arrived in time"
+	case s.DrainSinceMs > 0:
+		out.Message = "it drains and takes nothing new: it was deregistered, and is removed once it is done"
 	}
 	if cs := s.Health.GetComponents(); len(cs) > 0 {
 		out.Components = make(map[string]*registrypb.ComponentHealth, len(cs))
@@ -83,7 +88,7 @@ func serviceHealthToAPI(s *commandpb.Service) *registrypb.ServiceHealth {
 // healthOf is the status serviceHealthToAPI shows; a service that never said
 // anything about itself counts as healthy.
 func healthOf(s *commandpb.Service) commonpb.HealthStatus {
-	if s.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
+	if s.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED || s.DrainSinceMs > 0 {
 		return commonpb.HealthStatus_HEALTH_STATUS_UNHEALTHY
 	}
 	if st := s.Health.GetStatus(); st != commandpb.HealthStatus_HEALTH_STATUS_UNSPECIFIED {

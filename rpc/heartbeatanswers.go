@@ -12,8 +12,9 @@ import (
 // dueMember is a member with what is due to it.
 type dueMember struct {
 	*streamMember
-	what memberDue
-	news *sidecarpb.SidecarHeartbeatRequest
+	what  memberDue
+	news  *sidecarpb.SidecarHeartbeatRequest
+	claim appliedClaim
 }
 
 // next returns some of the members to whom something is due.
@@ -26,7 +27,7 @@ func (s *sidecarStream) next(some []dueMember) []dueMember {
 		s.pending[0] = nil
 		s.pending = s.pending[1:]
 		if !m.left {
-			some = append(some, dueMember{m, m.due, m.news})
+			some = append(some, m.takeLocked())
 		}
 		m.due, m.news = 0, nil
 	}
@@ -34,6 +35,17 @@ func (s *sidecarStream) next(some []dueMember) []dueMember {
 		s.pending = nil
 	}
 	return some
+}
+
+// takeLocked returns what is due to m. A claim that waits for this node is left where
+// it is when there is another reason to look at m: every change of a lagging node
+// would wait as well otherwise.
+func (m *streamMember) takeLocked() dueMember {
+	d := dueMember{m, m.due, m.news, appliedClaim{}}
+	if m.due&(dueJudge|dueCheck|dueNews|dueClaim) != 0 {
+		d.claim, m.claim = m.claim, appliedClaim{}
+	}
+	return d
 }
 
 const (
@@ -73,6 +85,7 @@ func (s *sidecarStream) answer(ctx context.Context) error {
 // flush tells what is due now.
 func (s *sidecarStream) flush(ctx context.Context) error {
 	some := make([]dueMember, 0, answersAtOnce)
+	s.lags = false
 	for some = s.next(some); len(some) > 0; some = s.next(some) {
 		resp, err := s.work(ctx, some)
 		if err != nil {
@@ -122,15 +135,18 @@ func (s *sidecarStream) work(ctx context.Context, some []dueMember) (*sidecarpb.
 		if err := s.api.reader.Wait(ctx); err != nil {
 			return nil, err
 		}
+	}
+	caughtUp := s.awaitClaims(ctx, some)
+	if len(judged) > 0 {
 		var err error
-		missed := turn(ctx, s.api.push.first, func() { err = s.introduce(ctx, judged, resp) })
+		missed := turn(ctx, s.api.push.first, func() { err = s.introduce(ctx, judged, caughtUp, resp) })
 		if err = cmp.Or(missed, err); err != nil {
 			return nil, err
 		}
 	}
 	if len(changed) > 0 {
 		var err error
-		missed := turn(ctx, s.api.push.deltas, func() { err = s.changes(ctx, changed, resp) })
+		missed := turn(ctx, s.api.push.deltas, func() { err = s.changes(ctx, changed, caughtUp, resp) })
 		if err = cmp.Or(missed, err); err != nil {
 			return nil, err
 		}
@@ -157,9 +173,9 @@ type heardMember struct {
 }
 
 // introduce judges whether heartbeats of some count, and tells those all they have
-// to run.
-func (s *sidecarStream) introduce(ctx context.Context, some []dueMember, out *sidecarpb.HeartbeatStreamResponse) error {
-	heard, err := s.accept(ctx, some, out)
+// to run. With caughtUp this node knows all that there was when they were received.
+func (s *sidecarStream) introduce(ctx context.Context, some []dueMember, caughtUp bool, out *sidecarpb.HeartbeatStreamResponse) error {
+	heard, err := s.accept(ctx, some, caughtUp, out)
 	if err != nil || len(heard) == 0 {
 		return err
 	}
@@ -167,7 +183,7 @@ func (s *sidecarStream) introduce(ctx context.Context, some []dueMember, out *si
 }
 
 // accept refuses those of some whose heartbeats do not count and attaches the others.
-func (s *sidecarStream) accept(ctx context.Context, some []dueMember, out *sidecarpb.HeartbeatStreamResponse) (heard []heardMember, err error) {
+func (s *sidecarStream) accept(ctx context.Context, some []dueMember, caughtUp bool, out *sidecarpb.HeartbeatStreamResponse) (heard []heardMember, err error) {
 	a := s.api
 	v := a.cfg.State.View()
 	defer v.Close()
@@ -199,7 +215,7 @@ func (s *sidecarStream) accept(ctx context.Context, some []dueMember, out *sidec
 			a.cfg.Beats.Touch(d.id, "")
 		}
 		e := a.told.attach(d.streamMember, a.cfg.Now())
-		resp.Acknowledged, resp.Reason = true, s.hear(ctx, e, d)
+		resp.Acknowledged, resp.Reason = true, s.hear(ctx, e, d, caughtUp)
 		heard = append(heard, heardMember{d, e, resp})
 	}
 	return heard, nil
@@ -220,7 +236,7 @@ func (s *sidecarStream) refusal(v *router.View, d dueMember) (string, error) {
 }
 
 // changes tells some what is new for them.
-func (s *sidecarStream) changes(ctx context.Context, some []dueMember, out *sidecarpb.HeartbeatStreamResponse) error {
+func (s *sidecarStream) changes(ctx context.Context, some []dueMember, caughtUp bool, out *sidecarpb.HeartbeatStreamResponse) error {
 	var heard []heardMember
 	for _, d := range some {
 		if d.what&dueDisplaced != 0 {
@@ -229,9 +245,10 @@ func (s *sidecarStream) changes(ctx context.Context, some []dueMember, out *side
 		}
 		e, dirty := s.api.told.takeDirty(d.streamMember)
 		if e == nil {
+			s.putBack(d)
 			continue // its next heartbeat is judged
 		}
-		resp := &sidecarpb.HeartbeatResponse{Acknowledged: true, Reason: s.hear(ctx, e, d)}
+		resp := &sidecarpb.HeartbeatResponse{Acknowledged: true, Reason: s.hear(ctx, e, d, caughtUp)}
 		if d.what&dueLost != 0 {
 			resp.Reason = "it was silent for longer than its lease, and what it had to run may run elsewhere; its next heartbeat brings it back"
 		}
@@ -282,20 +299,26 @@ func (s *sidecarStream) tell(heard []heardMember, what due, out *sidecarpb.Heart
 }
 
 // hear takes note of what a sidecar said, and returns why a part of it does not
-// count, "" when all does. That an answer was read, which the heartbeats of a call
-// after another show, those of a stream do not.
-func (s *sidecarStream) hear(ctx context.Context, e *told, d dueMember) string {
-	if d.news == nil {
-		return ""
-	}
+// count, "" when all does or it is not known yet: caughtUp says whether this node knows
+// all that there was when it was said. That an answer was read, which the heartbeats of
+// a call after another show, those of a stream do not.
+func (s *sidecarStream) hear(ctx context.Context, e *told, d dueMember, caughtUp bool) string {
 	reason := ""
-	if d.news.AppliedRevision > 0 {
-		var counts bool
-		reason, counts = s.api.appliedFuture(ctx, d.news)
-		s.api.told.heardBack(ctx, e, d.news, counts)
-		s.api.confirm(d.id, e)
+	if d.claim.revision > 0 {
+		counts := !s.api.ahead(d.claim)
+		s.api.told.heardBack(ctx, e, d.claim, counts)
+		switch {
+		case counts:
+			s.api.confirm(d.id, e)
+		case caughtUp:
+			reason = s.api.neverDecided(d.claim)
+		default:
+			s.keep(d.streamMember, d.claim)
+		}
 	}
-	s.api.noteHealth(d.id, e, d.news.ServiceHealth)
+	if d.news != nil {
+		s.api.noteHealth(d.id, e, d.news.ServiceHealth)
+	}
 	return reason
 }
 

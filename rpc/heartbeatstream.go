@@ -29,6 +29,10 @@ type sidecarStream struct {
 	// ServerConfig.Now; 0 when there is none.
 	sending atomic.Int64
 
+	// lags: this node does, and was waited for in vain in this round of answers. Of
+	// the answering goroutine.
+	lags bool
+
 	// Of the receiving goroutine.
 	ids   []string
 	again []*streamMember
@@ -57,7 +61,10 @@ type streamMember struct {
 	// Guarded by stream.mu.
 	due  memberDue
 	news *sidecarpb.SidecarHeartbeatRequest // what it said and nobody has looked at yet
-	left bool
+	// claim is what it said last to have applied, until that is looked at, and again
+	// while this node does not have that state yet.
+	claim appliedClaim
+	left  bool
 }
 
 // memberDue is what there may be to say to a member.
@@ -71,6 +78,7 @@ const (
 	dueDisplaced                       // it beats on another stream
 	dueNews                            // nothing: it said something
 	dueCheck                           // it may be registered no more, and with that dueChanges
+	dueClaim                           // nothing: what it said before can be judged now
 )
 
 func (m *streamMember) judgeAgain() { m.stream.due(m, dueJudge, nil) }
@@ -328,6 +336,10 @@ func (s *sidecarStream) put(number uint32, m *streamMember) bool {
 func (s *sidecarStream) due(m *streamMember, what memberDue, news *sidecarpb.SidecarHeartbeatRequest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.dueLocked(m, what, news)
+}
+
+func (s *sidecarStream) dueLocked(m *streamMember, what memberDue, news *sidecarpb.SidecarHeartbeatRequest) {
 	if s.closed || m.left {
 		return
 	}
@@ -340,6 +352,9 @@ func (s *sidecarStream) due(m *streamMember, what memberDue, news *sidecarpb.Sid
 			news.ServiceHealth = m.news.ServiceHealth
 		}
 		m.news = news
+		if c := claimOf(news); c.revision > 0 {
+			m.claim = c
+		}
 	}
 	s.bell.ring()
 }
@@ -351,6 +366,7 @@ func (s *sidecarStream) close() {
 	members := s.members
 	s.pending = nil
 	s.mu.Unlock()
+	s.api.unheard.remove(s)
 	n := int64(0)
 	for _, m := range members {
 		if m != nil {

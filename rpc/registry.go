@@ -107,8 +107,13 @@ func registrationID(request, service string) string {
 	return uuid.NewSHA1(uuid.NameSpaceOID, []byte("conveyor registration\x00"+request+"\x00"+service)).String()
 }
 
-// Deregister removes a service. An unknown one is a success: the wish is
-// fulfilled. A registration id that is no longer the current one is refused, so
+// defaultServiceDrain is how long a service that is deregistered in peace has, unless
+// the request says.
+const defaultServiceDrain = 30 * time.Second
+
+// Deregister removes a service, or with graceful has it drain: the leader removes it
+// once it has nothing left, or when its time is over. An unknown one is a success: the
+// wish is fulfilled. A registration id that is no longer the current one is refused, so
 // that a late shutdown does not remove its successor.
 func (a *registryAPI) Deregister(ctx context.Context, req *registrypb.DeregisterRequest) (*registrypb.DeregisterResponse, error) {
 	if err := checkID("service_id", req.GetServiceId()); err != nil {
@@ -116,6 +121,12 @@ func (a *registryAPI) Deregister(ctx context.Context, req *registrypb.Deregister
 	}
 	if err := checkText("registration_id", req.GetRegistrationId(), MaxText); err != nil {
 		return nil, err
+	}
+	if err := checkDuration("drain_timeout", req.GetDrainTimeout(), maxDrain); err != nil {
+		return nil, err
+	}
+	if req.GetGraceful() {
+		return a.drainService(ctx, req)
 	}
 	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_DeregisterService{
 		DeregisterService: &commandpb.DeregisterService{ServiceId: req.ServiceId, RegistrationId: req.RegistrationId},
@@ -132,11 +143,36 @@ func (a *registryAPI) Deregister(ctx context.Context, req *registrypb.Deregister
 	return &registrypb.DeregisterResponse{Success: true, Existed: res.GetExisted(), Revision: res.GetRevision()}, nil
 }
 
+// drainService has a service drain. It answers once that is recorded, with the time at
+// which the service is removed at the latest: nobody waits for it here.
+func (a *registryAPI) drainService(ctx context.Context, req *registrypb.DeregisterRequest) (*registrypb.DeregisterResponse, error) {
+	// Less than a millisecond is a wish not to wait, which a drain of none would refuse.
+	timeout := uint64(max(req.GetDrainTimeout().AsDuration().Milliseconds(), 1))
+	if req.GetDrainTimeout().AsDuration() == 0 {
+		timeout = uint64(defaultServiceDrain.Milliseconds())
+	}
+	res, err := a.submit(ctx, &commandpb.Command{Op: &commandpb.Command_DrainService{
+		DrainService: &commandpb.DrainService{ServiceId: req.ServiceId, RegistrationId: req.RegistrationId, TimeoutMs: timeout},
+	}})
+	if err != nil {
+		return nil, err
+	}
+	if rej := res.GetRejection(); rej != nil {
+		return nil, FromRejection(rej).Err()
+	}
+	resp := &registrypb.DeregisterResponse{Success: true, Existed: res.GetExisted(), Revision: res.GetRevision()}
+	if res.GetExisted() {
+		resp.Draining, resp.RemovedBy = true, timestampMs(res.GetTimeMs()+timeout)
+	}
+	return resp, nil
+}
+
 // serviceFilter is which services a caller wants to see.
 type serviceFilter struct {
 	typ    commonpb.ServiceType
 	labels map[string]string
-	// unhealthy includes services that are unhealthy or whose lease expired.
+	// unhealthy includes services that are unhealthy, that drain, or whose lease
+	// expired.
 	unhealthy bool
 }
 

@@ -32,6 +32,8 @@ type serviceBeat struct {
 	// expired: its lease was seen to have run out, and it was not told to resume
 	// since.
 	expired bool
+	// drains is the deadline, in ms, of the drain it was told of; 0 = of none.
+	drains uint64
 }
 
 // beatMessage is what the receiving goroutine hands to the answering one.
@@ -42,7 +44,8 @@ type beatMessage struct {
 
 // Heartbeat takes the heartbeats of one or more services. Each is answered, in
 // order; a change of what a service holds of a group is also sent at once,
-// without waiting for its next heartbeat, and so is that it was removed (drain,
+// without waiting for its next heartbeat, and so is that it is to drain since it was
+// deregistered in peace (drain, with the time it has), that it was removed (drain,
 // not acknowledged), that its lease ran out, by which it has left its groups
 // (drain), and that it counts again (resume: it may join them again). Health becomes a command only when it
 // changes.
@@ -139,12 +142,16 @@ func (s *beatStream) beat(ctx context.Context, req *registrypb.HeartbeatRequest)
 		sb.unwatch = a.feed.watchService(id, s.pushes)
 		s.services[id] = sb
 	}
+	if sb.registration != rec.RegistrationId {
+		sb.drains = 0
+	}
 	sb.registration = rec.RegistrationId
 	s.noteHealth(rec, req.GetHealth())
 	commands, err := a.groupCommands(sb)
 	if err != nil {
 		return err
 	}
+	commands = append(commands, sb.drain(rec, a.cfg.Now())...)
 	if rec.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED {
 		// This very heartbeat brings it back; that is told when it has taken effect.
 		sb.expired = true
@@ -188,6 +195,9 @@ func (s *beatStream) push() error {
 			continue
 		case rec.RegistrationId != sb.registration:
 			continue // its next heartbeat is told so; it may be the same process
+		}
+		commands = append(commands, sb.drain(rec, s.api.cfg.Now())...)
+		switch {
 		case rec.State == commandpb.ServiceState_SERVICE_STATE_EXPIRED && !sb.expired:
 			sb.expired = true
 			commands = append(commands, drainService("it was silent for longer than its lease and has left its groups; its next heartbeat brings it back"))
@@ -207,6 +217,19 @@ func (s *beatStream) push() error {
 		}
 	}
 	return nil
+}
+
+// drain returns what to tell a service that was deregistered in peace, if it was not
+// told yet.
+func (sb *serviceBeat) drain(rec *commandpb.Service, now time.Time) []*registrypb.RouterCommand {
+	if rec.DrainSinceMs == 0 || sb.drains == rec.DrainDeadlineMs {
+		return nil
+	}
+	sb.drains = rec.DrainDeadlineMs
+	left := max(0, time.UnixMilli(int64(rec.DrainDeadlineMs)).Sub(now))
+	cmd := drainService("it was deregistered: it is given nothing new, and is removed once it holds no partitions and no stage runs on it, or when the timeout is over")
+	cmd.GetDrain().Timeout = durationMs(uint64(left / time.Millisecond))
+	return []*registrypb.RouterCommand{cmd}
 }
 
 func drainService(reason string) *registrypb.RouterCommand {

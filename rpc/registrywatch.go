@@ -244,7 +244,7 @@ func (w *serviceWatch) serviceEvents(prev, next *commandpb.Service) ([]*registry
 func sameService(a, b *commandpb.Service) bool {
 	strip := func(s *commandpb.Service) *commandpb.Service {
 		c := proto.Clone(s).(*commandpb.Service)
-		c.State, c.LastHeartbeatMs, c.ModRevision = 0, 0, 0
+		c.State, c.LastHeartbeatMs, c.ModRevision, c.ExpiredAtMs = 0, 0, 0, 0
 		if c.Health != nil {
 			c.Health.Status = 0
 		} else {

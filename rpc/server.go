@@ -110,6 +110,9 @@ type ServerConfig struct {
 	// Planned returns the revision of a state about which everything is decided and
 	// recorded, while this node leads; it must not block. Optional.
 	Planned func() uint64
+	// PlannedChanged returns a channel that is closed when Planned changes next.
+	// Optional: without it RegisterSidecar waits for assignments alone.
+	PlannedChanged func() <-chan struct{}
 
 	// PutOff reports whether changes of a pipeline are decided that are only told once
 	// others have been heard of, while this node leads; it must not block. Optional.
@@ -138,7 +141,7 @@ type ServerConfig struct {
 	// as a restore, has ended. What they began goes on when it has passed.
 	LongCallTimeout time.Duration
 	// PlacementWait bounds how long RegisterSidecar waits for the placement of
-	// the sidecar it has just registered.
+	// the sidecar it has just registered. It answers as soon as that has looked at it.
 	PlacementWait time.Duration
 	// FullSetEvery is how often a sidecar is told everything again.
 	FullSetEvery time.Duration
@@ -274,12 +277,15 @@ type Server struct {
 	told   *toldSidecars
 	// handovers reports what sidecars have let go of.
 	handovers *handovers
+	unheard   *unheard
 	rivals    rivals
 	push      *pusher
 	relay     *leaderRelay
 	idle      idle
 	// steering is held by whoever looks at the membership to change it.
 	steering chan struct{}
+	// plannedAsks is held by whoever asks the leader how far the placement is.
+	plannedAsks chan struct{}
 
 	calls    sync.Pool                   // of *commitCall
 	streams  atomic.Pointer[openStreams] // those that may be open now
@@ -307,12 +313,14 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		reader:    NewReader(cfg.Node, cfg.ClusterID, cfg.CallTimeout).WithEpochs(cfg.State),
 		feed:      newFeed(cfg.State, cfg.Logger),
 		handovers: newHandovers(),
+		unheard:   newUnheard(),
 		told:      newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
 		push:      newPusher(),
 		relay:     newLeaderRelay(cfg),
 		idle:      idle{after: cfg.TransferIdle, timer: realTimer},
 
-		steering: make(chan struct{}, 1),
+		steering:    make(chan struct{}, 1),
+		plannedAsks: make(chan struct{}, maxPlannedAsks),
 	}
 	s.told.now = cfg.Now
 	s.reader.gate = cfg.Gate
@@ -352,6 +360,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	s.loops.Go(s.followGate)
 	s.push.start(s.run, &s.loops)
+	s.loops.Go(func() { s.judgeClaims(s.run) })
 	s.loops.Go(func() { s.handovers.report(s.run, cfg.Submitter, cfg.Now, s.log) })
 	s.loops.Add(2)
 	go func() { defer s.loops.Done(); s.feed.follow(s.run, revision) }()

@@ -110,19 +110,22 @@ func localName(ls *sidecarpb.LocalService) string {
 	return strings.ToLower(strings.TrimPrefix(ls.ServiceType.String(), "SERVICE_TYPE_"))
 }
 
-// awaitPlacement returns once an assignment newer than revision exists for the
-// sidecar, or when PlacementWait has passed.
+// awaitPlacement returns once the placement has looked at the sidecar as registered
+// at revision, or when PlacementWait has passed. When nobody says how far the placement
+// is, it waits for a newer assignment, which a sidecar that gets nothing to do never
+// sees.
 func (a *sidecarAPI) awaitPlacement(ctx context.Context, id string, revision uint64, b bell) {
-	limit := time.NewTimer(a.cfg.PlacementWait)
-	defer limit.Stop()
+	ctx, cancel := context.WithTimeout(ctx, a.cfg.PlacementWait)
+	defer cancel()
+	if a.planned(ctx, revision) {
+		return
+	}
 	for {
 		if _, newest, err := a.currentAssignments(id); err != nil || newest > revision {
 			break
 		}
 		select {
 		case <-b:
-		case <-limit.C:
-			return
 		case <-ctx.Done():
 			return
 		case <-a.run.Done():
@@ -136,8 +139,6 @@ func (a *sidecarAPI) awaitPlacement(ctx context.Context, id string, revision uin
 			quiet.Stop()
 			continue
 		case <-quiet.C:
-		case <-limit.C:
-			quiet.Stop()
 		case <-ctx.Done():
 			quiet.Stop()
 		}
@@ -230,8 +231,8 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		entry, what = a.told.first(id, a.cfg.Now()), firstDue
 	}
 	var counts bool
-	resp.Reason, counts = a.appliedFuture(ctx, req)
-	a.told.heardBack(ctx, entry, req, counts)
+	resp.Reason, counts = a.appliedFuture(ctx, claimOf(req))
+	a.told.heardBack(ctx, entry, claimOf(req), counts)
 	a.confirm(id, entry)
 	if what == nothingDue {
 		// The newest revision there is may be of a change that is not noted yet. Whoever

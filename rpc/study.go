@@ -57,9 +57,13 @@ func listLimit(asked uint32, standard, most int) (int, error) {
 // study waits until this node may answer at the consistency asked for.
 func (a *clusterAPI) study(ctx context.Context) (PlacementStudy, error) {
 	if a.cfg.Placement == nil {
-		return nil, newStatus(codes.Unimplemented, "this node does not plan where stages run; nothing was done", "NO_PLACEMENT", NotDone, 0, nil).Err()
+		return nil, errNoPlacement()
 	}
 	return a.cfg.Placement, a.reader.Wait(ctx)
+}
+
+func errNoPlacement() error {
+	return newStatus(codes.Unimplemented, "this node does not plan where stages run; nothing was done", "NO_PLACEMENT", NotDone, 0, nil).Err()
 }
 
 // ExplainPipeline tells where the stages of a pipeline run and why.

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"conveyor.etl/router/control"
@@ -18,8 +17,7 @@ type controlLoops struct {
 	replacer *control.Replacer
 	// transfers is for every node, whoever leads.
 	transfers *control.Transfers
-	// planned is the revision up to which placement has decided and recorded.
-	planned atomic.Uint64
+	planned   *plannedRevision
 }
 
 func newControlLoops(s *Server) (*controlLoops, error) {
@@ -27,21 +25,24 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "liveness"), Now: s.o.Now,
 		SuspectAfter: s.c.Liveness.SuspectAfter, ExpireAfter: s.c.Liveness.ExpireAfter, Beat: s.c.Liveness.HeartbeatInterval,
 		MassFraction: float64(s.c.Liveness.MassExpiryPercent) / 100, MassHold: s.c.Liveness.MassExpiryHold,
+		Retention: s.c.Liveness.ServiceRetention,
 		FlapGrace: s.c.Placement.FlapGrace,
 		Share:     s.shareLeases,
 	})
 	if err != nil {
 		return nil, err
 	}
-	c := &controlLoops{liveness: liveness, checker: newChecker(s)}
+	c := &controlLoops{liveness: liveness, checker: newChecker(s), planned: newPlannedRevision()}
 	c.placer = control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
 		HandoverTimeout: s.handoverTimeout(), MovesPerMinute: int(s.c.Placement.MovesPerMinute),
 		Planned: func(p control.PlanInfo) {
 			if p.Stale == 0 {
-				c.planned.Store(p.Revision)
+				c.planned.set(p.Revision)
 			}
 		},
+		// The next leader decides: what this node had decided says nothing about that.
+		Stopped: func() { c.planned.set(0) },
 	})
 	c.replacer = control.NewReplacer(control.ReplacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "members"), Now: s.o.Now,

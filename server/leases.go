@@ -75,6 +75,7 @@ func (s *Server) leaseMetrics(out map[string]float64) {
 	out["leases_revived_total"] = float64(st.Revived)
 	out["leases_suspected_total"] = float64(st.Suspected)
 	out["leases_expired_total"] = float64(st.Expired)
+	out["services_purged_total"] = float64(st.Purged)
 	out["leases_unconfirmed_total"] = float64(st.Unconfirmed)
 	out["leases_held_up_total"] = float64(st.HeldUp)
 	out["leases_digests_sent_total"] = float64(st.DigestsSent)

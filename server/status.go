@@ -52,6 +52,7 @@ func (s *Server) metrics() map[string]float64 {
 	placing := s.control.placer.Stats()
 	out["placement_held_moves"], out["placement_pending_handovers"] = float64(placing.Held), float64(placing.Handovers)
 	out["placement_draining_sidecars"], out["placement_graced_sidecars"] = float64(placing.Draining), float64(placing.Graced)
+	out["placement_draining_services"] = float64(placing.DrainingServices)
 	s.placementMetrics(out)
 	for _, p := range s.transport.Stats() {
 		prefix := fmt.Sprintf("peer_%d_", p.ID)

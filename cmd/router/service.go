@@ -46,10 +46,13 @@ func newServiceListCommand(a *app) *cobra.Command {
 					g := &output.Grid{Header: []string{"ID", "NAME", "TYPE", "ENDPOINT", "HEALTH", "GROUP", "SIDECAR", "LAST HEARTBEAT"}}
 					for _, s := range list {
 						id, ep := s.GetIdentity(), s.GetEndpoint()
+						health := short(s.GetHealth().GetStatus().String(), "HEALTH_STATUS_")
+						if s.GetRemovedBy() != nil {
+							health = "draining"
+						}
 						g.Add(id.GetServiceId(), id.GetName(), short(id.GetServiceType().String(), "SERVICE_TYPE_"),
 							net.JoinHostPort(ep.GetHost(), strconv.FormatUint(uint64(ep.GetPort()), 10)),
-							short(s.GetHealth().GetStatus().String(), "HEALTH_STATUS_"),
-							id.GetGroupId(), s.GetSidecarId(), when(s.GetLastHeartbeat()))
+							health, id.GetGroupId(), s.GetSidecarId(), when(s.GetLastHeartbeat()))
 					}
 					return g
 				})

@@ -160,6 +160,8 @@ type Command struct {
 	//	*Command_DeregisterService
 	//	*Command_RenewLease
 	//	*Command_UpdateServiceHealth
+	//	*Command_DrainService
+	//	*Command_PurgeServices
 	//	*Command_PutPipeline
 	//	*Command_DeletePipeline
 	//	*Command_SetPipelineEnabled
@@ -280,6 +282,24 @@ func (x *Command) GetUpdateServiceHealth() *UpdateServiceHealth {
 	if x != nil {
 		if x, ok := x.Op.(*Command_UpdateServiceHealth); ok {
 			return x.UpdateServiceHealth
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetDrainService() *DrainService {
+	if x != nil {
+		if x, ok := x.Op.(*Command_DrainService); ok {
+			return x.DrainService
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetPurgeServices() *PurgeServices {
+	if x != nil {
+		if x, ok := x.Op.(*Command_PurgeServices); ok {
+			return x.PurgeServices
 		}
 	}
 	return nil
@@ -562,6 +582,14 @@ type Command_UpdateServiceHealth struct {
 	UpdateServiceHealth *UpdateServiceHealth `protobuf:"bytes,13,opt,name=update_service_health,json=updateServiceHealth,proto3,oneof"`
 }
 
+type Command_DrainService struct {
+	DrainService *DrainService `protobuf:"bytes,14,opt,name=drain_service,json=drainService,proto3,oneof"`
+}
+
+type Command_PurgeServices struct {
+	PurgeServices *PurgeServices `protobuf:"bytes,15,opt,name=purge_services,json=purgeServices,proto3,oneof"`
+}
+
 type Command_PutPipeline struct {
 	PutPipeline *PutPipeline `protobuf:"bytes,20,opt,name=put_pipeline,json=putPipeline,proto3,oneof"`
 }
@@ -678,6 +706,10 @@ func (*Command_RenewLease) isCommand_Op() {}
 
 func (*Command_UpdateServiceHealth) isCommand_Op() {}
 
+func (*Command_DrainService) isCommand_Op() {}
+
+func (*Command_PurgeServices) isCommand_Op() {}
+
 func (*Command_PutPipeline) isCommand_Op() {}
 
 func (*Command_DeletePipeline) isCommand_Op() {}
@@ -780,8 +812,11 @@ type DeregisterService struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ServiceId      string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
 	RegistrationId string                 `protobuf:"bytes,2,opt,name=registration_id,json=registrationId,proto3" json:"registration_id,omitempty"` // non-empty: refused unless it is the current one
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Refused unless it drains and holds no partition of a group, is expired, or its
+	// deadline has passed.
+	DrainedOnly   bool `protobuf:"varint,3,opt,name=drained_only,json=drainedOnly,proto3" json:"drained_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeregisterService) Reset() {
@@ -828,6 +863,180 @@ func (x *DeregisterService) GetRegistrationId() string {
 	return ""
 }
 
+func (x *DeregisterService) GetDrainedOnly() bool {
+	if x != nil {
+		return x.DrainedOnly
+	}
+	return false
+}
+
+// DrainService gives a service nothing new, until it is removed.
+type DrainService struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	ServiceId      string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
+	RegistrationId string                 `protobuf:"bytes,2,opt,name=registration_id,json=registrationId,proto3" json:"registration_id,omitempty"` // non-empty: refused unless it is the current one
+	TimeoutMs      uint64                 `protobuf:"varint,3,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`               // from now, when it is removed at the latest; never 0
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DrainService) Reset() {
+	*x = DrainService{}
+	mi := &file_conveyor_command_command_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainService) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainService) ProtoMessage() {}
+
+func (x *DrainService) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainService.ProtoReflect.Descriptor instead.
+func (*DrainService) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DrainService) GetServiceId() string {
+	if x != nil {
+		return x.ServiceId
+	}
+	return ""
+}
+
+func (x *DrainService) GetRegistrationId() string {
+	if x != nil {
+		return x.RegistrationId
+	}
+	return ""
+}
+
+func (x *DrainService) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+// PurgeServices removes services that have been expired for long. One that is not,
+// or was changed since, is skipped and counted.
+type PurgeServices struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Services      []*ExpiredService      `protobuf:"bytes,1,rep,name=services,proto3" json:"services,omitempty"`
+	RetentionMs   uint64                 `protobuf:"varint,2,opt,name=retention_ms,json=retentionMs,proto3" json:"retention_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeServices) Reset() {
+	*x = PurgeServices{}
+	mi := &file_conveyor_command_command_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeServices) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeServices) ProtoMessage() {}
+
+func (x *PurgeServices) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeServices.ProtoReflect.Descriptor instead.
+func (*PurgeServices) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *PurgeServices) GetServices() []*ExpiredService {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+func (x *PurgeServices) GetRetentionMs() uint64 {
+	if x != nil {
+		return x.RetentionMs
+	}
+	return 0
+}
+
+type ExpiredService struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	ServiceId        string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
+	ExpectedRevision uint64                 `protobuf:"varint,2,opt,name=expected_revision,json=expectedRevision,proto3" json:"expected_revision,omitempty"` // mod_revision of the service the decision was made about
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ExpiredService) Reset() {
+	*x = ExpiredService{}
+	mi := &file_conveyor_command_command_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExpiredService) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExpiredService) ProtoMessage() {}
+
+func (x *ExpiredService) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_command_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExpiredService.ProtoReflect.Descriptor instead.
+func (*ExpiredService) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ExpiredService) GetServiceId() string {
+	if x != nil {
+		return x.ServiceId
+	}
+	return ""
+}
+
+func (x *ExpiredService) GetExpectedRevision() uint64 {
+	if x != nil {
+		return x.ExpectedRevision
+	}
+	return 0
+}
+
 // RenewLease records a heartbeat that must survive a leader change. Ordinary
 // heartbeats never become commands.
 type RenewLease struct {
@@ -839,7 +1048,7 @@ type RenewLease struct {
 
 func (x *RenewLease) Reset() {
 	*x = RenewLease{}
-	mi := &file_conveyor_command_command_proto_msgTypes[3]
+	mi := &file_conveyor_command_command_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -851,7 +1060,7 @@ func (x *RenewLease) String() string {
 func (*RenewLease) ProtoMessage() {}
 
 func (x *RenewLease) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[3]
+	mi := &file_conveyor_command_command_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -864,7 +1073,7 @@ func (x *RenewLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewLease.ProtoReflect.Descriptor instead.
 func (*RenewLease) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{3}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RenewLease) GetServiceId() string {
@@ -886,7 +1095,7 @@ type UpdateServiceHealth struct {
 
 func (x *UpdateServiceHealth) Reset() {
 	*x = UpdateServiceHealth{}
-	mi := &file_conveyor_command_command_proto_msgTypes[4]
+	mi := &file_conveyor_command_command_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +1107,7 @@ func (x *UpdateServiceHealth) String() string {
 func (*UpdateServiceHealth) ProtoMessage() {}
 
 func (x *UpdateServiceHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[4]
+	mi := &file_conveyor_command_command_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +1120,7 @@ func (x *UpdateServiceHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateServiceHealth.ProtoReflect.Descriptor instead.
 func (*UpdateServiceHealth) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{4}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UpdateServiceHealth) GetServiceId() string {
@@ -952,7 +1161,7 @@ type PutPipeline struct {
 
 func (x *PutPipeline) Reset() {
 	*x = PutPipeline{}
-	mi := &file_conveyor_command_command_proto_msgTypes[5]
+	mi := &file_conveyor_command_command_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1173,7 @@ func (x *PutPipeline) String() string {
 func (*PutPipeline) ProtoMessage() {}
 
 func (x *PutPipeline) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[5]
+	mi := &file_conveyor_command_command_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1186,7 @@ func (x *PutPipeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPipeline.ProtoReflect.Descriptor instead.
 func (*PutPipeline) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{5}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PutPipeline) GetSpec() *PipelineSpec {
@@ -1007,7 +1216,7 @@ type DeletePipeline struct {
 
 func (x *DeletePipeline) Reset() {
 	*x = DeletePipeline{}
-	mi := &file_conveyor_command_command_proto_msgTypes[6]
+	mi := &file_conveyor_command_command_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1228,7 @@ func (x *DeletePipeline) String() string {
 func (*DeletePipeline) ProtoMessage() {}
 
 func (x *DeletePipeline) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[6]
+	mi := &file_conveyor_command_command_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1241,7 @@ func (x *DeletePipeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePipeline.ProtoReflect.Descriptor instead.
 func (*DeletePipeline) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{6}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DeletePipeline) GetPipelineId() string {
@@ -1068,7 +1277,7 @@ type SetPipelineEnabled struct {
 
 func (x *SetPipelineEnabled) Reset() {
 	*x = SetPipelineEnabled{}
-	mi := &file_conveyor_command_command_proto_msgTypes[7]
+	mi := &file_conveyor_command_command_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1289,7 @@ func (x *SetPipelineEnabled) String() string {
 func (*SetPipelineEnabled) ProtoMessage() {}
 
 func (x *SetPipelineEnabled) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[7]
+	mi := &file_conveyor_command_command_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1302,7 @@ func (x *SetPipelineEnabled) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPipelineEnabled.ProtoReflect.Descriptor instead.
 func (*SetPipelineEnabled) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{7}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SetPipelineEnabled) GetPipelineId() string {
@@ -1138,7 +1347,7 @@ type CommitSourceOffset struct {
 
 func (x *CommitSourceOffset) Reset() {
 	*x = CommitSourceOffset{}
-	mi := &file_conveyor_command_command_proto_msgTypes[8]
+	mi := &file_conveyor_command_command_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1359,7 @@ func (x *CommitSourceOffset) String() string {
 func (*CommitSourceOffset) ProtoMessage() {}
 
 func (x *CommitSourceOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[8]
+	mi := &file_conveyor_command_command_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1372,7 @@ func (x *CommitSourceOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitSourceOffset.ProtoReflect.Descriptor instead.
 func (*CommitSourceOffset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{8}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CommitSourceOffset) GetSourceId() string {
@@ -1222,7 +1431,7 @@ type AdvanceWatermark struct {
 
 func (x *AdvanceWatermark) Reset() {
 	*x = AdvanceWatermark{}
-	mi := &file_conveyor_command_command_proto_msgTypes[9]
+	mi := &file_conveyor_command_command_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1234,7 +1443,7 @@ func (x *AdvanceWatermark) String() string {
 func (*AdvanceWatermark) ProtoMessage() {}
 
 func (x *AdvanceWatermark) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[9]
+	mi := &file_conveyor_command_command_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1247,7 +1456,7 @@ func (x *AdvanceWatermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdvanceWatermark.ProtoReflect.Descriptor instead.
 func (*AdvanceWatermark) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{9}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AdvanceWatermark) GetSourceId() string {
@@ -1304,7 +1513,7 @@ type SaveCheckpoint struct {
 
 func (x *SaveCheckpoint) Reset() {
 	*x = SaveCheckpoint{}
-	mi := &file_conveyor_command_command_proto_msgTypes[10]
+	mi := &file_conveyor_command_command_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1525,7 @@ func (x *SaveCheckpoint) String() string {
 func (*SaveCheckpoint) ProtoMessage() {}
 
 func (x *SaveCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[10]
+	mi := &file_conveyor_command_command_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1538,7 @@ func (x *SaveCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SaveCheckpoint.ProtoReflect.Descriptor instead.
 func (*SaveCheckpoint) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{10}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SaveCheckpoint) GetServiceId() string {
@@ -1369,7 +1578,7 @@ type DeleteCheckpoint struct {
 
 func (x *DeleteCheckpoint) Reset() {
 	*x = DeleteCheckpoint{}
-	mi := &file_conveyor_command_command_proto_msgTypes[11]
+	mi := &file_conveyor_command_command_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1590,7 @@ func (x *DeleteCheckpoint) String() string {
 func (*DeleteCheckpoint) ProtoMessage() {}
 
 func (x *DeleteCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[11]
+	mi := &file_conveyor_command_command_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1603,7 @@ func (x *DeleteCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteCheckpoint.ProtoReflect.Descriptor instead.
 func (*DeleteCheckpoint) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{11}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteCheckpoint) GetServiceId() string {
@@ -1421,7 +1630,7 @@ type CommitGroupOffset struct {
 
 func (x *CommitGroupOffset) Reset() {
 	*x = CommitGroupOffset{}
-	mi := &file_conveyor_command_command_proto_msgTypes[12]
+	mi := &file_conveyor_command_command_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1642,7 @@ func (x *CommitGroupOffset) String() string {
 func (*CommitGroupOffset) ProtoMessage() {}
 
 func (x *CommitGroupOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[12]
+	mi := &file_conveyor_command_command_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1655,7 @@ func (x *CommitGroupOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitGroupOffset.ProtoReflect.Descriptor instead.
 func (*CommitGroupOffset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{12}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CommitGroupOffset) GetGroupId() string {
@@ -1522,7 +1731,7 @@ type CommitBatch struct {
 
 func (x *CommitBatch) Reset() {
 	*x = CommitBatch{}
-	mi := &file_conveyor_command_command_proto_msgTypes[13]
+	mi := &file_conveyor_command_command_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1534,7 +1743,7 @@ func (x *CommitBatch) String() string {
 func (*CommitBatch) ProtoMessage() {}
 
 func (x *CommitBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[13]
+	mi := &file_conveyor_command_command_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1547,7 +1756,7 @@ func (x *CommitBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitBatch.ProtoReflect.Descriptor instead.
 func (*CommitBatch) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{13}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CommitBatch) GetOps() []*CommitOp {
@@ -1572,7 +1781,7 @@ type CommitOp struct {
 
 func (x *CommitOp) Reset() {
 	*x = CommitOp{}
-	mi := &file_conveyor_command_command_proto_msgTypes[14]
+	mi := &file_conveyor_command_command_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1584,7 +1793,7 @@ func (x *CommitOp) String() string {
 func (*CommitOp) ProtoMessage() {}
 
 func (x *CommitOp) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[14]
+	mi := &file_conveyor_command_command_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1597,7 +1806,7 @@ func (x *CommitOp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitOp.ProtoReflect.Descriptor instead.
 func (*CommitOp) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{14}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CommitOp) GetOp() isCommitOp_Op {
@@ -1684,7 +1893,7 @@ type JoinGroup struct {
 
 func (x *JoinGroup) Reset() {
 	*x = JoinGroup{}
-	mi := &file_conveyor_command_command_proto_msgTypes[15]
+	mi := &file_conveyor_command_command_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1696,7 +1905,7 @@ func (x *JoinGroup) String() string {
 func (*JoinGroup) ProtoMessage() {}
 
 func (x *JoinGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[15]
+	mi := &file_conveyor_command_command_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1709,7 +1918,7 @@ func (x *JoinGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinGroup.ProtoReflect.Descriptor instead.
 func (*JoinGroup) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{15}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *JoinGroup) GetServiceId() string {
@@ -1757,7 +1966,7 @@ type LeaveGroup struct {
 
 func (x *LeaveGroup) Reset() {
 	*x = LeaveGroup{}
-	mi := &file_conveyor_command_command_proto_msgTypes[16]
+	mi := &file_conveyor_command_command_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +1978,7 @@ func (x *LeaveGroup) String() string {
 func (*LeaveGroup) ProtoMessage() {}
 
 func (x *LeaveGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[16]
+	mi := &file_conveyor_command_command_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +1991,7 @@ func (x *LeaveGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveGroup.ProtoReflect.Descriptor instead.
 func (*LeaveGroup) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{16}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LeaveGroup) GetServiceId() string {
@@ -1811,7 +2020,7 @@ type AssignPartitions struct {
 
 func (x *AssignPartitions) Reset() {
 	*x = AssignPartitions{}
-	mi := &file_conveyor_command_command_proto_msgTypes[17]
+	mi := &file_conveyor_command_command_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1823,7 +2032,7 @@ func (x *AssignPartitions) String() string {
 func (*AssignPartitions) ProtoMessage() {}
 
 func (x *AssignPartitions) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[17]
+	mi := &file_conveyor_command_command_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1836,7 +2045,7 @@ func (x *AssignPartitions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignPartitions.ProtoReflect.Descriptor instead.
 func (*AssignPartitions) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AssignPartitions) GetGroupId() string {
@@ -1869,7 +2078,7 @@ type RegisterSidecar struct {
 
 func (x *RegisterSidecar) Reset() {
 	*x = RegisterSidecar{}
-	mi := &file_conveyor_command_command_proto_msgTypes[18]
+	mi := &file_conveyor_command_command_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1881,7 +2090,7 @@ func (x *RegisterSidecar) String() string {
 func (*RegisterSidecar) ProtoMessage() {}
 
 func (x *RegisterSidecar) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[18]
+	mi := &file_conveyor_command_command_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1894,7 +2103,7 @@ func (x *RegisterSidecar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterSidecar.ProtoReflect.Descriptor instead.
 func (*RegisterSidecar) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{18}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RegisterSidecar) GetSidecar() *Sidecar {
@@ -1914,7 +2123,7 @@ type DeregisterSidecar struct {
 
 func (x *DeregisterSidecar) Reset() {
 	*x = DeregisterSidecar{}
-	mi := &file_conveyor_command_command_proto_msgTypes[19]
+	mi := &file_conveyor_command_command_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1926,7 +2135,7 @@ func (x *DeregisterSidecar) String() string {
 func (*DeregisterSidecar) ProtoMessage() {}
 
 func (x *DeregisterSidecar) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[19]
+	mi := &file_conveyor_command_command_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1939,7 +2148,7 @@ func (x *DeregisterSidecar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterSidecar.ProtoReflect.Descriptor instead.
 func (*DeregisterSidecar) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{19}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeregisterSidecar) GetSidecarId() string {
@@ -1970,7 +2179,7 @@ type TransitionSidecar struct {
 
 func (x *TransitionSidecar) Reset() {
 	*x = TransitionSidecar{}
-	mi := &file_conveyor_command_command_proto_msgTypes[20]
+	mi := &file_conveyor_command_command_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1982,7 +2191,7 @@ func (x *TransitionSidecar) String() string {
 func (*TransitionSidecar) ProtoMessage() {}
 
 func (x *TransitionSidecar) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[20]
+	mi := &file_conveyor_command_command_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1995,7 +2204,7 @@ func (x *TransitionSidecar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransitionSidecar.ProtoReflect.Descriptor instead.
 func (*TransitionSidecar) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{20}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TransitionSidecar) GetSidecarId() string {
@@ -2039,7 +2248,7 @@ type DrainSidecar struct {
 
 func (x *DrainSidecar) Reset() {
 	*x = DrainSidecar{}
-	mi := &file_conveyor_command_command_proto_msgTypes[21]
+	mi := &file_conveyor_command_command_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2260,7 @@ func (x *DrainSidecar) String() string {
 func (*DrainSidecar) ProtoMessage() {}
 
 func (x *DrainSidecar) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[21]
+	mi := &file_conveyor_command_command_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2273,7 @@ func (x *DrainSidecar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainSidecar.ProtoReflect.Descriptor instead.
 func (*DrainSidecar) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DrainSidecar) GetSidecarId() string {
@@ -2098,7 +2307,7 @@ type UndrainSidecar struct {
 
 func (x *UndrainSidecar) Reset() {
 	*x = UndrainSidecar{}
-	mi := &file_conveyor_command_command_proto_msgTypes[22]
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2110,7 +2319,7 @@ func (x *UndrainSidecar) String() string {
 func (*UndrainSidecar) ProtoMessage() {}
 
 func (x *UndrainSidecar) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[22]
+	mi := &file_conveyor_command_command_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2123,7 +2332,7 @@ func (x *UndrainSidecar) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainSidecar.ProtoReflect.Descriptor instead.
 func (*UndrainSidecar) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UndrainSidecar) GetSidecarId() string {
@@ -2143,7 +2352,7 @@ type EndHandovers struct {
 
 func (x *EndHandovers) Reset() {
 	*x = EndHandovers{}
-	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	mi := &file_conveyor_command_command_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2364,7 @@ func (x *EndHandovers) String() string {
 func (*EndHandovers) ProtoMessage() {}
 
 func (x *EndHandovers) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[23]
+	mi := &file_conveyor_command_command_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2377,7 @@ func (x *EndHandovers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndHandovers.ProtoReflect.Descriptor instead.
 func (*EndHandovers) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EndHandovers) GetEnded() []*EndedHandover {
@@ -2190,7 +2399,7 @@ type EndedHandover struct {
 
 func (x *EndedHandover) Reset() {
 	*x = EndedHandover{}
-	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	mi := &file_conveyor_command_command_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2202,7 +2411,7 @@ func (x *EndedHandover) String() string {
 func (*EndedHandover) ProtoMessage() {}
 
 func (x *EndedHandover) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[24]
+	mi := &file_conveyor_command_command_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2215,7 +2424,7 @@ func (x *EndedHandover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndedHandover.ProtoReflect.Descriptor instead.
 func (*EndedHandover) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *EndedHandover) GetSidecarId() string {
@@ -2265,7 +2474,7 @@ type ApplyAssignments struct {
 
 func (x *ApplyAssignments) Reset() {
 	*x = ApplyAssignments{}
-	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	mi := &file_conveyor_command_command_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2277,7 +2486,7 @@ func (x *ApplyAssignments) String() string {
 func (*ApplyAssignments) ProtoMessage() {}
 
 func (x *ApplyAssignments) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[25]
+	mi := &file_conveyor_command_command_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2290,7 +2499,7 @@ func (x *ApplyAssignments) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyAssignments.ProtoReflect.Descriptor instead.
 func (*ApplyAssignments) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ApplyAssignments) GetChanges() []*AssignmentChange {
@@ -2336,7 +2545,7 @@ type AssignmentChange struct {
 
 func (x *AssignmentChange) Reset() {
 	*x = AssignmentChange{}
-	mi := &file_conveyor_command_command_proto_msgTypes[26]
+	mi := &file_conveyor_command_command_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2348,7 +2557,7 @@ func (x *AssignmentChange) String() string {
 func (*AssignmentChange) ProtoMessage() {}
 
 func (x *AssignmentChange) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[26]
+	mi := &file_conveyor_command_command_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2361,7 +2570,7 @@ func (x *AssignmentChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignmentChange.ProtoReflect.Descriptor instead.
 func (*AssignmentChange) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{26}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AssignmentChange) GetSidecarId() string {
@@ -2445,7 +2654,7 @@ type PutOperation struct {
 
 func (x *PutOperation) Reset() {
 	*x = PutOperation{}
-	mi := &file_conveyor_command_command_proto_msgTypes[27]
+	mi := &file_conveyor_command_command_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2457,7 +2666,7 @@ func (x *PutOperation) String() string {
 func (*PutOperation) ProtoMessage() {}
 
 func (x *PutOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[27]
+	mi := &file_conveyor_command_command_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2470,7 +2679,7 @@ func (x *PutOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutOperation.ProtoReflect.Descriptor instead.
 func (*PutOperation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{27}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PutOperation) GetOperation() *Operation {
@@ -2497,7 +2706,7 @@ type CancelOperation struct {
 
 func (x *CancelOperation) Reset() {
 	*x = CancelOperation{}
-	mi := &file_conveyor_command_command_proto_msgTypes[28]
+	mi := &file_conveyor_command_command_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2509,7 +2718,7 @@ func (x *CancelOperation) String() string {
 func (*CancelOperation) ProtoMessage() {}
 
 func (x *CancelOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[28]
+	mi := &file_conveyor_command_command_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2522,7 +2731,7 @@ func (x *CancelOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperation.ProtoReflect.Descriptor instead.
 func (*CancelOperation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{28}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelOperation) GetOperationId() string {
@@ -2545,7 +2754,7 @@ type BeginRestore struct {
 
 func (x *BeginRestore) Reset() {
 	*x = BeginRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[29]
+	mi := &file_conveyor_command_command_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2766,7 @@ func (x *BeginRestore) String() string {
 func (*BeginRestore) ProtoMessage() {}
 
 func (x *BeginRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[29]
+	mi := &file_conveyor_command_command_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2779,7 @@ func (x *BeginRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginRestore.ProtoReflect.Descriptor instead.
 func (*BeginRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{29}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BeginRestore) GetOperationId() string {
@@ -2615,7 +2824,7 @@ type StageRestore struct {
 
 func (x *StageRestore) Reset() {
 	*x = StageRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[30]
+	mi := &file_conveyor_command_command_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2836,7 @@ func (x *StageRestore) String() string {
 func (*StageRestore) ProtoMessage() {}
 
 func (x *StageRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[30]
+	mi := &file_conveyor_command_command_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2849,7 @@ func (x *StageRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageRestore.ProtoReflect.Descriptor instead.
 func (*StageRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{30}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StageRestore) GetOperationId() string {
@@ -2683,7 +2892,7 @@ type SealRestore struct {
 
 func (x *SealRestore) Reset() {
 	*x = SealRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[31]
+	mi := &file_conveyor_command_command_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2904,7 @@ func (x *SealRestore) String() string {
 func (*SealRestore) ProtoMessage() {}
 
 func (x *SealRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[31]
+	mi := &file_conveyor_command_command_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2917,7 @@ func (x *SealRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealRestore.ProtoReflect.Descriptor instead.
 func (*SealRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{31}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SealRestore) GetOperationId() string {
@@ -2744,7 +2953,7 @@ type ReportRestore struct {
 
 func (x *ReportRestore) Reset() {
 	*x = ReportRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[32]
+	mi := &file_conveyor_command_command_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +2965,7 @@ func (x *ReportRestore) String() string {
 func (*ReportRestore) ProtoMessage() {}
 
 func (x *ReportRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[32]
+	mi := &file_conveyor_command_command_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +2978,7 @@ func (x *ReportRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRestore.ProtoReflect.Descriptor instead.
 func (*ReportRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{32}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ReportRestore) GetOperationId() string {
@@ -2803,7 +3012,7 @@ type SwapRestore struct {
 
 func (x *SwapRestore) Reset() {
 	*x = SwapRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[33]
+	mi := &file_conveyor_command_command_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2815,7 +3024,7 @@ func (x *SwapRestore) String() string {
 func (*SwapRestore) ProtoMessage() {}
 
 func (x *SwapRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[33]
+	mi := &file_conveyor_command_command_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2828,7 +3037,7 @@ func (x *SwapRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapRestore.ProtoReflect.Descriptor instead.
 func (*SwapRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{33}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SwapRestore) GetOperationId() string {
@@ -2849,7 +3058,7 @@ type AbandonRestore struct {
 
 func (x *AbandonRestore) Reset() {
 	*x = AbandonRestore{}
-	mi := &file_conveyor_command_command_proto_msgTypes[34]
+	mi := &file_conveyor_command_command_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2861,7 +3070,7 @@ func (x *AbandonRestore) String() string {
 func (*AbandonRestore) ProtoMessage() {}
 
 func (x *AbandonRestore) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[34]
+	mi := &file_conveyor_command_command_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2874,7 +3083,7 @@ func (x *AbandonRestore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonRestore.ProtoReflect.Descriptor instead.
 func (*AbandonRestore) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{34}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AbandonRestore) GetOperationId() string {
@@ -2905,7 +3114,7 @@ type Result struct {
 	PartitionCount  uint32                 `protobuf:"varint,9,opt,name=partition_count,json=partitionCount,proto3" json:"partition_count,omitempty"`
 	TimeMs          uint64                 `protobuf:"varint,10,opt,name=time_ms,json=timeMs,proto3" json:"time_ms,omitempty"`                            // the state machine's time of the command
 	FailedOp        uint32                 `protobuf:"varint,11,opt,name=failed_op,json=failedOp,proto3" json:"failed_op,omitempty"`                      // index of the refused operation of a batch
-	Stale           uint32                 `protobuf:"varint,12,opt,name=stale,proto3" json:"stale,omitempty"`                                            // skipped assignment changes
+	Stale           uint32                 `protobuf:"varint,12,opt,name=stale,proto3" json:"stale,omitempty"`                                            // skipped assignment changes, handovers or services
 	Watermark       *Watermark             `protobuf:"bytes,13,opt,name=watermark,proto3" json:"watermark,omitempty"`                                     // the source's global watermark after the command
 	RepeatedRequest bool                   `protobuf:"varint,14,opt,name=repeated_request,json=repeatedRequest,proto3" json:"repeated_request,omitempty"` // answered from the record of an earlier command with this request id
 	Epoch           uint64                 `protobuf:"varint,15,opt,name=epoch,proto3" json:"epoch,omitempty"`                                            // restore epoch after the command
@@ -2915,7 +3124,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_conveyor_command_command_proto_msgTypes[35]
+	mi := &file_conveyor_command_command_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +3136,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[35]
+	mi := &file_conveyor_command_command_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +3149,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{35}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Result) GetRevision() uint64 {
@@ -3062,7 +3271,7 @@ type Rejection struct {
 
 func (x *Rejection) Reset() {
 	*x = Rejection{}
-	mi := &file_conveyor_command_command_proto_msgTypes[36]
+	mi := &file_conveyor_command_command_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3074,7 +3283,7 @@ func (x *Rejection) String() string {
 func (*Rejection) ProtoMessage() {}
 
 func (x *Rejection) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[36]
+	mi := &file_conveyor_command_command_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3087,7 +3296,7 @@ func (x *Rejection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rejection.ProtoReflect.Descriptor instead.
 func (*Rejection) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{36}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Rejection) GetCode() Code {
@@ -3139,7 +3348,7 @@ type RequestRecord struct {
 
 func (x *RequestRecord) Reset() {
 	*x = RequestRecord{}
-	mi := &file_conveyor_command_command_proto_msgTypes[37]
+	mi := &file_conveyor_command_command_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3360,7 @@ func (x *RequestRecord) String() string {
 func (*RequestRecord) ProtoMessage() {}
 
 func (x *RequestRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_command_proto_msgTypes[37]
+	mi := &file_conveyor_command_command_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3373,7 @@ func (x *RequestRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestRecord.ProtoReflect.Descriptor instead.
 func (*RequestRecord) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_command_proto_rawDescGZIP(), []int{37}
+	return file_conveyor_command_command_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RequestRecord) GetSequence() uint64 {
@@ -3206,7 +3415,7 @@ var File_conveyor_command_command_proto protoreflect.FileDescriptor
 
 const file_conveyor_command_command_proto_rawDesc = "" +
 	"\n" +
-	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\x99\x14\n" +
+	"\x1econveyor/command/command.proto\x12\x10conveyor.command\x1a\x1cconveyor/command/state.proto\"\xaa\x15\n" +
 	"\aCommand\x12\x17\n" +
 	"\atime_ms\x18\x01 \x01(\x04R\x06timeMs\x12\x1d\n" +
 	"\n" +
@@ -3216,7 +3425,9 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x12deregister_service\x18\v \x01(\v2#.conveyor.command.DeregisterServiceH\x00R\x11deregisterService\x12?\n" +
 	"\vrenew_lease\x18\f \x01(\v2\x1c.conveyor.command.RenewLeaseH\x00R\n" +
 	"renewLease\x12[\n" +
-	"\x15update_service_health\x18\r \x01(\v2%.conveyor.command.UpdateServiceHealthH\x00R\x13updateServiceHealth\x12B\n" +
+	"\x15update_service_health\x18\r \x01(\v2%.conveyor.command.UpdateServiceHealthH\x00R\x13updateServiceHealth\x12E\n" +
+	"\rdrain_service\x18\x0e \x01(\v2\x1e.conveyor.command.DrainServiceH\x00R\fdrainService\x12H\n" +
+	"\x0epurge_services\x18\x0f \x01(\v2\x1f.conveyor.command.PurgeServicesH\x00R\rpurgeServices\x12B\n" +
 	"\fput_pipeline\x18\x14 \x01(\v2\x1d.conveyor.command.PutPipelineH\x00R\vputPipeline\x12K\n" +
 	"\x0fdelete_pipeline\x18\x15 \x01(\v2 .conveyor.command.DeletePipelineH\x00R\x0edeletePipeline\x12X\n" +
 	"\x14set_pipeline_enabled\x18\x16 \x01(\v2$.conveyor.command.SetPipelineEnabledH\x00R\x12setPipelineEnabled\x12X\n" +
@@ -3252,11 +3463,25 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x0f_expected_epochB\x10\n" +
 	"\x0e_expected_term\"F\n" +
 	"\x0fRegisterService\x123\n" +
-	"\aservice\x18\x01 \x01(\v2\x19.conveyor.command.ServiceR\aservice\"[\n" +
+	"\aservice\x18\x01 \x01(\v2\x19.conveyor.command.ServiceR\aservice\"~\n" +
 	"\x11DeregisterService\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12'\n" +
-	"\x0fregistration_id\x18\x02 \x01(\tR\x0eregistrationId\"+\n" +
+	"\x0fregistration_id\x18\x02 \x01(\tR\x0eregistrationId\x12!\n" +
+	"\fdrained_only\x18\x03 \x01(\bR\vdrainedOnly\"u\n" +
+	"\fDrainService\x12\x1d\n" +
+	"\n" +
+	"service_id\x18\x01 \x01(\tR\tserviceId\x12'\n" +
+	"\x0fregistration_id\x18\x02 \x01(\tR\x0eregistrationId\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\"p\n" +
+	"\rPurgeServices\x12<\n" +
+	"\bservices\x18\x01 \x03(\v2 .conveyor.command.ExpiredServiceR\bservices\x12!\n" +
+	"\fretention_ms\x18\x02 \x01(\x04R\vretentionMs\"\\\n" +
+	"\x0eExpiredService\x12\x1d\n" +
+	"\n" +
+	"service_id\x18\x01 \x01(\tR\tserviceId\x12+\n" +
+	"\x11expected_revision\x18\x02 \x01(\x04R\x10expectedRevision\"+\n" +
 	"\n" +
 	"RenewLease\x12\x1d\n" +
 	"\n" +
@@ -3491,121 +3716,127 @@ func file_conveyor_command_command_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_command_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_conveyor_command_command_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_conveyor_command_command_proto_goTypes = []any{
 	(HandoverEnd)(0),            // 0: conveyor.command.HandoverEnd
 	(Code)(0),                   // 1: conveyor.command.Code
 	(*Command)(nil),             // 2: conveyor.command.Command
 	(*RegisterService)(nil),     // 3: conveyor.command.RegisterService
 	(*DeregisterService)(nil),   // 4: conveyor.command.DeregisterService
-	(*RenewLease)(nil),          // 5: conveyor.command.RenewLease
-	(*UpdateServiceHealth)(nil), // 6: conveyor.command.UpdateServiceHealth
-	(*PutPipeline)(nil),         // 7: conveyor.command.PutPipeline
-	(*DeletePipeline)(nil),      // 8: conveyor.command.DeletePipeline
-	(*SetPipelineEnabled)(nil),  // 9: conveyor.command.SetPipelineEnabled
-	(*CommitSourceOffset)(nil),  // 10: conveyor.command.CommitSourceOffset
-	(*AdvanceWatermark)(nil),    // 11: conveyor.command.AdvanceWatermark
-	(*SaveCheckpoint)(nil),      // 12: conveyor.command.SaveCheckpoint
-	(*DeleteCheckpoint)(nil),    // 13: conveyor.command.DeleteCheckpoint
-	(*CommitGroupOffset)(nil),   // 14: conveyor.command.CommitGroupOffset
-	(*CommitBatch)(nil),         // 15: conveyor.command.CommitBatch
-	(*CommitOp)(nil),            // 16: conveyor.command.CommitOp
-	(*JoinGroup)(nil),           // 17: conveyor.command.JoinGroup
-	(*LeaveGroup)(nil),          // 18: conveyor.command.LeaveGroup
-	(*AssignPartitions)(nil),    // 19: conveyor.command.AssignPartitions
-	(*RegisterSidecar)(nil),     // 20: conveyor.command.RegisterSidecar
-	(*DeregisterSidecar)(nil),   // 21: conveyor.command.DeregisterSidecar
-	(*TransitionSidecar)(nil),   // 22: conveyor.command.TransitionSidecar
-	(*DrainSidecar)(nil),        // 23: conveyor.command.DrainSidecar
-	(*UndrainSidecar)(nil),      // 24: conveyor.command.UndrainSidecar
-	(*EndHandovers)(nil),        // 25: conveyor.command.EndHandovers
-	(*EndedHandover)(nil),       // 26: conveyor.command.EndedHandover
-	(*ApplyAssignments)(nil),    // 27: conveyor.command.ApplyAssignments
-	(*AssignmentChange)(nil),    // 28: conveyor.command.AssignmentChange
-	(*PutOperation)(nil),        // 29: conveyor.command.PutOperation
-	(*CancelOperation)(nil),     // 30: conveyor.command.CancelOperation
-	(*BeginRestore)(nil),        // 31: conveyor.command.BeginRestore
-	(*StageRestore)(nil),        // 32: conveyor.command.StageRestore
-	(*SealRestore)(nil),         // 33: conveyor.command.SealRestore
-	(*ReportRestore)(nil),       // 34: conveyor.command.ReportRestore
-	(*SwapRestore)(nil),         // 35: conveyor.command.SwapRestore
-	(*AbandonRestore)(nil),      // 36: conveyor.command.AbandonRestore
-	(*Result)(nil),              // 37: conveyor.command.Result
-	(*Rejection)(nil),           // 38: conveyor.command.Rejection
-	(*RequestRecord)(nil),       // 39: conveyor.command.RequestRecord
-	(*Service)(nil),             // 40: conveyor.command.Service
-	(*Health)(nil),              // 41: conveyor.command.Health
-	(ServiceState)(0),           // 42: conveyor.command.ServiceState
-	(*PipelineSpec)(nil),        // 43: conveyor.command.PipelineSpec
-	(*SourceOffset)(nil),        // 44: conveyor.command.SourceOffset
-	(*GroupMember)(nil),         // 45: conveyor.command.GroupMember
-	(*Sidecar)(nil),             // 46: conveyor.command.Sidecar
-	(SidecarState)(0),           // 47: conveyor.command.SidecarState
-	(*StageAssignment)(nil),     // 48: conveyor.command.StageAssignment
-	(*Operation)(nil),           // 49: conveyor.command.Operation
-	(*RestoreSource)(nil),       // 50: conveyor.command.RestoreSource
-	(*Watermark)(nil),           // 51: conveyor.command.Watermark
+	(*DrainService)(nil),        // 5: conveyor.command.DrainService
+	(*PurgeServices)(nil),       // 6: conveyor.command.PurgeServices
+	(*ExpiredService)(nil),      // 7: conveyor.command.ExpiredService
+	(*RenewLease)(nil),          // 8: conveyor.command.RenewLease
+	(*UpdateServiceHealth)(nil), // 9: conveyor.command.UpdateServiceHealth
+	(*PutPipeline)(nil),         // 10: conveyor.command.PutPipeline
+	(*DeletePipeline)(nil),      // 11: conveyor.command.DeletePipeline
+	(*SetPipelineEnabled)(nil),  // 12: conveyor.command.SetPipelineEnabled
+	(*CommitSourceOffset)(nil),  // 13: conveyor.command.CommitSourceOffset
+	(*AdvanceWatermark)(nil),    // 14: conveyor.command.AdvanceWatermark
+	(*SaveCheckpoint)(nil),      // 15: conveyor.command.SaveCheckpoint
+	(*DeleteCheckpoint)(nil),    // 16: conveyor.command.DeleteCheckpoint
+	(*CommitGroupOffset)(nil),   // 17: conveyor.command.CommitGroupOffset
+	(*CommitBatch)(nil),         // 18: conveyor.command.CommitBatch
+	(*CommitOp)(nil),            // 19: conveyor.command.CommitOp
+	(*JoinGroup)(nil),           // 20: conveyor.command.JoinGroup
+	(*LeaveGroup)(nil),          // 21: conveyor.command.LeaveGroup
+	(*AssignPartitions)(nil),    // 22: conveyor.command.AssignPartitions
+	(*RegisterSidecar)(nil),     // 23: conveyor.command.RegisterSidecar
+	(*DeregisterSidecar)(nil),   // 24: conveyor.command.DeregisterSidecar
+	(*TransitionSidecar)(nil),   // 25: conveyor.command.TransitionSidecar
+	(*DrainSidecar)(nil),        // 26: conveyor.command.DrainSidecar
+	(*UndrainSidecar)(nil),      // 27: conveyor.command.UndrainSidecar
+	(*EndHandovers)(nil),        // 28: conveyor.command.EndHandovers
+	(*EndedHandover)(nil),       // 29: conveyor.command.EndedHandover
+	(*ApplyAssignments)(nil),    // 30: conveyor.command.ApplyAssignments
+	(*AssignmentChange)(nil),    // 31: conveyor.command.AssignmentChange
+	(*PutOperation)(nil),        // 32: conveyor.command.PutOperation
+	(*CancelOperation)(nil),     // 33: conveyor.command.CancelOperation
+	(*BeginRestore)(nil),        // 34: conveyor.command.BeginRestore
+	(*StageRestore)(nil),        // 35: conveyor.command.StageRestore
+	(*SealRestore)(nil),         // 36: conveyor.command.SealRestore
+	(*ReportRestore)(nil),       // 37: conveyor.command.ReportRestore
+	(*SwapRestore)(nil),         // 38: conveyor.command.SwapRestore
+	(*AbandonRestore)(nil),      // 39: conveyor.command.AbandonRestore
+	(*Result)(nil),              // 40: conveyor.command.Result
+	(*Rejection)(nil),           // 41: conveyor.command.Rejection
+	(*RequestRecord)(nil),       // 42: conveyor.command.RequestRecord
+	(*Service)(nil),             // 43: conveyor.command.Service
+	(*Health)(nil),              // 44: conveyor.command.Health
+	(ServiceState)(0),           // 45: conveyor.command.ServiceState
+	(*PipelineSpec)(nil),        // 46: conveyor.command.PipelineSpec
+	(*SourceOffset)(nil),        // 47: conveyor.command.SourceOffset
+	(*GroupMember)(nil),         // 48: conveyor.command.GroupMember
+	(*Sidecar)(nil),             // 49: conveyor.command.Sidecar
+	(SidecarState)(0),           // 50: conveyor.command.SidecarState
+	(*StageAssignment)(nil),     // 51: conveyor.command.StageAssignment
+	(*Operation)(nil),           // 52: conveyor.command.Operation
+	(*RestoreSource)(nil),       // 53: conveyor.command.RestoreSource
+	(*Watermark)(nil),           // 54: conveyor.command.Watermark
 }
 var file_conveyor_command_command_proto_depIdxs = []int32{
 	3,  // 0: conveyor.command.Command.register_service:type_name -> conveyor.command.RegisterService
 	4,  // 1: conveyor.command.Command.deregister_service:type_name -> conveyor.command.DeregisterService
-	5,  // 2: conveyor.command.Command.renew_lease:type_name -> conveyor.command.RenewLease
-	6,  // 3: conveyor.command.Command.update_service_health:type_name -> conveyor.command.UpdateServiceHealth
-	7,  // 4: conveyor.command.Command.put_pipeline:type_name -> conveyor.command.PutPipeline
-	8,  // 5: conveyor.command.Command.delete_pipeline:type_name -> conveyor.command.DeletePipeline
-	9,  // 6: conveyor.command.Command.set_pipeline_enabled:type_name -> conveyor.command.SetPipelineEnabled
-	10, // 7: conveyor.command.Command.commit_source_offset:type_name -> conveyor.command.CommitSourceOffset
-	11, // 8: conveyor.command.Command.advance_watermark:type_name -> conveyor.command.AdvanceWatermark
-	12, // 9: conveyor.command.Command.save_checkpoint:type_name -> conveyor.command.SaveCheckpoint
-	14, // 10: conveyor.command.Command.commit_group_offset:type_name -> conveyor.command.CommitGroupOffset
-	15, // 11: conveyor.command.Command.commit_batch:type_name -> conveyor.command.CommitBatch
-	13, // 12: conveyor.command.Command.delete_checkpoint:type_name -> conveyor.command.DeleteCheckpoint
-	17, // 13: conveyor.command.Command.join_group:type_name -> conveyor.command.JoinGroup
-	18, // 14: conveyor.command.Command.leave_group:type_name -> conveyor.command.LeaveGroup
-	19, // 15: conveyor.command.Command.assign_partitions:type_name -> conveyor.command.AssignPartitions
-	20, // 16: conveyor.command.Command.register_sidecar:type_name -> conveyor.command.RegisterSidecar
-	21, // 17: conveyor.command.Command.deregister_sidecar:type_name -> conveyor.command.DeregisterSidecar
-	22, // 18: conveyor.command.Command.transition_sidecar:type_name -> conveyor.command.TransitionSidecar
-	27, // 19: conveyor.command.Command.apply_assignments:type_name -> conveyor.command.ApplyAssignments
-	23, // 20: conveyor.command.Command.drain_sidecar:type_name -> conveyor.command.DrainSidecar
-	24, // 21: conveyor.command.Command.undrain_sidecar:type_name -> conveyor.command.UndrainSidecar
-	25, // 22: conveyor.command.Command.end_handovers:type_name -> conveyor.command.EndHandovers
-	29, // 23: conveyor.command.Command.put_operation:type_name -> conveyor.command.PutOperation
-	30, // 24: conveyor.command.Command.cancel_operation:type_name -> conveyor.command.CancelOperation
-	31, // 25: conveyor.command.Command.begin_restore:type_name -> conveyor.command.BeginRestore
-	32, // 26: conveyor.command.Command.stage_restore:type_name -> conveyor.command.StageRestore
-	33, // 27: conveyor.command.Command.seal_restore:type_name -> conveyor.command.SealRestore
-	34, // 28: conveyor.command.Command.report_restore:type_name -> conveyor.command.ReportRestore
-	35, // 29: conveyor.command.Command.swap_restore:type_name -> conveyor.command.SwapRestore
-	36, // 30: conveyor.command.Command.abandon_restore:type_name -> conveyor.command.AbandonRestore
-	40, // 31: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
-	41, // 32: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
-	42, // 33: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
-	43, // 34: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
-	44, // 35: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	16, // 36: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
-	10, // 37: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
-	11, // 38: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
-	14, // 39: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
-	12, // 40: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
-	45, // 41: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
-	46, // 42: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
-	47, // 43: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
-	26, // 44: conveyor.command.EndHandovers.ended:type_name -> conveyor.command.EndedHandover
-	0,  // 45: conveyor.command.EndedHandover.end:type_name -> conveyor.command.HandoverEnd
-	28, // 46: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
-	48, // 47: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
-	49, // 48: conveyor.command.PutOperation.operation:type_name -> conveyor.command.Operation
-	50, // 49: conveyor.command.BeginRestore.source:type_name -> conveyor.command.RestoreSource
-	38, // 50: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
-	51, // 51: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
-	1,  // 52: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
-	37, // 53: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
-	54, // [54:54] is the sub-list for method output_type
-	54, // [54:54] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	8,  // 2: conveyor.command.Command.renew_lease:type_name -> conveyor.command.RenewLease
+	9,  // 3: conveyor.command.Command.update_service_health:type_name -> conveyor.command.UpdateServiceHealth
+	5,  // 4: conveyor.command.Command.drain_service:type_name -> conveyor.command.DrainService
+	6,  // 5: conveyor.command.Command.purge_services:type_name -> conveyor.command.PurgeServices
+	10, // 6: conveyor.command.Command.put_pipeline:type_name -> conveyor.command.PutPipeline
+	11, // 7: conveyor.command.Command.delete_pipeline:type_name -> conveyor.command.DeletePipeline
+	12, // 8: conveyor.command.Command.set_pipeline_enabled:type_name -> conveyor.command.SetPipelineEnabled
+	13, // 9: conveyor.command.Command.commit_source_offset:type_name -> conveyor.command.CommitSourceOffset
+	14, // 10: conveyor.command.Command.advance_watermark:type_name -> conveyor.command.AdvanceWatermark
+	15, // 11: conveyor.command.Command.save_checkpoint:type_name -> conveyor.command.SaveCheckpoint
+	17, // 12: conveyor.command.Command.commit_group_offset:type_name -> conveyor.command.CommitGroupOffset
+	18, // 13: conveyor.command.Command.commit_batch:type_name -> conveyor.command.CommitBatch
+	16, // 14: conveyor.command.Command.delete_checkpoint:type_name -> conveyor.command.DeleteCheckpoint
+	20, // 15: conveyor.command.Command.join_group:type_name -> conveyor.command.JoinGroup
+	21, // 16: conveyor.command.Command.leave_group:type_name -> conveyor.command.LeaveGroup
+	22, // 17: conveyor.command.Command.assign_partitions:type_name -> conveyor.command.AssignPartitions
+	23, // 18: conveyor.command.Command.register_sidecar:type_name -> conveyor.command.RegisterSidecar
+	24, // 19: conveyor.command.Command.deregister_sidecar:type_name -> conveyor.command.DeregisterSidecar
+	25, // 20: conveyor.command.Command.transition_sidecar:type_name -> conveyor.command.TransitionSidecar
+	30, // 21: conveyor.command.Command.apply_assignments:type_name -> conveyor.command.ApplyAssignments
+	26, // 22: conveyor.command.Command.drain_sidecar:type_name -> conveyor.command.DrainSidecar
+	27, // 23: conveyor.command.Command.undrain_sidecar:type_name -> conveyor.command.UndrainSidecar
+	28, // 24: conveyor.command.Command.end_handovers:type_name -> conveyor.command.EndHandovers
+	32, // 25: conveyor.command.Command.put_operation:type_name -> conveyor.command.PutOperation
+	33, // 26: conveyor.command.Command.cancel_operation:type_name -> conveyor.command.CancelOperation
+	34, // 27: conveyor.command.Command.begin_restore:type_name -> conveyor.command.BeginRestore
+	35, // 28: conveyor.command.Command.stage_restore:type_name -> conveyor.command.StageRestore
+	36, // 29: conveyor.command.Command.seal_restore:type_name -> conveyor.command.SealRestore
+	37, // 30: conveyor.command.Command.report_restore:type_name -> conveyor.command.ReportRestore
+	38, // 31: conveyor.command.Command.swap_restore:type_name -> conveyor.command.SwapRestore
+	39, // 32: conveyor.command.Command.abandon_restore:type_name -> conveyor.command.AbandonRestore
+	43, // 33: conveyor.command.RegisterService.service:type_name -> conveyor.command.Service
+	7,  // 34: conveyor.command.PurgeServices.services:type_name -> conveyor.command.ExpiredService
+	44, // 35: conveyor.command.UpdateServiceHealth.health:type_name -> conveyor.command.Health
+	45, // 36: conveyor.command.UpdateServiceHealth.state:type_name -> conveyor.command.ServiceState
+	46, // 37: conveyor.command.PutPipeline.spec:type_name -> conveyor.command.PipelineSpec
+	47, // 38: conveyor.command.SaveCheckpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	19, // 39: conveyor.command.CommitBatch.ops:type_name -> conveyor.command.CommitOp
+	13, // 40: conveyor.command.CommitOp.source_offset:type_name -> conveyor.command.CommitSourceOffset
+	14, // 41: conveyor.command.CommitOp.watermark:type_name -> conveyor.command.AdvanceWatermark
+	17, // 42: conveyor.command.CommitOp.group_offset:type_name -> conveyor.command.CommitGroupOffset
+	15, // 43: conveyor.command.CommitOp.checkpoint:type_name -> conveyor.command.SaveCheckpoint
+	48, // 44: conveyor.command.AssignPartitions.members:type_name -> conveyor.command.GroupMember
+	49, // 45: conveyor.command.RegisterSidecar.sidecar:type_name -> conveyor.command.Sidecar
+	50, // 46: conveyor.command.TransitionSidecar.state:type_name -> conveyor.command.SidecarState
+	29, // 47: conveyor.command.EndHandovers.ended:type_name -> conveyor.command.EndedHandover
+	0,  // 48: conveyor.command.EndedHandover.end:type_name -> conveyor.command.HandoverEnd
+	31, // 49: conveyor.command.ApplyAssignments.changes:type_name -> conveyor.command.AssignmentChange
+	51, // 50: conveyor.command.AssignmentChange.stages:type_name -> conveyor.command.StageAssignment
+	52, // 51: conveyor.command.PutOperation.operation:type_name -> conveyor.command.Operation
+	53, // 52: conveyor.command.BeginRestore.source:type_name -> conveyor.command.RestoreSource
+	41, // 53: conveyor.command.Result.rejection:type_name -> conveyor.command.Rejection
+	54, // 54: conveyor.command.Result.watermark:type_name -> conveyor.command.Watermark
+	1,  // 55: conveyor.command.Rejection.code:type_name -> conveyor.command.Code
+	40, // 56: conveyor.command.RequestRecord.result:type_name -> conveyor.command.Result
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_command_proto_init() }
@@ -3619,6 +3850,8 @@ func file_conveyor_command_command_proto_init() {
 		(*Command_DeregisterService)(nil),
 		(*Command_RenewLease)(nil),
 		(*Command_UpdateServiceHealth)(nil),
+		(*Command_DrainService)(nil),
+		(*Command_PurgeServices)(nil),
 		(*Command_PutPipeline)(nil),
 		(*Command_DeletePipeline)(nil),
 		(*Command_SetPipelineEnabled)(nil),
@@ -3647,11 +3880,11 @@ func file_conveyor_command_command_proto_init() {
 		(*Command_SwapRestore)(nil),
 		(*Command_AbandonRestore)(nil),
 	}
-	file_conveyor_command_command_proto_msgTypes[5].OneofWrappers = []any{}
-	file_conveyor_command_command_proto_msgTypes[6].OneofWrappers = []any{}
-	file_conveyor_command_command_proto_msgTypes[7].OneofWrappers = []any{}
-	file_conveyor_command_command_proto_msgTypes[12].OneofWrappers = []any{}
-	file_conveyor_command_command_proto_msgTypes[14].OneofWrappers = []any{
+	file_conveyor_command_command_proto_msgTypes[8].OneofWrappers = []any{}
+	file_conveyor_command_command_proto_msgTypes[9].OneofWrappers = []any{}
+	file_conveyor_command_command_proto_msgTypes[10].OneofWrappers = []any{}
+	file_conveyor_command_command_proto_msgTypes[15].OneofWrappers = []any{}
+	file_conveyor_command_command_proto_msgTypes[17].OneofWrappers = []any{
 		(*CommitOp_SourceOffset)(nil),
 		(*CommitOp_Watermark)(nil),
 		(*CommitOp_GroupOffset)(nil),
@@ -3663,7 +3896,7 @@ func file_conveyor_command_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_command_proto_rawDesc), len(file_conveyor_command_command_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   38,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

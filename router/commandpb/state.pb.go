@@ -642,8 +642,13 @@ type Service struct {
 	LastHeartbeatMs       uint64                 `protobuf:"varint,18,opt,name=last_heartbeat_ms,json=lastHeartbeatMs,proto3" json:"last_heartbeat_ms,omitempty"` // of the last one that became a command
 	CreateRevision        uint64                 `protobuf:"varint,19,opt,name=create_revision,json=createRevision,proto3" json:"create_revision,omitempty"`
 	ModRevision           uint64                 `protobuf:"varint,20,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
-	unknownFields         protoimpl.UnknownFields
-	sizeCache             protoimpl.SizeCache
+	// Above 0: it drains since then and is given nothing new. It is removed once it
+	// has nothing left, or at the deadline.
+	DrainSinceMs    uint64 `protobuf:"varint,21,opt,name=drain_since_ms,json=drainSinceMs,proto3" json:"drain_since_ms,omitempty"`
+	DrainDeadlineMs uint64 `protobuf:"varint,22,opt,name=drain_deadline_ms,json=drainDeadlineMs,proto3" json:"drain_deadline_ms,omitempty"`
+	ExpiredAtMs     uint64 `protobuf:"varint,23,opt,name=expired_at_ms,json=expiredAtMs,proto3" json:"expired_at_ms,omitempty"` // when it expired, of one that is; 0 = before this was noted
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Service) Reset() {
@@ -812,6 +817,27 @@ func (x *Service) GetCreateRevision() uint64 {
 func (x *Service) GetModRevision() uint64 {
 	if x != nil {
 		return x.ModRevision
+	}
+	return 0
+}
+
+func (x *Service) GetDrainSinceMs() uint64 {
+	if x != nil {
+		return x.DrainSinceMs
+	}
+	return 0
+}
+
+func (x *Service) GetDrainDeadlineMs() uint64 {
+	if x != nil {
+		return x.DrainDeadlineMs
+	}
+	return 0
+}
+
+func (x *Service) GetExpiredAtMs() uint64 {
+	if x != nil {
+		return x.ExpiredAtMs
 	}
 	return 0
 }
@@ -2126,6 +2152,7 @@ type GroupMember struct {
 	Partitions       []uint32               `protobuf:"varint,2,rep,packed,name=partitions,proto3" json:"partitions,omitempty"` // ascending
 	Preferences      []uint32               `protobuf:"varint,3,rep,packed,name=preferences,proto3" json:"preferences,omitempty"`
 	JoinedGeneration uint64                 `protobuf:"varint,4,opt,name=joined_generation,json=joinedGeneration,proto3" json:"joined_generation,omitempty"`
+	Draining         bool                   `protobuf:"varint,5,opt,name=draining,proto3" json:"draining,omitempty"` // keeps what it has and is given no more
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -2186,6 +2213,13 @@ func (x *GroupMember) GetJoinedGeneration() uint64 {
 		return x.JoinedGeneration
 	}
 	return 0
+}
+
+func (x *GroupMember) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
 }
 
 type Group struct {
@@ -3302,7 +3336,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"components\x1a`\n" +
 	"\x0fComponentsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x127\n" +
-	"\x05value\x18\x02 \x01(\v2!.conveyor.command.ComponentHealthR\x05value:\x028\x01\"\xf3\x06\n" +
+	"\x05value\x18\x02 \x01(\v2!.conveyor.command.ComponentHealthR\x05value:\x028\x01\"\xe9\a\n" +
 	"\aService\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x121\n" +
@@ -3326,7 +3360,10 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\x10registered_at_ms\x18\x11 \x01(\x04R\x0eregisteredAtMs\x12*\n" +
 	"\x11last_heartbeat_ms\x18\x12 \x01(\x04R\x0flastHeartbeatMs\x12'\n" +
 	"\x0fcreate_revision\x18\x13 \x01(\x04R\x0ecreateRevision\x12!\n" +
-	"\fmod_revision\x18\x14 \x01(\x04R\vmodRevision\x1a9\n" +
+	"\fmod_revision\x18\x14 \x01(\x04R\vmodRevision\x12$\n" +
+	"\x0edrain_since_ms\x18\x15 \x01(\x04R\fdrainSinceMs\x12*\n" +
+	"\x11drain_deadline_ms\x18\x16 \x01(\x04R\x0fdrainDeadlineMs\x12\"\n" +
+	"\rexpired_at_ms\x18\x17 \x01(\x04R\vexpiredAtMs\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x93\x02\n" +
@@ -3455,7 +3492,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1f\n" +
 	"\vdeadline_ms\x18\x03 \x01(\x04R\n" +
 	"deadlineMs\x12\x16\n" +
-	"\x06shared\x18\x04 \x01(\bR\x06shared\"\x9b\x01\n" +
+	"\x06shared\x18\x04 \x01(\bR\x06shared\"\xb7\x01\n" +
 	"\vGroupMember\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12\x1e\n" +
@@ -3463,7 +3500,8 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"partitions\x18\x02 \x03(\rR\n" +
 	"partitions\x12 \n" +
 	"\vpreferences\x18\x03 \x03(\rR\vpreferences\x12+\n" +
-	"\x11joined_generation\x18\x04 \x01(\x04R\x10joinedGeneration\"\x8b\x02\n" +
+	"\x11joined_generation\x18\x04 \x01(\x04R\x10joinedGeneration\x12\x1a\n" +
+	"\bdraining\x18\x05 \x01(\bR\bdraining\"\x8b\x02\n" +
 	"\x05Group\x12\x19\n" +
 	"\bgroup_id\x18\x01 \x01(\tR\agroupId\x12\x19\n" +
 	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\x1e\n" +

@@ -223,6 +223,27 @@ func (m *Service) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ExpiredAtMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ExpiredAtMs))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xb8
+	}
+	if m.DrainDeadlineMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.DrainDeadlineMs))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xb0
+	}
+	if m.DrainSinceMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.DrainSinceMs))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xa8
+	}
 	if m.ModRevision != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ModRevision))
 		i--
@@ -1647,6 +1668,16 @@ func (m *GroupMember) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.Draining {
+		i--
+		if m.Draining {
+			dAtA[i] = 1
+		} else {
+			dAtA[i] = 0
+		}
+		i--
+		dAtA[i] = 0x28
+	}
 	if m.JoinedGeneration != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.JoinedGeneration))
 		i--
@@ -2774,6 +2805,15 @@ func (m *Service) SizeVT() (n int) {
 	if m.ModRevision != 0 {
 		n += 2 + protohelpers.SizeOfVarint(uint64(m.ModRevision))
 	}
+	if m.DrainSinceMs != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.DrainSinceMs))
+	}
+	if m.DrainDeadlineMs != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.DrainDeadlineMs))
+	}
+	if m.ExpiredAtMs != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.ExpiredAtMs))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -3347,6 +3387,9 @@ func (m *GroupMember) SizeVT() (n int) {
 	}
 	if m.JoinedGeneration != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.JoinedGeneration))
+	}
+	if m.Draining {
+		n += 2
 	}
 	n += len(m.unknownFields)
 	return n
@@ -4891,6 +4934,63 @@ func (m *Service) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.ModRevision |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 21:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field DrainSinceMs", wireType)
+			}
+			m.DrainSinceMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.DrainSinceMs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 22:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field DrainDeadlineMs", wireType)
+			}
+			m.DrainDeadlineMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.DrainDeadlineMs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 23:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ExpiredAtMs", wireType)
+			}
+			m.ExpiredAtMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ExpiredAtMs |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -8461,6 +8561,26 @@ func (m *GroupMember) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 5:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Draining", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.Draining = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -33,7 +33,7 @@ func kindOf(method string) callKind {
 		"GetSourceOffset", "GetWatermark", "GetCheckpoint", "GetGroupOffsets", "GetPipelineCheckpoints",
 		"GetStateHash", "ListSidecars", "GetSidecar", "ListGroups", "GetGroup",
 		"ListMembers", "ListOperations", "GetOperation", "WaitOperation", "CheckState",
-		"GetStateMetadata", "ListSnapshots", "GetConvergence",
+		"GetStateMetadata", "ListSnapshots", "GetConvergence", "AwaitPlanned",
 		"ExplainPipeline", "PlanPipelines", "WhatIf", "GetPlacementQuality",
 		// A node that asks again is known by the id of its directory.
 		"JoinMember",

@@ -2337,7 +2337,7 @@ type NodeStatus struct {
 	MatchIndex    uint64                 `protobuf:"varint,5,opt,name=match_index,json=matchIndex,proto3" json:"match_index,omitempty"`
 	LastContact   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=last_contact,json=lastContact,proto3" json:"last_contact,omitempty"`
 	ClientAddress string                 `protobuf:"bytes,100,opt,name=client_address,json=clientAddress,proto3" json:"client_address,omitempty"`
-	AppliedIndex  uint64                 `protobuf:"varint,101,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	AppliedIndex  uint64                 `protobuf:"varint,101,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"` // as the node says itself; 0 = it could not be asked, like an empty version
 	Version       string                 `protobuf:"bytes,102,opt,name=version,proto3" json:"version,omitempty"`
 	HealthUnknown bool                   `protobuf:"varint,103,opt,name=health_unknown,json=healthUnknown,proto3" json:"health_unknown,omitempty"` // whoever answers has neither heard of it nor missed it yet
 	unknownFields protoimpl.UnknownFields

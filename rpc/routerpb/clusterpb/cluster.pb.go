@@ -4236,6 +4236,94 @@ func (x *ListAppliedRequest) GetPipelineId() string {
 	return ""
 }
 
+type AwaitPlannedRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitPlannedRequest) Reset() {
+	*x = AwaitPlannedRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitPlannedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitPlannedRequest) ProtoMessage() {}
+
+func (x *AwaitPlannedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitPlannedRequest.ProtoReflect.Descriptor instead.
+func (*AwaitPlannedRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *AwaitPlannedRequest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type AwaitPlannedResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"` // of a state that holds what was decided
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitPlannedResponse) Reset() {
+	*x = AwaitPlannedResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitPlannedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitPlannedResponse) ProtoMessage() {}
+
+func (x *AwaitPlannedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitPlannedResponse.ProtoReflect.Descriptor instead.
+func (*AwaitPlannedResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *AwaitPlannedResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 type ListAppliedResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SidecarIds    []string               `protobuf:"bytes,1,rep,name=sidecar_ids,json=sidecarIds,proto3" json:"sidecar_ids,omitempty"`
@@ -4245,7 +4333,7 @@ type ListAppliedResponse struct {
 
 func (x *ListAppliedResponse) Reset() {
 	*x = ListAppliedResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[61]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4257,7 +4345,7 @@ func (x *ListAppliedResponse) String() string {
 func (*ListAppliedResponse) ProtoMessage() {}
 
 func (x *ListAppliedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[61]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4270,7 +4358,7 @@ func (x *ListAppliedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAppliedResponse.ProtoReflect.Descriptor instead.
 func (*ListAppliedResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{61}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListAppliedResponse) GetSidecarIds() []string {
@@ -4307,7 +4395,7 @@ type PlacementQuality struct {
 
 func (x *PlacementQuality) Reset() {
 	*x = PlacementQuality{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[62]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4319,7 +4407,7 @@ func (x *PlacementQuality) String() string {
 func (*PlacementQuality) ProtoMessage() {}
 
 func (x *PlacementQuality) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[62]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4332,7 +4420,7 @@ func (x *PlacementQuality) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementQuality.ProtoReflect.Descriptor instead.
 func (*PlacementQuality) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{62}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *PlacementQuality) GetInstancesAsked() uint32 {
@@ -4424,7 +4512,7 @@ type PlanMoves struct {
 
 func (x *PlanMoves) Reset() {
 	*x = PlanMoves{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[63]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4436,7 +4524,7 @@ func (x *PlanMoves) String() string {
 func (*PlanMoves) ProtoMessage() {}
 
 func (x *PlanMoves) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[63]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4449,7 +4537,7 @@ func (x *PlanMoves) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanMoves.ProtoReflect.Descriptor instead.
 func (*PlanMoves) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{63}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PlanMoves) GetRevision() uint64 {
@@ -4482,7 +4570,7 @@ type GetPlacementQualityRequest struct {
 
 func (x *GetPlacementQualityRequest) Reset() {
 	*x = GetPlacementQualityRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[64]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4494,7 +4582,7 @@ func (x *GetPlacementQualityRequest) String() string {
 func (*GetPlacementQualityRequest) ProtoMessage() {}
 
 func (x *GetPlacementQualityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[64]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4507,7 +4595,7 @@ func (x *GetPlacementQualityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPlacementQualityRequest.ProtoReflect.Descriptor instead.
 func (*GetPlacementQualityRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{64}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *GetPlacementQualityRequest) GetPipelineId() string {
@@ -4531,7 +4619,7 @@ type GetPlacementQualityResponse struct {
 
 func (x *GetPlacementQualityResponse) Reset() {
 	*x = GetPlacementQualityResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[65]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4543,7 +4631,7 @@ func (x *GetPlacementQualityResponse) String() string {
 func (*GetPlacementQualityResponse) ProtoMessage() {}
 
 func (x *GetPlacementQualityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[65]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4556,7 +4644,7 @@ func (x *GetPlacementQualityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPlacementQualityResponse.ProtoReflect.Descriptor instead.
 func (*GetPlacementQualityResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{65}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *GetPlacementQualityResponse) GetQuality() *PlacementQuality {
@@ -4598,7 +4686,7 @@ type ExplainPipelineRequest struct {
 
 func (x *ExplainPipelineRequest) Reset() {
 	*x = ExplainPipelineRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[66]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4610,7 +4698,7 @@ func (x *ExplainPipelineRequest) String() string {
 func (*ExplainPipelineRequest) ProtoMessage() {}
 
 func (x *ExplainPipelineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[66]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4623,7 +4711,7 @@ func (x *ExplainPipelineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPipelineRequest.ProtoReflect.Descriptor instead.
 func (*ExplainPipelineRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{66}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ExplainPipelineRequest) GetPipelineId() string {
@@ -4659,7 +4747,7 @@ type ExplainPipelineResponse struct {
 
 func (x *ExplainPipelineResponse) Reset() {
 	*x = ExplainPipelineResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[67]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4671,7 +4759,7 @@ func (x *ExplainPipelineResponse) String() string {
 func (*ExplainPipelineResponse) ProtoMessage() {}
 
 func (x *ExplainPipelineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[67]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4684,7 +4772,7 @@ func (x *ExplainPipelineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPipelineResponse.ProtoReflect.Descriptor instead.
 func (*ExplainPipelineResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{67}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ExplainPipelineResponse) GetRevision() uint64 {
@@ -4738,7 +4826,7 @@ type ExplainedStage struct {
 
 func (x *ExplainedStage) Reset() {
 	*x = ExplainedStage{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4750,7 +4838,7 @@ func (x *ExplainedStage) String() string {
 func (*ExplainedStage) ProtoMessage() {}
 
 func (x *ExplainedStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4763,7 +4851,7 @@ func (x *ExplainedStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainedStage.ProtoReflect.Descriptor instead.
 func (*ExplainedStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{68}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ExplainedStage) GetStageId() string {
@@ -4873,7 +4961,7 @@ type StageCandidate struct {
 
 func (x *StageCandidate) Reset() {
 	*x = StageCandidate{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4885,7 +4973,7 @@ func (x *StageCandidate) String() string {
 func (*StageCandidate) ProtoMessage() {}
 
 func (x *StageCandidate) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4898,7 +4986,7 @@ func (x *StageCandidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageCandidate.ProtoReflect.Descriptor instead.
 func (*StageCandidate) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{69}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *StageCandidate) GetSidecarId() string {
@@ -4953,7 +5041,7 @@ type VerdictCount struct {
 
 func (x *VerdictCount) Reset() {
 	*x = VerdictCount{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4965,7 +5053,7 @@ func (x *VerdictCount) String() string {
 func (*VerdictCount) ProtoMessage() {}
 
 func (x *VerdictCount) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4978,7 +5066,7 @@ func (x *VerdictCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerdictCount.ProtoReflect.Descriptor instead.
 func (*VerdictCount) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{70}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *VerdictCount) GetVerdict() string {
@@ -5008,7 +5096,7 @@ type NextHop struct {
 
 func (x *NextHop) Reset() {
 	*x = NextHop{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5020,7 +5108,7 @@ func (x *NextHop) String() string {
 func (*NextHop) ProtoMessage() {}
 
 func (x *NextHop) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5033,7 +5121,7 @@ func (x *NextHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
 func (*NextHop) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{71}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *NextHop) GetFromSidecarId() string {
@@ -5081,7 +5169,7 @@ type PlanPipelinesRequest struct {
 
 func (x *PlanPipelinesRequest) Reset() {
 	*x = PlanPipelinesRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5093,7 +5181,7 @@ func (x *PlanPipelinesRequest) String() string {
 func (*PlanPipelinesRequest) ProtoMessage() {}
 
 func (x *PlanPipelinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5106,7 +5194,7 @@ func (x *PlanPipelinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanPipelinesRequest.ProtoReflect.Descriptor instead.
 func (*PlanPipelinesRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{72}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *PlanPipelinesRequest) GetPipelines() []*adminpb.PipelineConfig {
@@ -5135,7 +5223,7 @@ type PlanPipelinesResponse struct {
 
 func (x *PlanPipelinesResponse) Reset() {
 	*x = PlanPipelinesResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5147,7 +5235,7 @@ func (x *PlanPipelinesResponse) String() string {
 func (*PlanPipelinesResponse) ProtoMessage() {}
 
 func (x *PlanPipelinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5160,7 +5248,7 @@ func (x *PlanPipelinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanPipelinesResponse.ProtoReflect.Descriptor instead.
 func (*PlanPipelinesResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{73}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *PlanPipelinesResponse) GetRevision() uint64 {
@@ -5203,7 +5291,7 @@ type PlannedPipeline struct {
 
 func (x *PlannedPipeline) Reset() {
 	*x = PlannedPipeline{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5215,7 +5303,7 @@ func (x *PlannedPipeline) String() string {
 func (*PlannedPipeline) ProtoMessage() {}
 
 func (x *PlannedPipeline) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5228,7 +5316,7 @@ func (x *PlannedPipeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedPipeline.ProtoReflect.Descriptor instead.
 func (*PlannedPipeline) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{74}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *PlannedPipeline) GetPipelineId() string {
@@ -5280,7 +5368,7 @@ type PlacementOutlook struct {
 
 func (x *PlacementOutlook) Reset() {
 	*x = PlacementOutlook{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5292,7 +5380,7 @@ func (x *PlacementOutlook) String() string {
 func (*PlacementOutlook) ProtoMessage() {}
 
 func (x *PlacementOutlook) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5305,7 +5393,7 @@ func (x *PlacementOutlook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementOutlook.ProtoReflect.Descriptor instead.
 func (*PlacementOutlook) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{75}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PlacementOutlook) GetMoves() uint32 {
@@ -5391,7 +5479,7 @@ type StageChange struct {
 
 func (x *StageChange) Reset() {
 	*x = StageChange{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5403,7 +5491,7 @@ func (x *StageChange) String() string {
 func (*StageChange) ProtoMessage() {}
 
 func (x *StageChange) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5416,7 +5504,7 @@ func (x *StageChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageChange.ProtoReflect.Descriptor instead.
 func (*StageChange) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{76}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *StageChange) GetPipelineId() string {
@@ -5465,7 +5553,7 @@ type WaitingStage struct {
 
 func (x *WaitingStage) Reset() {
 	*x = WaitingStage{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5477,7 +5565,7 @@ func (x *WaitingStage) String() string {
 func (*WaitingStage) ProtoMessage() {}
 
 func (x *WaitingStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5490,7 +5578,7 @@ func (x *WaitingStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitingStage.ProtoReflect.Descriptor instead.
 func (*WaitingStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{77}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WaitingStage) GetPipelineId() string {
@@ -5525,7 +5613,7 @@ type WhatIfRequest struct {
 
 func (x *WhatIfRequest) Reset() {
 	*x = WhatIfRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5537,7 +5625,7 @@ func (x *WhatIfRequest) String() string {
 func (*WhatIfRequest) ProtoMessage() {}
 
 func (x *WhatIfRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5550,7 +5638,7 @@ func (x *WhatIfRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhatIfRequest.ProtoReflect.Descriptor instead.
 func (*WhatIfRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{78}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *WhatIfRequest) GetLoseSidecars() []string {
@@ -5586,7 +5674,7 @@ type WhatIfResponse struct {
 
 func (x *WhatIfResponse) Reset() {
 	*x = WhatIfResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5598,7 +5686,7 @@ func (x *WhatIfResponse) String() string {
 func (*WhatIfResponse) ProtoMessage() {}
 
 func (x *WhatIfResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5611,7 +5699,7 @@ func (x *WhatIfResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhatIfResponse.ProtoReflect.Descriptor instead.
 func (*WhatIfResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{79}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *WhatIfResponse) GetRevision() uint64 {
@@ -5979,7 +6067,11 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"5\n" +
 	"\x12ListAppliedRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
-	"pipelineId\"6\n" +
+	"pipelineId\"1\n" +
+	"\x13AwaitPlannedRequest\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"2\n" +
+	"\x14AwaitPlannedResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"6\n" +
 	"\x13ListAppliedResponse\x12\x1f\n" +
 	"\vsidecar_ids\x18\x01 \x03(\tR\n" +
 	"sidecarIds\"\x9b\x03\n" +
@@ -6127,7 +6219,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
 	"\x15SIDECAR_STATE_EXPIRED\x10\x032b\n" +
 	"\aCommits\x12W\n" +
-	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\x9e\x17\n" +
+	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\x85\x18\n" +
 	"\aCluster\x12k\n" +
 	"\x0eTransferLeader\x12+.conveyor_etl.cluster.TransferLeaderRequest\x1a,.conveyor_etl.cluster.TransferLeaderResponse\x12e\n" +
 	"\fGetStateHash\x12).conveyor_etl.cluster.GetStateHashRequest\x1a*.conveyor_etl.cluster.GetStateHashResponse\x12e\n" +
@@ -6141,7 +6233,8 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"ListGroups\x12'.conveyor_etl.cluster.ListGroupsRequest\x1a(.conveyor_etl.cluster.ListGroupsResponse\x12Y\n" +
 	"\bGetGroup\x12%.conveyor_etl.cluster.GetGroupRequest\x1a&.conveyor_etl.cluster.GetGroupResponse\x12k\n" +
 	"\x0eGetConvergence\x12+.conveyor_etl.cluster.GetConvergenceRequest\x1a,.conveyor_etl.cluster.GetConvergenceResponse\x12d\n" +
-	"\vListApplied\x12(.conveyor_etl.cluster.ListAppliedRequest\x1a).conveyor_etl.cluster.ListAppliedResponse0\x01\x12n\n" +
+	"\vListApplied\x12(.conveyor_etl.cluster.ListAppliedRequest\x1a).conveyor_etl.cluster.ListAppliedResponse0\x01\x12e\n" +
+	"\fAwaitPlanned\x12).conveyor_etl.cluster.AwaitPlannedRequest\x1a*.conveyor_etl.cluster.AwaitPlannedResponse\x12n\n" +
 	"\x0fExplainPipeline\x12,.conveyor_etl.cluster.ExplainPipelineRequest\x1a-.conveyor_etl.cluster.ExplainPipelineResponse\x12h\n" +
 	"\rPlanPipelines\x12*.conveyor_etl.cluster.PlanPipelinesRequest\x1a+.conveyor_etl.cluster.PlanPipelinesResponse\x12S\n" +
 	"\x06WhatIf\x12#.conveyor_etl.cluster.WhatIfRequest\x1a$.conveyor_etl.cluster.WhatIfResponse\x12z\n" +
@@ -6176,7 +6269,7 @@ func file_conveyor_etl_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 81)
+var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 83)
 var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(OperationState)(0),                  // 0: conveyor_etl.cluster.OperationState
 	(Outcome)(0),                         // 1: conveyor_etl.cluster.Outcome
@@ -6242,31 +6335,33 @@ var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(*Laggard)(nil),                      // 61: conveyor_etl.cluster.Laggard
 	(*PendingStage)(nil),                 // 62: conveyor_etl.cluster.PendingStage
 	(*ListAppliedRequest)(nil),           // 63: conveyor_etl.cluster.ListAppliedRequest
-	(*ListAppliedResponse)(nil),          // 64: conveyor_etl.cluster.ListAppliedResponse
-	(*PlacementQuality)(nil),             // 65: conveyor_etl.cluster.PlacementQuality
-	(*PlanMoves)(nil),                    // 66: conveyor_etl.cluster.PlanMoves
-	(*GetPlacementQualityRequest)(nil),   // 67: conveyor_etl.cluster.GetPlacementQualityRequest
-	(*GetPlacementQualityResponse)(nil),  // 68: conveyor_etl.cluster.GetPlacementQualityResponse
-	(*ExplainPipelineRequest)(nil),       // 69: conveyor_etl.cluster.ExplainPipelineRequest
-	(*ExplainPipelineResponse)(nil),      // 70: conveyor_etl.cluster.ExplainPipelineResponse
-	(*ExplainedStage)(nil),               // 71: conveyor_etl.cluster.ExplainedStage
-	(*StageCandidate)(nil),               // 72: conveyor_etl.cluster.StageCandidate
-	(*VerdictCount)(nil),                 // 73: conveyor_etl.cluster.VerdictCount
-	(*NextHop)(nil),                      // 74: conveyor_etl.cluster.NextHop
-	(*PlanPipelinesRequest)(nil),         // 75: conveyor_etl.cluster.PlanPipelinesRequest
-	(*PlanPipelinesResponse)(nil),        // 76: conveyor_etl.cluster.PlanPipelinesResponse
-	(*PlannedPipeline)(nil),              // 77: conveyor_etl.cluster.PlannedPipeline
-	(*PlacementOutlook)(nil),             // 78: conveyor_etl.cluster.PlacementOutlook
-	(*StageChange)(nil),                  // 79: conveyor_etl.cluster.StageChange
-	(*WaitingStage)(nil),                 // 80: conveyor_etl.cluster.WaitingStage
-	(*WhatIfRequest)(nil),                // 81: conveyor_etl.cluster.WhatIfRequest
-	(*WhatIfResponse)(nil),               // 82: conveyor_etl.cluster.WhatIfResponse
-	nil,                                  // 83: conveyor_etl.cluster.MemberState.HashesEntry
-	(*timestamppb.Timestamp)(nil),        // 84: google.protobuf.Timestamp
-	(*commonpb.Watermark)(nil),           // 85: conveyor_etl.common.Watermark
-	(*sidecarpb.LocalService)(nil),       // 86: conveyor_etl.sidecar.LocalService
-	(*sidecarpb.PipelineAssignment)(nil), // 87: conveyor_etl.sidecar.PipelineAssignment
-	(*adminpb.PipelineConfig)(nil),       // 88: conveyor_etl.router.PipelineConfig
+	(*AwaitPlannedRequest)(nil),          // 64: conveyor_etl.cluster.AwaitPlannedRequest
+	(*AwaitPlannedResponse)(nil),         // 65: conveyor_etl.cluster.AwaitPlannedResponse
+	(*ListAppliedResponse)(nil),          // 66: conveyor_etl.cluster.ListAppliedResponse
+	(*PlacementQuality)(nil),             // 67: conveyor_etl.cluster.PlacementQuality
+	(*PlanMoves)(nil),                    // 68: conveyor_etl.cluster.PlanMoves
+	(*GetPlacementQualityRequest)(nil),   // 69: conveyor_etl.cluster.GetPlacementQualityRequest
+	(*GetPlacementQualityResponse)(nil),  // 70: conveyor_etl.cluster.GetPlacementQualityResponse
+	(*ExplainPipelineRequest)(nil),       // 71: conveyor_etl.cluster.ExplainPipelineRequest
+	(*ExplainPipelineResponse)(nil),      // 72: conveyor_etl.cluster.ExplainPipelineResponse
+	(*ExplainedStage)(nil),               // 73: conveyor_etl.cluster.ExplainedStage
+	(*StageCandidate)(nil),               // 74: conveyor_etl.cluster.StageCandidate
+	(*VerdictCount)(nil),                 // 75: conveyor_etl.cluster.VerdictCount
+	(*NextHop)(nil),                      // 76: conveyor_etl.cluster.NextHop
+	(*PlanPipelinesRequest)(nil),         // 77: conveyor_etl.cluster.PlanPipelinesRequest
+	(*PlanPipelinesResponse)(nil),        // 78: conveyor_etl.cluster.PlanPipelinesResponse
+	(*PlannedPipeline)(nil),              // 79: conveyor_etl.cluster.PlannedPipeline
+	(*PlacementOutlook)(nil),             // 80: conveyor_etl.cluster.PlacementOutlook
+	(*StageChange)(nil),                  // 81: conveyor_etl.cluster.StageChange
+	(*WaitingStage)(nil),                 // 82: conveyor_etl.cluster.WaitingStage
+	(*WhatIfRequest)(nil),                // 83: conveyor_etl.cluster.WhatIfRequest
+	(*WhatIfResponse)(nil),               // 84: conveyor_etl.cluster.WhatIfResponse
+	nil,                                  // 85: conveyor_etl.cluster.MemberState.HashesEntry
+	(*timestamppb.Timestamp)(nil),        // 86: google.protobuf.Timestamp
+	(*commonpb.Watermark)(nil),           // 87: conveyor_etl.common.Watermark
+	(*sidecarpb.LocalService)(nil),       // 88: conveyor_etl.sidecar.LocalService
+	(*sidecarpb.PipelineAssignment)(nil), // 89: conveyor_etl.sidecar.PipelineAssignment
+	(*adminpb.PipelineConfig)(nil),       // 90: conveyor_etl.router.PipelineConfig
 }
 var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	3,  // 0: conveyor_etl.cluster.ListMembersResponse.members:type_name -> conveyor_etl.cluster.Member
@@ -6275,33 +6370,33 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	16, // 3: conveyor_etl.cluster.ReplaceMemberResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	15, // 4: conveyor_etl.cluster.ReplaceMemberResponse.checks:type_name -> conveyor_etl.cluster.PreflightCheck
 	0,  // 5: conveyor_etl.cluster.Operation.state:type_name -> conveyor_etl.cluster.OperationState
-	84, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
-	84, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
-	84, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	86, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
+	86, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
+	86, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
 	16, // 9: conveyor_etl.cluster.ListOperationsResponse.operations:type_name -> conveyor_etl.cluster.Operation
 	16, // 10: conveyor_etl.cluster.UndoRestoreResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	26, // 11: conveyor_etl.cluster.CheckStateResponse.members:type_name -> conveyor_etl.cluster.MemberState
-	83, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
+	85, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
 	28, // 13: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
 	29, // 14: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
 	30, // 15: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
 	31, // 16: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
 	32, // 17: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
-	84, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	84, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	85, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
+	86, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	86, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	87, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
 	34, // 21: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
 	1,  // 22: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
-	86, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
+	88, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
 	2,  // 24: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
-	84, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
-	84, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
-	87, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	84, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
+	86, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
+	86, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
+	89, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	86, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
 	40, // 29: conveyor_etl.cluster.SidecarInfo.releases:type_name -> conveyor_etl.cluster.PendingRelease
-	84, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
-	84, // 31: conveyor_etl.cluster.SidecarInfo.drain_since:type_name -> google.protobuf.Timestamp
-	84, // 32: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
+	86, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
+	86, // 31: conveyor_etl.cluster.SidecarInfo.drain_since:type_name -> google.protobuf.Timestamp
+	86, // 32: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
 	39, // 33: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 34: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 35: conveyor_etl.cluster.DrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
@@ -6311,20 +6406,20 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	52, // 39: conveyor_etl.cluster.GetGroupResponse.group:type_name -> conveyor_etl.cluster.GroupInfo
 	61, // 40: conveyor_etl.cluster.GetConvergenceResponse.laggards:type_name -> conveyor_etl.cluster.Laggard
 	62, // 41: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
-	65, // 42: conveyor_etl.cluster.GetPlacementQualityResponse.quality:type_name -> conveyor_etl.cluster.PlacementQuality
-	66, // 43: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
-	71, // 44: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
-	72, // 45: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
-	73, // 46: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
-	74, // 47: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
-	88, // 48: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
-	77, // 49: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
-	78, // 50: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	79, // 51: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
-	80, // 52: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
-	65, // 53: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
-	65, // 54: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
-	78, // 55: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	67, // 42: conveyor_etl.cluster.GetPlacementQualityResponse.quality:type_name -> conveyor_etl.cluster.PlacementQuality
+	68, // 43: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
+	73, // 44: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
+	74, // 45: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
+	75, // 46: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
+	76, // 47: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
+	90, // 48: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
+	79, // 49: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
+	80, // 50: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	81, // 51: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
+	82, // 52: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
+	67, // 53: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
+	67, // 54: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
+	80, // 55: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
 	27, // 56: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
 	35, // 57: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
 	37, // 58: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
@@ -6337,56 +6432,58 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	55, // 65: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
 	59, // 66: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
 	63, // 67: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
-	69, // 68: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
-	75, // 69: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
-	81, // 70: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
-	67, // 71: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
-	57, // 72: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 73: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 74: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 75: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 76: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 77: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 78: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 79: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 80: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 81: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 82: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 83: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 84: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 85: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 86: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 87: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 88: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	42, // 89: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	44, // 90: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	46, // 91: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	48, // 92: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
-	50, // 93: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
-	54, // 94: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	56, // 95: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	60, // 96: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
-	64, // 97: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
-	70, // 98: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
-	76, // 99: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
-	82, // 100: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
-	68, // 101: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
-	58, // 102: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 103: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 104: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 105: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 106: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 107: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 108: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 109: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 110: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 111: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 112: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 113: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 114: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 115: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	86, // [86:116] is the sub-list for method output_type
-	56, // [56:86] is the sub-list for method input_type
+	64, // 68: conveyor_etl.cluster.Cluster.AwaitPlanned:input_type -> conveyor_etl.cluster.AwaitPlannedRequest
+	71, // 69: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
+	77, // 70: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
+	83, // 71: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
+	69, // 72: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
+	57, // 73: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 74: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 75: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 76: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 77: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 78: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 79: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 80: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 81: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 82: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 83: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 84: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 85: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 86: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 87: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 88: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 89: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	42, // 90: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	44, // 91: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	46, // 92: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	48, // 93: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
+	50, // 94: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
+	54, // 95: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	56, // 96: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	60, // 97: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	66, // 98: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	65, // 99: conveyor_etl.cluster.Cluster.AwaitPlanned:output_type -> conveyor_etl.cluster.AwaitPlannedResponse
+	72, // 100: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
+	78, // 101: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
+	84, // 102: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
+	70, // 103: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
+	58, // 104: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 105: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 106: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 107: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 108: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 109: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 110: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 111: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 112: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 113: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 114: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 115: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 116: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 117: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	87, // [87:118] is the sub-list for method output_type
+	56, // [56:87] is the sub-list for method input_type
 	56, // [56:56] is the sub-list for extension type_name
 	56, // [56:56] is the sub-list for extension extendee
 	0,  // [0:56] is the sub-list for field type_name
@@ -6412,7 +6509,7 @@ func file_conveyor_etl_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_cluster_proto_rawDesc), len(file_conveyor_etl_cluster_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   81,
+			NumMessages:   83,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -138,6 +138,7 @@ const (
 	Cluster_GetGroup_FullMethodName            = "/conveyor_etl.cluster.Cluster/GetGroup"
 	Cluster_GetConvergence_FullMethodName      = "/conveyor_etl.cluster.Cluster/GetConvergence"
 	Cluster_ListApplied_FullMethodName         = "/conveyor_etl.cluster.Cluster/ListApplied"
+	Cluster_AwaitPlanned_FullMethodName        = "/conveyor_etl.cluster.Cluster/AwaitPlanned"
 	Cluster_ExplainPipeline_FullMethodName     = "/conveyor_etl.cluster.Cluster/ExplainPipeline"
 	Cluster_PlanPipelines_FullMethodName       = "/conveyor_etl.cluster.Cluster/PlanPipelines"
 	Cluster_WhatIf_FullMethodName              = "/conveyor_etl.cluster.Cluster/WhatIf"
@@ -183,6 +184,9 @@ type ClusterClient interface {
 	// ListApplied answers which of the sidecars that a pipeline concerns are known to
 	// this node to have applied what was decided about it.
 	ListApplied(ctx context.Context, in *ListAppliedRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListAppliedResponse], error)
+	// AwaitPlanned answers once the placement has looked at everything up to a revision and
+	// recorded what came of it. The leader knows; other nodes pass the call on.
+	AwaitPlanned(ctx context.Context, in *AwaitPlannedRequest, opts ...grpc.CallOption) (*AwaitPlannedResponse, error)
 	// ExplainPipeline says of the stages of a pipeline where they run, who else could
 	// run them and what rules the others out, why one waits, and where records are
 	// handed on. Like the next two it is answered by any node from what is applied
@@ -350,6 +354,16 @@ func (c *clusterClient) ListApplied(ctx context.Context, in *ListAppliedRequest,
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Cluster_ListAppliedClient = grpc.ServerStreamingClient[ListAppliedResponse]
+
+func (c *clusterClient) AwaitPlanned(ctx context.Context, in *AwaitPlannedRequest, opts ...grpc.CallOption) (*AwaitPlannedResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AwaitPlannedResponse)
+	err := c.cc.Invoke(ctx, Cluster_AwaitPlanned_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *clusterClient) ExplainPipeline(ctx context.Context, in *ExplainPipelineRequest, opts ...grpc.CallOption) (*ExplainPipelineResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -565,6 +579,9 @@ type ClusterServer interface {
 	// ListApplied answers which of the sidecars that a pipeline concerns are known to
 	// this node to have applied what was decided about it.
 	ListApplied(*ListAppliedRequest, grpc.ServerStreamingServer[ListAppliedResponse]) error
+	// AwaitPlanned answers once the placement has looked at everything up to a revision and
+	// recorded what came of it. The leader knows; other nodes pass the call on.
+	AwaitPlanned(context.Context, *AwaitPlannedRequest) (*AwaitPlannedResponse, error)
 	// ExplainPipeline says of the stages of a pipeline where they run, who else could
 	// run them and what rules the others out, why one waits, and where records are
 	// handed on. Like the next two it is answered by any node from what is applied
@@ -646,6 +663,9 @@ func (UnimplementedClusterServer) GetConvergence(context.Context, *GetConvergenc
 }
 func (UnimplementedClusterServer) ListApplied(*ListAppliedRequest, grpc.ServerStreamingServer[ListAppliedResponse]) error {
 	return status.Error(codes.Unimplemented, "method ListApplied not implemented")
+}
+func (UnimplementedClusterServer) AwaitPlanned(context.Context, *AwaitPlannedRequest) (*AwaitPlannedResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AwaitPlanned not implemented")
 }
 func (UnimplementedClusterServer) ExplainPipeline(context.Context, *ExplainPipelineRequest) (*ExplainPipelineResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExplainPipeline not implemented")
@@ -912,6 +932,24 @@ func _Cluster_ListApplied_Handler(srv interface{}, stream grpc.ServerStream) err
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Cluster_ListAppliedServer = grpc.ServerStreamingServer[ListAppliedResponse]
+
+func _Cluster_AwaitPlanned_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AwaitPlannedRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).AwaitPlanned(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_AwaitPlanned_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).AwaitPlanned(ctx, req.(*AwaitPlannedRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _Cluster_ExplainPipeline_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ExplainPipelineRequest)
@@ -1276,6 +1314,10 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetConvergence",
 			Handler:    _Cluster_GetConvergence_Handler,
+		},
+		{
+			MethodName: "AwaitPlanned",
+			Handler:    _Cluster_AwaitPlanned_Handler,
 		},
 		{
 			MethodName: "ExplainPipeline",

@@ -319,12 +319,16 @@ func (x *RegisterResponse) GetRevision() uint64 {
 	return 0
 }
 
+// DeregisterRequest takes a service out, at once or, with graceful, in peace: it is given nothing new, shown as
+// unhealthy, and told to drain with its heartbeats. It stays registered, keeps the partitions that it holds until it
+// leaves their groups, and is removed once it holds none and no stage runs on it, when drain_timeout is over, or when it
+// is deregistered without graceful. Registering again takes it back.
 type DeregisterRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ServiceId      string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
 	RegistrationId string                 `protobuf:"bytes,2,opt,name=registration_id,json=registrationId,proto3" json:"registration_id,omitempty"`
 	Graceful       bool                   `protobuf:"varint,3,opt,name=graceful,proto3" json:"graceful,omitempty"`
-	DrainTimeout   *durationpb.Duration   `protobuf:"bytes,4,opt,name=drain_timeout,json=drainTimeout,proto3" json:"drain_timeout,omitempty"`
+	DrainTimeout   *durationpb.Duration   `protobuf:"bytes,4,opt,name=drain_timeout,json=drainTimeout,proto3" json:"drain_timeout,omitempty"` // with graceful: up to 24 h, 0 = 30 s
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -390,11 +394,14 @@ func (x *DeregisterRequest) GetDrainTimeout() *durationpb.Duration {
 type DeregisterResponse struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Success        bool                   `protobuf:"varint,1,opt,name=success,proto3" json:"success,omitempty"`
-	PendingRecords uint64                 `protobuf:"varint,2,opt,name=pending_records,json=pendingRecords,proto3" json:"pending_records,omitempty"`
+	PendingRecords uint64                 `protobuf:"varint,2,opt,name=pending_records,json=pendingRecords,proto3" json:"pending_records,omitempty"` // always 0: records do not pass through the router, which cannot count them
 	Revision       uint64                 `protobuf:"varint,100,opt,name=revision,proto3" json:"revision,omitempty"`
 	Existed        bool                   `protobuf:"varint,101,opt,name=existed,proto3" json:"existed,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// It is still registered and drains; removed_by is when it is removed at the latest, in the time of the cluster.
+	Draining      bool                   `protobuf:"varint,102,opt,name=draining,proto3" json:"draining,omitempty"`
+	RemovedBy     *timestamppb.Timestamp `protobuf:"bytes,103,opt,name=removed_by,json=removedBy,proto3" json:"removed_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeregisterResponse) Reset() {
@@ -453,6 +460,20 @@ func (x *DeregisterResponse) GetExisted() bool {
 		return x.Existed
 	}
 	return false
+}
+
+func (x *DeregisterResponse) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+func (x *DeregisterResponse) GetRemovedBy() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RemovedBy
+	}
+	return nil
 }
 
 type HeartbeatRequest struct {
@@ -1284,6 +1305,7 @@ type RegisteredService struct {
 	AssignedPartitions []uint32                  `protobuf:"varint,7,rep,packed,name=assigned_partitions,json=assignedPartitions,proto3" json:"assigned_partitions,omitempty"`
 	SidecarId          string                    `protobuf:"bytes,100,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
 	ModRevision        uint64                    `protobuf:"varint,101,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	RemovedBy          *timestamppb.Timestamp    `protobuf:"bytes,102,opt,name=removed_by,json=removedBy,proto3" json:"removed_by,omitempty"` // of one that drains: when it is removed at the latest
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -1379,6 +1401,13 @@ func (x *RegisteredService) GetModRevision() uint64 {
 		return x.ModRevision
 	}
 	return 0
+}
+
+func (x *RegisteredService) GetRemovedBy() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RemovedBy
+	}
+	return nil
 }
 
 type WatchServicesRequest struct {
@@ -2042,12 +2071,15 @@ const file_conveyor_etl_registry_proto_rawDesc = "" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12'\n" +
 	"\x0fregistration_id\x18\x02 \x01(\tR\x0eregistrationId\x12\x1a\n" +
 	"\bgraceful\x18\x03 \x01(\bR\bgraceful\x12>\n" +
-	"\rdrain_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\fdrainTimeout\"\x8d\x01\n" +
+	"\rdrain_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\fdrainTimeout\"\xe4\x01\n" +
 	"\x12DeregisterResponse\x12\x18\n" +
 	"\asuccess\x18\x01 \x01(\bR\asuccess\x12'\n" +
 	"\x0fpending_records\x18\x02 \x01(\x04R\x0ependingRecords\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x18\n" +
-	"\aexisted\x18e \x01(\bR\aexisted\"\xd0\x01\n" +
+	"\aexisted\x18e \x01(\bR\aexisted\x12\x1a\n" +
+	"\bdraining\x18f \x01(\bR\bdraining\x129\n" +
+	"\n" +
+	"removed_by\x18g \x01(\v2\x1a.google.protobuf.TimestampR\tremovedBy\"\xd0\x01\n" +
 	"\x10HeartbeatRequest\x12\x1d\n" +
 	"\n" +
 	"service_id\x18\x01 \x01(\tR\tserviceId\x12'\n" +
@@ -2120,7 +2152,7 @@ const file_conveyor_etl_registry_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"x\n" +
 	"\x14ListServicesResponse\x12D\n" +
 	"\bservices\x18\x01 \x03(\v2(.conveyor_etl.registry.RegisteredServiceR\bservices\x12\x1a\n" +
-	"\brevision\x18d \x01(\x04R\brevision\"\x89\x04\n" +
+	"\brevision\x18d \x01(\x04R\brevision\"\xc4\x04\n" +
 	"\x11RegisteredService\x12@\n" +
 	"\bidentity\x18\x01 \x01(\v2$.conveyor_etl.common.ServiceIdentityR\bidentity\x129\n" +
 	"\bendpoint\x18\x02 \x01(\v2\x1d.conveyor_etl.common.EndpointR\bendpoint\x12B\n" +
@@ -2131,7 +2163,9 @@ const file_conveyor_etl_registry_proto_rawDesc = "" +
 	"\x13assigned_partitions\x18\a \x03(\rR\x12assignedPartitions\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18d \x01(\tR\tsidecarId\x12!\n" +
-	"\fmod_revision\x18e \x01(\x04R\vmodRevision\"\xf3\x02\n" +
+	"\fmod_revision\x18e \x01(\x04R\vmodRevision\x129\n" +
+	"\n" +
+	"removed_by\x18f \x01(\v2\x1a.google.protobuf.TimestampR\tremovedBy\"\xf3\x02\n" +
 	"\x14WatchServicesRequest\x12A\n" +
 	"\vtype_filter\x18\x01 \x01(\x0e2 .conveyor_etl.common.ServiceTypeR\n" +
 	"typeFilter\x12e\n" +
@@ -2267,9 +2301,9 @@ var file_conveyor_etl_registry_proto_goTypes = []any{
 	(*commonpb.ServiceIdentity)(nil),    // 34: conveyor_etl.common.ServiceIdentity
 	(*commonpb.Endpoint)(nil),           // 35: conveyor_etl.common.Endpoint
 	(*durationpb.Duration)(nil),         // 36: google.protobuf.Duration
-	(commonpb.HealthStatus)(0),          // 37: conveyor_etl.common.HealthStatus
-	(commonpb.ServiceType)(0),           // 38: conveyor_etl.common.ServiceType
-	(*timestamppb.Timestamp)(nil),       // 39: google.protobuf.Timestamp
+	(*timestamppb.Timestamp)(nil),       // 37: google.protobuf.Timestamp
+	(commonpb.HealthStatus)(0),          // 38: conveyor_etl.common.HealthStatus
+	(commonpb.ServiceType)(0),           // 39: conveyor_etl.common.ServiceType
 }
 var file_conveyor_etl_registry_proto_depIdxs = []int32{
 	34, // 0: conveyor_etl.registry.RegisterRequest.identity:type_name -> conveyor_etl.common.ServiceIdentity
@@ -2279,59 +2313,61 @@ var file_conveyor_etl_registry_proto_depIdxs = []int32{
 	29, // 4: conveyor_etl.registry.ServiceMetadata.labels:type_name -> conveyor_etl.registry.ServiceMetadata.LabelsEntry
 	36, // 5: conveyor_etl.registry.RegisterResponse.lease_ttl:type_name -> google.protobuf.Duration
 	36, // 6: conveyor_etl.registry.DeregisterRequest.drain_timeout:type_name -> google.protobuf.Duration
-	7,  // 7: conveyor_etl.registry.HeartbeatRequest.health:type_name -> conveyor_etl.registry.ServiceHealth
-	9,  // 8: conveyor_etl.registry.HeartbeatRequest.load:type_name -> conveyor_etl.registry.ServiceLoad
-	37, // 9: conveyor_etl.registry.ServiceHealth.status:type_name -> conveyor_etl.common.HealthStatus
-	30, // 10: conveyor_etl.registry.ServiceHealth.components:type_name -> conveyor_etl.registry.ServiceHealth.ComponentsEntry
-	37, // 11: conveyor_etl.registry.ComponentHealth.status:type_name -> conveyor_etl.common.HealthStatus
-	36, // 12: conveyor_etl.registry.HeartbeatResponse.next_heartbeat_deadline:type_name -> google.protobuf.Duration
-	11, // 13: conveyor_etl.registry.HeartbeatResponse.commands:type_name -> conveyor_etl.registry.RouterCommand
-	12, // 14: conveyor_etl.registry.RouterCommand.drain:type_name -> conveyor_etl.registry.DrainCommand
-	13, // 15: conveyor_etl.registry.RouterCommand.resume:type_name -> conveyor_etl.registry.ResumeCommand
-	14, // 16: conveyor_etl.registry.RouterCommand.config:type_name -> conveyor_etl.registry.ConfigUpdate
-	15, // 17: conveyor_etl.registry.RouterCommand.revoke:type_name -> conveyor_etl.registry.RevokePartitions
-	16, // 18: conveyor_etl.registry.RouterCommand.assign:type_name -> conveyor_etl.registry.AssignPartitions
-	36, // 19: conveyor_etl.registry.DrainCommand.timeout:type_name -> google.protobuf.Duration
-	31, // 20: conveyor_etl.registry.ConfigUpdate.config:type_name -> conveyor_etl.registry.ConfigUpdate.ConfigEntry
-	38, // 21: conveyor_etl.registry.ListServicesRequest.type_filter:type_name -> conveyor_etl.common.ServiceType
-	32, // 22: conveyor_etl.registry.ListServicesRequest.label_selector:type_name -> conveyor_etl.registry.ListServicesRequest.LabelSelectorEntry
-	19, // 23: conveyor_etl.registry.ListServicesResponse.services:type_name -> conveyor_etl.registry.RegisteredService
-	34, // 24: conveyor_etl.registry.RegisteredService.identity:type_name -> conveyor_etl.common.ServiceIdentity
-	35, // 25: conveyor_etl.registry.RegisteredService.endpoint:type_name -> conveyor_etl.common.Endpoint
-	2,  // 26: conveyor_etl.registry.RegisteredService.metadata:type_name -> conveyor_etl.registry.ServiceMetadata
-	7,  // 27: conveyor_etl.registry.RegisteredService.health:type_name -> conveyor_etl.registry.ServiceHealth
-	39, // 28: conveyor_etl.registry.RegisteredService.registered_at:type_name -> google.protobuf.Timestamp
-	39, // 29: conveyor_etl.registry.RegisteredService.last_heartbeat:type_name -> google.protobuf.Timestamp
-	38, // 30: conveyor_etl.registry.WatchServicesRequest.type_filter:type_name -> conveyor_etl.common.ServiceType
-	33, // 31: conveyor_etl.registry.WatchServicesRequest.label_selector:type_name -> conveyor_etl.registry.WatchServicesRequest.LabelSelectorEntry
-	0,  // 32: conveyor_etl.registry.ServiceEvent.event_type:type_name -> conveyor_etl.registry.EventType
-	19, // 33: conveyor_etl.registry.ServiceEvent.service:type_name -> conveyor_etl.registry.RegisteredService
-	38, // 34: conveyor_etl.registry.GetServiceEndpointsRequest.service_type:type_name -> conveyor_etl.common.ServiceType
-	24, // 35: conveyor_etl.registry.GetServiceEndpointsResponse.endpoints:type_name -> conveyor_etl.registry.EndpointInfo
-	35, // 36: conveyor_etl.registry.EndpointInfo.endpoint:type_name -> conveyor_etl.common.Endpoint
-	37, // 37: conveyor_etl.registry.EndpointInfo.health:type_name -> conveyor_etl.common.HealthStatus
-	8,  // 38: conveyor_etl.registry.ServiceHealth.ComponentsEntry.value:type_name -> conveyor_etl.registry.ComponentHealth
-	1,  // 39: conveyor_etl.registry.ServiceRegistry.Register:input_type -> conveyor_etl.registry.RegisterRequest
-	4,  // 40: conveyor_etl.registry.ServiceRegistry.Deregister:input_type -> conveyor_etl.registry.DeregisterRequest
-	6,  // 41: conveyor_etl.registry.ServiceRegistry.Heartbeat:input_type -> conveyor_etl.registry.HeartbeatRequest
-	17, // 42: conveyor_etl.registry.ServiceRegistry.ListServices:input_type -> conveyor_etl.registry.ListServicesRequest
-	20, // 43: conveyor_etl.registry.ServiceRegistry.WatchServices:input_type -> conveyor_etl.registry.WatchServicesRequest
-	22, // 44: conveyor_etl.registry.ServiceRegistry.GetServiceEndpoints:input_type -> conveyor_etl.registry.GetServiceEndpointsRequest
-	25, // 45: conveyor_etl.registry.ServiceRegistry.JoinGroup:input_type -> conveyor_etl.registry.JoinGroupRequest
-	27, // 46: conveyor_etl.registry.ServiceRegistry.LeaveGroup:input_type -> conveyor_etl.registry.LeaveGroupRequest
-	3,  // 47: conveyor_etl.registry.ServiceRegistry.Register:output_type -> conveyor_etl.registry.RegisterResponse
-	5,  // 48: conveyor_etl.registry.ServiceRegistry.Deregister:output_type -> conveyor_etl.registry.DeregisterResponse
-	10, // 49: conveyor_etl.registry.ServiceRegistry.Heartbeat:output_type -> conveyor_etl.registry.HeartbeatResponse
-	18, // 50: conveyor_etl.registry.ServiceRegistry.ListServices:output_type -> conveyor_etl.registry.ListServicesResponse
-	21, // 51: conveyor_etl.registry.ServiceRegistry.WatchServices:output_type -> conveyor_etl.registry.ServiceEvent
-	23, // 52: conveyor_etl.registry.ServiceRegistry.GetServiceEndpoints:output_type -> conveyor_etl.registry.GetServiceEndpointsResponse
-	26, // 53: conveyor_etl.registry.ServiceRegistry.JoinGroup:output_type -> conveyor_etl.registry.JoinGroupResponse
-	28, // 54: conveyor_etl.registry.ServiceRegistry.LeaveGroup:output_type -> conveyor_etl.registry.LeaveGroupResponse
-	47, // [47:55] is the sub-list for method output_type
-	39, // [39:47] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	37, // 7: conveyor_etl.registry.DeregisterResponse.removed_by:type_name -> google.protobuf.Timestamp
+	7,  // 8: conveyor_etl.registry.HeartbeatRequest.health:type_name -> conveyor_etl.registry.ServiceHealth
+	9,  // 9: conveyor_etl.registry.HeartbeatRequest.load:type_name -> conveyor_etl.registry.ServiceLoad
+	38, // 10: conveyor_etl.registry.ServiceHealth.status:type_name -> conveyor_etl.common.HealthStatus
+	30, // 11: conveyor_etl.registry.ServiceHealth.components:type_name -> conveyor_etl.registry.ServiceHealth.ComponentsEntry
+	38, // 12: conveyor_etl.registry.ComponentHealth.status:type_name -> conveyor_etl.common.HealthStatus
+	36, // 13: conveyor_etl.registry.HeartbeatResponse.next_heartbeat_deadline:type_name -> google.protobuf.Duration
+	11, // 14: conveyor_etl.registry.HeartbeatResponse.commands:type_name -> conveyor_etl.registry.RouterCommand
+	12, // 15: conveyor_etl.registry.RouterCommand.drain:type_name -> conveyor_etl.registry.DrainCommand
+	13, // 16: conveyor_etl.registry.RouterCommand.resume:type_name -> conveyor_etl.registry.ResumeCommand
+	14, // 17: conveyor_etl.registry.RouterCommand.config:type_name -> conveyor_etl.registry.ConfigUpdate
+	15, // 18: conveyor_etl.registry.RouterCommand.revoke:type_name -> conveyor_etl.registry.RevokePartitions
+	16, // 19: conveyor_etl.registry.RouterCommand.assign:type_name -> conveyor_etl.registry.AssignPartitions
+	36, // 20: conveyor_etl.registry.DrainCommand.timeout:type_name -> google.protobuf.Duration
+	31, // 21: conveyor_etl.registry.ConfigUpdate.config:type_name -> conveyor_etl.registry.ConfigUpdate.ConfigEntry
+	39, // 22: conveyor_etl.registry.ListServicesRequest.type_filter:type_name -> conveyor_etl.common.ServiceType
+	32, // 23: conveyor_etl.registry.ListServicesRequest.label_selector:type_name -> conveyor_etl.registry.ListServicesRequest.LabelSelectorEntry
+	19, // 24: conveyor_etl.registry.ListServicesResponse.services:type_name -> conveyor_etl.registry.RegisteredService
+	34, // 25: conveyor_etl.registry.RegisteredService.identity:type_name -> conveyor_etl.common.ServiceIdentity
+	35, // 26: conveyor_etl.registry.RegisteredService.endpoint:type_name -> conveyor_etl.common.Endpoint
+	2,  // 27: conveyor_etl.registry.RegisteredService.metadata:type_name -> conveyor_etl.registry.ServiceMetadata
+	7,  // 28: conveyor_etl.registry.RegisteredService.health:type_name -> conveyor_etl.registry.ServiceHealth
+	37, // 29: conveyor_etl.registry.RegisteredService.registered_at:type_name -> google.protobuf.Timestamp
+	37, // 30: conveyor_etl.registry.RegisteredService.last_heartbeat:type_name -> google.protobuf.Timestamp
+	37, // 31: conveyor_etl.registry.RegisteredService.removed_by:type_name -> google.protobuf.Timestamp
+	39, // 32: conveyor_etl.registry.WatchServicesRequest.type_filter:type_name -> conveyor_etl.common.ServiceType
+	33, // 33: conveyor_etl.registry.WatchServicesRequest.label_selector:type_name -> conveyor_etl.registry.WatchServicesRequest.LabelSelectorEntry
+	0,  // 34: conveyor_etl.registry.ServiceEvent.event_type:type_name -> conveyor_etl.registry.EventType
+	19, // 35: conveyor_etl.registry.ServiceEvent.service:type_name -> conveyor_etl.registry.RegisteredService
+	39, // 36: conveyor_etl.registry.GetServiceEndpointsRequest.service_type:type_name -> conveyor_etl.common.ServiceType
+	24, // 37: conveyor_etl.registry.GetServiceEndpointsResponse.endpoints:type_name -> conveyor_etl.registry.EndpointInfo
+	35, // 38: conveyor_etl.registry.EndpointInfo.endpoint:type_name -> conveyor_etl.common.Endpoint
+	38, // 39: conveyor_etl.registry.EndpointInfo.health:type_name -> conveyor_etl.common.HealthStatus
+	8,  // 40: conveyor_etl.registry.ServiceHealth.ComponentsEntry.value:type_name -> conveyor_etl.registry.ComponentHealth
+	1,  // 41: conveyor_etl.registry.ServiceRegistry.Register:input_type -> conveyor_etl.registry.RegisterRequest
+	4,  // 42: conveyor_etl.registry.ServiceRegistry.Deregister:input_type -> conveyor_etl.registry.DeregisterRequest
+	6,  // 43: conveyor_etl.registry.ServiceRegistry.Heartbeat:input_type -> conveyor_etl.registry.HeartbeatRequest
+	17, // 44: conveyor_etl.registry.ServiceRegistry.ListServices:input_type -> conveyor_etl.registry.ListServicesRequest
+	20, // 45: conveyor_etl.registry.ServiceRegistry.WatchServices:input_type -> conveyor_etl.registry.WatchServicesRequest
+	22, // 46: conveyor_etl.registry.ServiceRegistry.GetServiceEndpoints:input_type -> conveyor_etl.registry.GetServiceEndpointsRequest
+	25, // 47: conveyor_etl.registry.ServiceRegistry.JoinGroup:input_type -> conveyor_etl.registry.JoinGroupRequest
+	27, // 48: conveyor_etl.registry.ServiceRegistry.LeaveGroup:input_type -> conveyor_etl.registry.LeaveGroupRequest
+	3,  // 49: conveyor_etl.registry.ServiceRegistry.Register:output_type -> conveyor_etl.registry.RegisterResponse
+	5,  // 50: conveyor_etl.registry.ServiceRegistry.Deregister:output_type -> conveyor_etl.registry.DeregisterResponse
+	10, // 51: conveyor_etl.registry.ServiceRegistry.Heartbeat:output_type -> conveyor_etl.registry.HeartbeatResponse
+	18, // 52: conveyor_etl.registry.ServiceRegistry.ListServices:output_type -> conveyor_etl.registry.ListServicesResponse
+	21, // 53: conveyor_etl.registry.ServiceRegistry.WatchServices:output_type -> conveyor_etl.registry.ServiceEvent
+	23, // 54: conveyor_etl.registry.ServiceRegistry.GetServiceEndpoints:output_type -> conveyor_etl.registry.GetServiceEndpointsResponse
+	26, // 55: conveyor_etl.registry.ServiceRegistry.JoinGroup:output_type -> conveyor_etl.registry.JoinGroupResponse
+	28, // 56: conveyor_etl.registry.ServiceRegistry.LeaveGroup:output_type -> conveyor_etl.registry.LeaveGroupResponse
+	49, // [49:57] is the sub-list for method output_type
+	41, // [41:49] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_registry_proto_init() }
