@@ -194,12 +194,6 @@ func (n *oneNode) ReadIndex(ctx context.Context) (uint64, error) {
 	return index, ctx.Err()
 }
 
-func (n *oneNode) readCount() int {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.readers
-}
-
 func (n *oneNode) WaitApplied(ctx context.Context, index uint64) error {
 	for {
 		n.mu.Lock()
