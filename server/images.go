@@ -18,7 +18,8 @@ const keepImages = 2
 // imageRate bounds, in bytes a second, how fast a node sends images, all of them
 // together, and imageBurst how much goes out at once. Without a bound an image takes
 // all the processors and the disk there are for a moment, and the writes of clients
-// wait for it: their 99th percentile was four times what it is otherwise.
+// wait for it: their 99th percentile was four times what it is otherwise. It begins
+// slowly, for imageStart: the receiver has just been started, or has a log to apply.
 const (
 	imageRate  = 256 << 20
 	imageBurst = 1 << 20
