@@ -168,6 +168,9 @@ func (s *snapshots) sendStep(ctx context.Context) bool {
 		}
 		s.cfg.Events.ImageSent(to, s.cfg.Clock.Now().Sub(start), size, err)
 	}
+	// Only now: to remove the files of an old image takes some time of a processor,
+	// and when one was just made its receiver and the clients need that.
+	s.requestPurge()
 	// Without a report the peer would stay in raft's snapshot state for ever.
 	s.in.pushControl(nil, func(l *loop) { l.rn.ReportSnapshot(to, status) })
 	return true
@@ -198,7 +201,6 @@ func (s *snapshots) step(ctx context.Context) bool {
 	}
 	if build {
 		s.build(ctx)
-		purge = true
 	}
 	if purge {
 		if err := s.images.Purge(s.cfg.KeepImages); err != nil {
@@ -209,6 +211,10 @@ func (s *snapshots) step(ctx context.Context) bool {
 }
 
 func (s *snapshots) build(ctx context.Context) {
+	// What was made and never sent is not purged by whoever sends.
+	if err := s.images.Purge(s.cfg.KeepImages); err != nil {
+		s.cfg.Logger.Warn("cannot remove old images", "err", err)
+	}
 	start := s.cfg.Clock.Now()
 	info, err := s.images.Create(ctx, func(dir string) (snap.Meta, error) {
 		pos, err := s.sm.Image(dir)

@@ -32,6 +32,7 @@ func (r *Recovery) create(ctx context.Context, id string, origin shelf.Origin) (
 	if err := shelf.CheckID(id); err != nil {
 		return shelf.Record{}, err
 	}
+	defer r.c.State.HoldCompactions()()
 	rec, err := r.c.Shelf.Create(ctx, id, origin, func(dir string) (snap.Meta, error) {
 		pos, err := r.c.State.Image(dir)
 		// A backup holds state only: neither members nor votes.

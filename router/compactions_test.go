@@ -30,14 +30,7 @@ func TestDueCompactionsRunOnceOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 2 * po.L0CompactionThreshold {
-		for k := range 100 {
-			if err := db.Set(fmt.Appendf(nil, "c%03d", k), binary.AppendUvarint(nil, uint64(i)), pebble.NoSync); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := db.Flush(); err != nil {
-			t.Fatal(err)
-		}
+		addLevel(t, db, i)
 	}
 	if err := db.Close(); err != nil {
 		t.Fatal(err)
@@ -47,18 +40,115 @@ func TestDueCompactionsRunOnceOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.release()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	for d.db.Metrics().Levels[0].TablesCount > 0 {
-		if ctx.Err() != nil {
-			t.Fatalf("nothing was compacted: %v", d.db.Metrics())
-		}
-		runtime.Gosched()
-	}
+	awaitCompacted(t, d)
 	for k := range 100 {
 		v, err := getCopy(d.db, fmt.Appendf(nil, "c%03d", k))
 		if n, _ := binary.Uvarint(v); err != nil || int(n) != 2*po.L0CompactionThreshold-1 {
 			t.Fatalf("record %d is %x, %v", k, v, err)
 		}
 	}
+}
+
+// addLevel flushes a table that covers those before it.
+func addLevel(t *testing.T, db *pebble.DB, i int) {
+	t.Helper()
+	for k := range 100 {
+		if err := db.Set(fmt.Appendf(nil, "c%03d", k), binary.AppendUvarint(nil, uint64(i)), pebble.NoSync); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Flush(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// awaitCompacted waits until L0 of d has fewer tables than make a compaction due.
+func awaitCompacted(t *testing.T, d *database) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for d.db.Metrics().Levels[0].TablesCount >= l0CompactionThreshold/2 {
+		if ctx.Err() != nil {
+			t.Fatalf("nothing was compacted: %v", d.db.Metrics())
+		}
+		runtime.Gosched()
+	}
+}
+
+func newTestDatabase(t *testing.T) *database {
+	t.Helper()
+	o := Options{}
+	d, err := openDatabase(vfs.NewMem(), "/db", "db", o.EnsureDefaults(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.release(); err != nil {
+			t.Error(err)
+		}
+	})
+	return d
+}
+
+// TestHeldCompactions: while one of two holds, nothing is compacted that would be
+// otherwise, and everything afterwards.
+func TestHeldCompactions(t *testing.T) {
+	d := newTestDatabase(t)
+	// One is due at half of the threshold.
+	for i := range l0CompactionThreshold/2 - 1 {
+		addLevel(t, d.db, i)
+	}
+	first, second := d.holdCompactions(), d.holdCompactions()
+	for i := range maxHeldFlushes - 1 {
+		addLevel(t, d.db, i)
+		if i == 0 {
+			first()
+			first() // counts once
+		}
+	}
+	const want = l0CompactionThreshold/2 - 1 + maxHeldFlushes - 1
+	if m := d.db.Metrics(); m.Levels[0].TablesCount != want || m.Compact.Count > 0 || m.Compact.NumInProgress > 0 {
+		t.Fatalf("L0 has %d tables, %d were flushed; %d compactions were made and %d are running",
+			m.Levels[0].TablesCount, want, m.Compact.Count, m.Compact.NumInProgress)
+	}
+	second()
+	awaitCompacted(t, d)
+}
+
+// TestHoldEndsByItself: who never lets go does not let L0 grow for ever, and cannot
+// begin anew while it is high.
+func TestHoldEndsByItself(t *testing.T) {
+	d := newTestDatabase(t)
+	release := d.holdCompactions()
+	for i := range l0CompactionThreshold + maxHeldFlushes {
+		addLevel(t, d.db, i)
+	}
+	awaitCompacted(t, d)
+	release() // of a hold that is over: the next one stays
+	again := d.holdCompactions()
+	release()
+	if d.held.may.Load() {
+		t.Fatal("the end of an old hold has ended another one")
+	}
+	again()
+	if !d.held.may.Load() {
+		t.Fatal("compactions are still held")
+	}
+}
+
+// TestReleaseAfterClose: a hold may be let go of when its database is gone.
+func TestReleaseAfterClose(t *testing.T) {
+	o := Options{}
+	d, err := openDatabase(vfs.NewMem(), "/db", "db", o.EnsureDefaults(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release := d.holdCompactions()
+	for i := range maxHeldFlushes - 1 {
+		addLevel(t, d.db, i)
+	}
+	if err := d.release(); err != nil {
+		t.Fatal(err)
+	}
+	release()
 }

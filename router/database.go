@@ -87,6 +87,9 @@ type database struct {
 	refs     atomic.Int64
 	obsolete atomic.Bool
 
+	// held schedules the compactions; nil for what is only read.
+	held *heldCompactions
+
 	// stale is set after each flush; the next Durable looks again.
 	stale   atomic.Bool
 	durable atomic.Uint64
@@ -123,6 +126,16 @@ func (l pebbleLogger) Fatalf(format string, args ...any) {
 
 // openDatabase opens dir, creating it when create is set.
 func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*database, error) {
+	d, release, err := openHeld(fs, dir, name, o, create)
+	if err != nil {
+		return nil, err
+	}
+	release()
+	return d, nil
+}
+
+// openHeld is openDatabase, but no compaction begins before release is called.
+func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database, release func(), err error) {
 	d := &database{fs: fs, dir: dir, name: name, log: o.Logger, trouble: make(chan struct{})}
 	d.refs.Store(1)
 	d.stale.Store(true)
@@ -136,7 +149,7 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 	po.ErrorIfExists = create
 	po.EventListener = &pebble.EventListener{
 		// Called with Pebble's lock held: only leave a note.
-		FlushEnd: func(i pebble.FlushInfo) { d.stale.Store(true) },
+		FlushEnd: func(i pebble.FlushInfo) { d.stale.Store(true); d.held.flushed() },
 		BackgroundError: func(err error) {
 			if !errors.Is(err, pebble.ErrCancelledCompaction) {
 				d.report(err)
@@ -148,27 +161,29 @@ func openDatabase(fs vfs.FS, dir, name string, o Options, create bool) (*databas
 			d.report(fmt.Errorf("%w: %s: %w", ErrCorrupt, i.Path, i.Details))
 		},
 	}
-	held := holdCompactions()
-	po.Experimental.CompactionScheduler = held
-	db, err := pebble.Open(dir, po)
+	d.held, release = holdCompactions()
+	po.Experimental.CompactionScheduler = d.held
+	pdb, err := pebble.Open(dir, po)
 	if err != nil {
-		return nil, fmt.Errorf("router: open state in %s: %w", dir, formatError(err))
+		return nil, nil, fmt.Errorf("router: open state in %s: %w", dir, formatError(err))
 	}
-	held.release()
-	d.db = db
+	d.db = pdb
 	if create {
-		return d, nil
+		return d, release, nil
 	}
-	if err := checkFormat(db); err != nil {
-		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
+	if err := checkFormat(pdb); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), pdb.Close())
 	}
-	v, err := getCopy(db, key(nil).meta(metaFormat))
+	v, err := getCopy(pdb, key(nil).meta(metaFormat))
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), db.Close())
+		return nil, nil, errors.Join(fmt.Errorf("router: state in %s: %w", dir, err), pdb.Close())
 	}
 	d.current = bytes.Equal(v, formatNumber())
-	return d, nil
+	return d, release, nil
 }
+
+// l0CompactionThreshold is how high L0 grows before it is compacted.
+const l0CompactionThreshold = 8
 
 // separateBytes is how large a value must be to get a place of its own.
 const separateBytes = 64 << 10
@@ -185,7 +200,7 @@ func pebbleOptions(fs vfs.FS, o Options, cache *pebble.Cache) *pebble.Options {
 		// A compaction out of L0 rewrites most of the state, whose keys are spread
 		// over all of it. Point reads look into filters first, so that some more
 		// tables cost them little.
-		L0CompactionThreshold: 8,
+		L0CompactionThreshold: l0CompactionThreshold,
 		L0StopWritesThreshold: 24,
 		MaxOpenFiles:          512,
 		// An image links, and who opens it opens, each table: with Pebble's 2 MiB
@@ -401,6 +416,9 @@ func (d *database) hold() bool {
 func (d *database) release() error {
 	if d.refs.Add(-1) != 0 {
 		return nil
+	}
+	if d.held != nil { // an image that is only read has none
+		d.held.end()
 	}
 	err := d.db.Close()
 	if d.obsolete.Load() {

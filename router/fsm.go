@@ -52,6 +52,10 @@ type FSM struct {
 
 	revision, epoch, base atomic.Uint64
 
+	// settle does what Install put off until the node has caught up; nil when it
+	// was never called. It may be called more than once, by whoever holds applyMu
+	// and by Options.Installed.
+	settle func()
 	// retiring counts replaced databases that are being closed.
 	retiring sync.WaitGroup
 
@@ -325,6 +329,9 @@ func (s *FSM) Close() error {
 	s.mu.Unlock()
 	s.hub.close()
 	err := errors.Join(d.flush(), d.release())
+	if s.settle != nil {
+		s.settle()
+	}
 	s.retiring.Wait()
 	return err
 }

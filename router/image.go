@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -18,6 +19,7 @@ func (s *FSM) Image(dir string) (Position, error) {
 		return Position{}, err
 	}
 	defer d.release()
+	defer d.holdCompactions()()
 	// A checkpoint of a database without its own log leaves the memtables out,
 	// silently.
 	if err := d.flush(); err != nil {
@@ -52,7 +54,7 @@ func (s *FSM) Install(dir string) (Position, error) {
 		return Position{}, fmt.Errorf("router: install: %w", err)
 	}
 	path := s.fs.PathJoin(s.root, name)
-	d, err := s.copyImage(dir, path, name)
+	d, release, err := s.copyImage(dir, path, name)
 	if err != nil {
 		_ = s.fs.RemoveAll(path)
 		return Position{}, fmt.Errorf("router: install %s: nothing was changed: %w", dir, err)
@@ -69,7 +71,16 @@ func (s *FSM) Install(dir string) (Position, error) {
 	}
 	s.broken = nil
 	s.stage.outdated(s, d)
-	s.replaced(old)
+	s.unfollowed()
+	if s.settle != nil {
+		s.settle()
+	}
+	s.settle = sync.OnceFunc(func() { s.retire(old); release() })
+	if s.o.Installed != nil {
+		s.o.Installed(s.settle)
+	} else {
+		s.settle()
+	}
 	if _, err := s.performSwap(); err != nil {
 		// The image was taken between the entry of a restore and its effect.
 		return Position{}, s.breakdown(fmt.Errorf("router: install %s: %w", dir, err))
@@ -77,10 +88,20 @@ func (s *FSM) Install(dir string) (Position, error) {
 	return s.Applied(), nil
 }
 
-// replaced is for a database that another one has taken the place of: who
-// follows the changes has to read everything again.
+// replaced is for a database that another one has taken the place of.
 func (s *FSM) replaced(old *database) {
+	s.unfollowed()
+	s.retire(old)
+}
+
+// unfollowed makes who follows the changes read everything again.
+func (s *FSM) unfollowed() {
 	s.hub.reset(s.revision.Load())
+	s.findUndo()
+}
+
+// retire closes a database that another one has taken the place of, and removes it.
+func (s *FSM) retire(old *database) {
 	old.obsolete.Store(true)
 	// Nobody waits for it: Pebble ends the compactions it is at first, which may
 	// take a second, and large files take time to remove.
@@ -89,30 +110,30 @@ func (s *FSM) replaced(old *database) {
 			s.o.Logger.Warn("state: replaced database did not close cleanly", "dir", old.dir, "error", err)
 		}
 	})
-	s.findUndo()
 }
 
-// copyImage copies an image to path, durably, and opens it there.
-func (s *FSM) copyImage(dir, path, name string) (*database, error) {
+// copyImage copies an image to path, durably, and opens it there. No compaction
+// begins before release is called.
+func (s *FSM) copyImage(dir, path, name string) (_ *database, release func(), err error) {
 	f := s.fs
 	if err := copyFiles(f, dir, path); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := errors.Join(syncDir(f, path), syncDir(f, s.root)); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	d, err := openDatabase(f, path, name, s.o, false)
+	d, release, err := openHeld(f, path, name, s.o, false)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	_, err = readPosition(d.db)
 	if err == nil {
 		_, err = readClock(d.db)
 	}
 	if err != nil {
-		return nil, errors.Join(err, d.release())
+		return nil, nil, errors.Join(err, d.release())
 	}
-	return d, nil
+	return d, release, nil
 }
 
 // copyFiles makes the files of an image those of a new database directory.

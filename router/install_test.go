@@ -290,3 +290,44 @@ func TestWriteFailureStopsTheReplica(t *testing.T) {
 	fail.Off()
 	_ = s.Close()
 }
+
+// TestInstallSettles: what Install leaves for later is done when it is asked for, or
+// by Close, and a release that comes after that does nothing.
+func TestInstallSettles(t *testing.T) {
+	for _, by := range []string{"settle", "Close", "another Install"} {
+		t.Run(by, func(t *testing.T) {
+			fs, _, newHash := withImage(t)
+			var settle func()
+			o := testOptions()
+			o.Installed = func(f func()) { settle = f }
+			s, err := Open(fs, "state", o)
+			noError(t, err)
+			defer s.Close()
+			_, err = s.Install("image")
+			noError(t, err)
+			first := settle
+			if left, _ := databases(fs, "state"); len(left) != 2 {
+				t.Fatalf("the old database is not left for later: %v", left)
+			}
+			if hash(t, s) != newHash {
+				t.Fatal("the new state is not in force")
+			}
+			want := 1
+			switch by {
+			case "settle":
+				settle()
+			case "Close":
+				noError(t, s.Close())
+			default:
+				_, err = s.Install("image")
+				noError(t, err)
+				want = 2
+			}
+			s.retiring.Wait()
+			first()
+			if left, _ := databases(fs, "state"); len(left) != want {
+				t.Fatalf("%d databases should be left: %v", want, left)
+			}
+		})
+	}
+}

@@ -28,6 +28,11 @@ type Options struct {
 	// BatchBytes is where a long run of entries is cut into several Pebble
 	// batches, always between two entries.
 	BatchBytes int64
+	// Installed is called by Install, with what removes the old state and lets
+	// compactions of the new one begin. To call it later leaves the node that time
+	// for catching up; Close calls it at the latest. Installed must not block. nil:
+	// it is called at once.
+	Installed func(settle func())
 }
 
 // EnsureDefaults fills the zero fields and returns o.

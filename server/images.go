@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"conveyor.etl/router/raftnode"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/snap"
 )
 
@@ -16,13 +18,47 @@ const keepImages = 2
 // imageRate bounds, in bytes a second, how fast a node sends images, all of them
 // together, and imageBurst how much goes out at once. Without a bound an image takes
 // all the processors and the disk there are for a moment, and the writes of clients
-// wait for it: their 99th percentile was four times what it is otherwise.
+// wait for it: their 99th percentile was four times what it is otherwise. It begins
+// slowly, for imageStart: the receiver has just been started, or has a log to apply.
 const (
-	imageRate  = 288 << 20
+	imageRate  = 256 << 20
 	imageBurst = 1 << 20
+	imageStart = 150 * time.Millisecond
 )
 
-func newImageLimit() *snap.RateLimit { return snap.NewRateLimit(imageRate, imageBurst) }
+func newImageLimit() *snap.RateLimit {
+	l := snap.NewRateLimit(imageRate, imageBurst)
+	l.SlowStart(imageStart)
+	return l
+}
+
+// No compaction of the state begins for imageCalm after an image of it was made: until
+// then it is on its way, if it was made for that, and keeps them back itself. The
+// same goes for the time after it was sent, and for installCalm after one was taken
+// over, in which the receiver catches up with what was written meanwhile.
+const (
+	imageCalm   = time.Second
+	installCalm = 3 * time.Second
+)
+
+// calmMachine is the state machine, which begins no compaction for a while after an
+// image of it was made.
+type calmMachine struct {
+	raftnode.StateMachine
+	fsm *router.FSM
+}
+
+// Image implements raftnode.StateMachine.
+func (m calmMachine) Image(dir string) (raftnode.Position, error) {
+	release := m.fsm.HoldCompactions()
+	pos, err := m.StateMachine.Image(dir)
+	if err != nil {
+		release()
+		return pos, err
+	}
+	time.AfterFunc(imageCalm, release)
+	return pos, nil
+}
 
 // imageMaker provides images of this node's state to peers that lost theirs.
 type imageMaker struct {
@@ -84,5 +120,13 @@ type imageTransfers struct{ s *Server }
 
 // Begin implements rpc.ImageTransfers.
 func (t imageTransfers) Begin(ctx context.Context, node uint64, total int64) (context.Context, func(int64), func(error), error) {
-	return t.s.control.transfers.Begin(ctx, node, total)
+	watched, held, end, err := t.s.control.transfers.Begin(ctx, node, total)
+	if err != nil {
+		return watched, held, end, err
+	}
+	release := t.s.disk.fsm.HoldCompactions()
+	return watched, held, func(err error) {
+		time.AfterFunc(imageCalm, release)
+		end(err)
+	}, nil
 }

@@ -141,6 +141,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 		HotBytes:      c.Store.HotBytes,
 		RecordBytes:   c.Store.RecordBytes,
 		HistoryBytes:  c.Store.HistoryBytes,
+		Installed:     func(settle func()) { time.AfterFunc(installCalm, settle) },
 	})
 	if err != nil {
 		return s.foreign(err)
@@ -149,7 +150,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	if err != nil {
 		return err
 	}
-	s.machine = s.points.Machine(machine)
+	s.machine = calmMachine{s.points.Machine(machine), s.fsm}
 	s.images, err = snap.OpenStore(s.points.FS(vfs.Default), filepath.Join(s.dir, datadir.ImagesName), snap.Options{
 		Logger: log.With("part", "images"), Now: now, Sums: sums,
 	})

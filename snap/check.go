@@ -18,7 +18,7 @@ func Check(fsys vfs.FS, dir string) error {
 	if err != nil {
 		return err
 	}
-	return checkFiles(context.Background(), fsys, dir, &info, false)
+	return checkFiles(context.Background(), fsys, dir, &info, false, nil)
 }
 
 // Inspect reads the manifest of the image in dir, and nothing else.
@@ -73,14 +73,15 @@ func (s *Store) VerifyContext(ctx context.Context, id string) error {
 	}
 	info, _, err := loadManifest(s.fs, s.Dir(id), id, &s.opts)
 	if err == nil {
-		err = checkFiles(ctx, s.fs, s.Dir(id), info, false)
+		err = checkFiles(ctx, s.fs, s.Dir(id), info, false, nil)
 	}
 	return errors.Join(err, s.unpin(id, img))
 }
 
 // checkFiles compares the files in dir with those of info and, with sync, makes
-// their contents durable.
-func checkFiles(ctx context.Context, fsys vfs.FS, dir string, info *Info, sync bool) error {
+// their contents durable. With those that are still what done says, in the order of
+// info, both was done; nil = with none.
+func checkFiles(ctx context.Context, fsys vfs.FS, dir string, info *Info, sync bool, done []fileIdentity) error {
 	names, err := fsys.List(dir)
 	if err != nil {
 		return fmt.Errorf("snap: list %s: %w", dir, err)
@@ -97,12 +98,28 @@ func checkFiles(ctx context.Context, fsys vfs.FS, dir string, info *Info, sync b
 		}
 	}
 	buf := make([]byte, readBlock)
-	for _, want := range info.Files {
+	for i, want := range info.Files {
+		if done != nil && unchanged(fsys, fsys.PathJoin(dir, want.Name), done[i]) {
+			continue
+		}
 		if err := checkFile(ctx, fsys, dir, info.ID, want, sync, buf); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// unchanged reports whether the file at path is the one that was id.
+func unchanged(fsys vfs.FS, path string, id fileIdentity) bool {
+	if id == (fileIdentity{}) {
+		return false
+	}
+	st, err := fsys.Stat(path)
+	if err != nil {
+		return false // to be found out by who reads it
+	}
+	now, ok := identify(st)
+	return ok && now == id
 }
 
 func checkFile(ctx context.Context, fsys vfs.FS, dir, image string, want File, sync bool, buf []byte) error {

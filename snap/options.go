@@ -37,10 +37,14 @@ type Options struct {
 	MaxPartials int
 	// MaxPartialAge is how long an idle partial receive is kept. Default 24 h.
 	MaxPartialAge time.Duration
-	// SyncBytes is how much is received between two fsyncs. Without them, the
-	// final fsync of a large image would hold up every other fsync on the same
-	// disk, the raft log's included. Default 8 MiB.
+	// SyncBytes is how much is received at most between two fsyncs of the journal
+	// and of the file that grows, which bounds what a power failure takes away.
+	// Default 64 MiB.
 	SyncBytes int64
+	// WriteBackBytes is how much is received before its being written to the disk
+	// is begun. What waits in memory for an fsync all goes to the disk then, and
+	// holds up every other fsync there, the raft log's included. Default 512 KiB.
+	WriteBackBytes int64
 
 	// inline makes a Receiver do everything by turns; tests count operations.
 	inline bool
@@ -63,7 +67,8 @@ func (o *Options) EnsureDefaults() *Options {
 	setDefault(&o.MaxChunkBytes, 1<<20)
 	setDefault(&o.MaxPartials, 2)
 	setDefault(&o.MaxPartialAge, 24*time.Hour)
-	setDefault(&o.SyncBytes, 8<<20)
+	setDefault(&o.SyncBytes, 64<<20)
+	setDefault(&o.WriteBackBytes, 512<<10)
 	return o
 }
 
@@ -92,5 +97,6 @@ func (o *Options) Validate() error {
 	check(o.MaxPartials > 0, "MaxPartials", o.MaxPartials, "positive")
 	check(o.MaxPartialAge > 0, "MaxPartialAge", o.MaxPartialAge, "positive")
 	check(o.SyncBytes > 0, "SyncBytes", o.SyncBytes, "positive")
+	check(o.WriteBackBytes > 0, "WriteBackBytes", o.WriteBackBytes, "positive")
 	return errors.Join(errs...)
 }

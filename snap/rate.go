@@ -3,6 +3,8 @@ package snap
 import (
 	"context"
 	"fmt"
+	"sync"
+	"time"
 
 	"golang.org/x/time/rate"
 )
@@ -14,13 +16,25 @@ import (
 type RateLimit struct {
 	limiter *rate.Limiter
 	burst   int
+
+	// mu guards what follows.
+	mu sync.Mutex
+	// full is the rate beyond the slow start; begun is when that began, last when
+	// the limit was used last.
+	full        rate.Limit
+	slow        time.Duration
+	begun, last time.Time
 }
+
+// After restIdle without anything to send, a slow start begins again.
+const restIdle = time.Second
 
 // NewRateLimit returns a limit of bytesPerSecond with bursts of up to burst
 // bytes (at least 1). Zero or less bytesPerSecond means no limit.
 func NewRateLimit(bytesPerSecond int64, burst int) *RateLimit {
 	burst = max(burst, 1)
-	return &RateLimit{rate.NewLimiter(asLimit(bytesPerSecond), burst), burst}
+	limit := asLimit(bytesPerSecond)
+	return &RateLimit{limiter: rate.NewLimiter(limit, burst), burst: burst, full: limit}
 }
 
 func asLimit(bytesPerSecond int64) rate.Limit {
@@ -31,7 +45,51 @@ func asLimit(bytesPerSecond int64) rate.Limit {
 }
 
 // SetRate changes the limit; senders already waiting keep their turn.
-func (l *RateLimit) SetRate(bytesPerSecond int64) { l.limiter.SetLimit(asLimit(bytesPerSecond)) }
+func (l *RateLimit) SetRate(bytesPerSecond int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.full = asLimit(bytesPerSecond)
+	l.limiter.SetLimit(l.full)
+}
+
+// SlowStart makes the limit begin at a quarter of its rate, and reach all of it
+// after d, whenever nothing was sent for a second. Who begins to receive has most
+// to do besides. To be called before the limit is used.
+func (l *RateLimit) SlowStart(d time.Duration) { l.slow = d }
+
+// eased brings the limit to what it is in a slow start at this time.
+func (l *RateLimit) eased() {
+	if l.slow <= 0 {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	if now.Sub(l.last) >= restIdle {
+		l.begun = now
+	}
+	l.last = now
+	if limit := easedLimit(l.full, now.Sub(l.begun), l.slow); limit != l.limiter.Limit() {
+		l.limiter.SetLimit(limit)
+	}
+}
+
+// easedLimit is full after slow, a quarter of it at the beginning.
+func easedLimit(full rate.Limit, since, slow time.Duration) rate.Limit {
+	if since >= slow || full == rate.Inf {
+		return full
+	}
+	return full * rate.Limit(0.25+0.75*float64(since)/float64(slow))
+}
+
+// used notes that the limit has let something pass.
+func (l *RateLimit) used() {
+	if l.slow > 0 {
+		l.mu.Lock()
+		l.last = time.Now()
+		l.mu.Unlock()
+	}
+}
 
 // Wait blocks until n bytes may pass or ctx is done. It also fails at once
 // when the deadline of ctx comes before the turn of the n bytes.
@@ -39,12 +97,14 @@ func (l *RateLimit) Wait(ctx context.Context, n int) error {
 	// The limiter refuses to wait for more than its burst at a time.
 	for n > 0 && l.limiter.Limit() != rate.Inf {
 		part := min(n, l.burst)
+		l.eased()
 		if err := l.limiter.WaitN(ctx, part); err != nil {
 			if ctx.Err() != nil {
 				err = ctx.Err()
 			}
 			return fmt.Errorf("snap: waiting for the send rate limit: %w", err)
 		}
+		l.used()
 		n -= part
 	}
 	return nil

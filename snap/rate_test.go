@@ -84,3 +84,32 @@ func TestRateLimitEnds(t *testing.T) {
 		}
 	})
 }
+
+// TestSlowStart: a limit with a slow start begins at a quarter, comes to its rate,
+// and begins anew after a rest.
+func TestSlowStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewRateLimit(1000, 1)
+		l.SlowStart(4 * time.Second)
+		passed := func(d time.Duration) (n int) {
+			for end := time.Now().Add(d); time.Now().Before(end); n++ {
+				if err := l.Wait(t.Context(), 1); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return n
+		}
+		for _, s := range []struct {
+			part        string
+			least, most int
+		}{{"first", 300, 400}, {"second", 480, 580}, {"third", 680, 770}, {"fourth", 860, 960}, {"fifth", 990, 1010}} {
+			if n := passed(time.Second); n < s.least || n > s.most {
+				t.Errorf("in the %s second %d bytes passed, %d to %d should", s.part, n, s.least, s.most)
+			}
+		}
+		<-time.After(restIdle)
+		if n := passed(time.Second); n > 400 {
+			t.Errorf("%d bytes passed in a second after a rest", n)
+		}
+	})
+}

@@ -206,7 +206,7 @@ func (r *Receiver) begin() error {
 		s.mu.Lock()
 		r.partial.spoiled = false
 		s.mu.Unlock()
-		r.manifest, r.info = nil, nil
+		r.manifest, r.info, r.sealed = nil, nil, nil
 	} else {
 		r.offset = j.spans[len(j.spans)-1].end()
 	}
@@ -248,7 +248,8 @@ func (r *Receiver) survey() ([]span, error) {
 	if err != nil || info.Size != r.size {
 		return nil, err
 	}
-	r.info, r.manifest = info, raw
+	r.manifest = raw
+	r.begun(info)
 	in := received{receiver: r}
 	defer in.close()
 	var intact []span

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -266,6 +268,46 @@ func failedSync(t *testing.T, inline bool) {
 		failRemove.Store(false)
 	}
 	if _, err := receiveAll(s, r, 20); err != nil {
+		t.Fatal(err)
+	}
+	mustHold(t, s, r, streamed)
+}
+
+// TestCommitComparesARealDisk: as TestCommitComparesTheDisk, where files have an
+// identity, and were read back as soon as each was whole.
+func TestCommitComparesARealDisk(t *testing.T) {
+	r := source(t)
+	s := mustOpenStore(t, vfs.Default, filepath.Join(t.TempDir(), "images"), testOptions())
+	dir := filepath.Join(s.partialDir(r.Info().ID), receivedImage)
+	for _, name := range []string{"000001.sst", "000003.sst"} {
+		w, err := s.Receive(r.Info().ID, r.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := send(r, w, 64, -1); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.side.end(); err != nil {
+			t.Fatal(err)
+		}
+		for i, f := range w.info.Files {
+			if f.Size > 0 && w.sealed[i] == (fileIdentity{}) {
+				t.Errorf("%s was not read back", f.Name)
+			}
+		}
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b[0] ^= 1
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o640); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Commit(); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), name) {
+			t.Fatalf("%s damaged: got %v, want ErrCorrupt naming it", name, err)
+		}
+	}
+	if _, err := receiveAll(s, r, 64); err != nil {
 		t.Fatal(err)
 	}
 	mustHold(t, s, r, streamed)

@@ -37,6 +37,16 @@ type Receiver struct {
 	journal vfs.File
 	// unsynced is how much was written since the last fsync.
 	unsynced int64
+	// ahead is how much of file was written since its writing back was begun last.
+	ahead int64
+	// fully is set when this file system can only sync as a whole what it is asked
+	// to begin writing back.
+	fully bool
+	// sealed tells of the files of info that this receive has made durable, and then
+	// read back, what they were at that time. It belongs to side until that has ended.
+	sealed []fileIdentity
+	// block is what side reads into.
+	block []byte
 	// side makes durable what was received, while more comes.
 	side aside
 }
@@ -77,7 +87,7 @@ func (r *Receiver) Write(c Chunk) error {
 	}
 	r.offset += int64(len(c.Data))
 	r.unsynced += int64(len(c.Data))
-	if r.unsynced >= r.store.opts.SyncBytes {
+	if r.unsynced >= r.syncBytes() {
 		r.unsynced = 0
 		if err := r.syncLocked(); err != nil {
 			return r.failLocked(err)
@@ -182,7 +192,7 @@ func (r *Receiver) openImageLocked() error {
 			return err
 		}
 	}
-	r.info = info
+	r.begun(info)
 	r.index, r.pos = 0, 0
 	return syncDir(s.fs, r.imageDir)
 }
@@ -210,15 +220,53 @@ func (r *Receiver) takeFileLocked(data []byte) (int, error) {
 	}
 	r.pos += int64(n)
 	if r.pos == f.Size {
-		return n, r.fileEndedLocked(f)
+		r.ahead = 0
+		return n, r.fileEndedLocked(r.index)
 	}
-	return n, nil
+	return n, r.writeBackLocked(int64(n))
 }
 
-// fileEndedLocked has the current file, which is whole, made durable and closed:
-// Commit then only has to read.
-func (r *Receiver) fileEndedLocked(f File) error {
-	file := r.file
+// writeBackLocked is told of n more bytes in the current file, and begins to write
+// back what waits when that is much.
+func (r *Receiver) writeBackLocked(n int64) error {
+	if r.fully {
+		return nil
+	}
+	if r.ahead += n; r.ahead < r.store.opts.WriteBackBytes {
+		return nil
+	}
+	r.ahead = 0
+	// It waits for what was begun before, so no more than twice as much is on
+	// its way. Any error is final: this descriptor's next fsync may not see it.
+	fully, err := r.file.SyncTo(r.pos)
+	if err != nil {
+		return fmt.Errorf("snap: write back %s of image %s: %w", r.info.Files[r.index].Name, r.id, err)
+	}
+	r.fully = fully
+	return nil
+}
+
+// fullSyncBytes takes the place of SyncBytes, if that is more, where nothing but an
+// fsync gets what was received out of memory.
+const fullSyncBytes = 8 << 20
+
+func (r *Receiver) syncBytes() int64 {
+	if r.fully {
+		return min(r.store.opts.SyncBytes, fullSyncBytes)
+	}
+	return r.store.opts.SyncBytes
+}
+
+// begun takes info for what the manifest says.
+func (r *Receiver) begun(info *Info) {
+	r.info, r.sealed = info, make([]fileIdentity, len(info.Files))
+}
+
+// fileEndedLocked has the current file, which is whole, made durable, closed and
+// read back. Commit would take a good part of the time of the transfer to do it for
+// all files, and all of a processor.
+func (r *Receiver) fileEndedLocked(index int) error {
+	file, f := r.file, r.info.Files[index]
 	r.file = nil
 	if err := r.side.failed(); err != nil {
 		return errors.Join(err, file.Close()) // what comes after a failure is not done
@@ -233,8 +281,30 @@ func (r *Receiver) fileEndedLocked(f File) error {
 		if err != nil {
 			return fmt.Errorf("snap: fsync and close %s of image %s: %w", f.Name, r.id, err)
 		}
-		return nil
+		return r.seal(index)
 	})
+}
+
+// seal reads file index back, as Commit would, and notes that it was done.
+func (r *Receiver) seal(index int) error {
+	fsys, f := r.store.fs, r.info.Files[index]
+	// What changes from here on makes it another file, for Commit to look at.
+	st, err := fsys.Stat(fsys.PathJoin(r.imageDir, f.Name))
+	if err != nil {
+		return fmt.Errorf("snap: stat %s of image %s: %w", f.Name, r.id, err)
+	}
+	id, ok := identify(st)
+	if !ok {
+		return nil // Commit reads it
+	}
+	if r.block == nil {
+		r.block = make([]byte, readBlock)
+	}
+	if err := checkFile(context.Background(), fsys, r.imageDir, r.id, f, false, r.block); err != nil {
+		return err
+	}
+	r.sealed[index] = id
+	return nil
 }
 
 // seek sets index and pos from offset.
@@ -308,15 +378,15 @@ func (r *Receiver) commitLocked() (Info, error) {
 		return Info{}, err
 	}
 	// Everything from the disk: what arrived was checked on arrival, what was
-	// stored has not been, and parts of it an earlier process may have stored
-	// and not fsynced. (The manifest is always fsynced: it is written before the
+	// stored has not been, unless it is sealed, and parts of it an earlier process
+	// may have stored and not fsynced. (The manifest is always fsynced: it is written before the
 	// journal can hold a chunk that completes it, and no receive is resumed
 	// without such a chunk.)
 	info, _, err := loadManifest(s.fs, r.imageDir, r.id, &s.opts)
 	if err != nil {
 		return Info{}, err
 	}
-	if err := checkFiles(context.Background(), s.fs, r.imageDir, info, true); err != nil {
+	if err := checkFiles(context.Background(), s.fs, r.imageDir, info, true, r.sealed); err != nil {
 		return Info{}, err
 	}
 	if err := syncDir(s.fs, r.imageDir); err != nil {
