@@ -116,6 +116,10 @@ FLEET ?= --sidecars 10000 --watchers 10000 --pipelines 1000 --beats stream --dur
 bench-fleet: build ## figures of a simulated fleet on three nodes; FLEET= takes other flags
 	$(BIN)/router bench fleet --nodes 3 $(FLEET)
 
+.PHONY: bench-locality
+bench-locality: ## local edges at full size, against 100 randomised greedy runs; some minutes
+	go test ./placement -run '^$$' -bench Locality -benchtime 1x -timeout 1h -v
+
 .PHONY: profile
 profile: build ## renew cmd/router/default.pgo, by which the compiler optimises
 	bench/profile.sh

@@ -26,6 +26,9 @@ type waits struct {
 	due map[waitKey]time.Time
 	// next is when something has to be looked at again; zero = never.
 	next time.Time
+	// first is when the first of due is, or was of something that is over since; zero
+	// = nothing is due.
+	first time.Time
 	// more is when the budget allows another move; zero = nothing waits for it.
 	more time.Time
 	// heard is when a sidecar must have heard of a change that another's waits for;
@@ -39,6 +42,9 @@ type waitKey struct {
 	pipeline, sidecar, service string
 	ms                         uint64
 }
+
+// past is true when something may be due.
+func (w *waits) past(now time.Time) bool { return !w.first.IsZero() && !now.Before(w.first) }
 
 func newWaits() *waits { return &waits{due: make(map[waitKey]time.Time)} }
 
@@ -132,7 +138,15 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 	}
 	var ended []*commandpb.EndedHandover
 	latest := uint64(0)
-	for pipeline, hs := range m.handovers {
+	// Most of what wakes the placer after a change of ten thousand sidecars is that
+	// some more of them have let go: a look at all that have not, each time, would
+	// take as long as everything else together.
+	look := m.handovers
+	if !m.untidy && !w.past(now) {
+		look = nil
+	}
+	m.untidy = false
+	for pipeline, hs := range look {
 		for sidecar, h := range hs {
 			e := &commandpb.EndedHandover{SidecarId: sidecar, PipelineId: pipeline}
 			for _, r := range h.Releases {
@@ -149,6 +163,7 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 			}
 			if e.End != commandpb.HandoverEnd_HANDOVER_END_UNSPECIFIED {
 				ended = append(ended, e)
+				m.untidy = true // until they are over
 			}
 		}
 	}
@@ -226,6 +241,23 @@ func (p *Placer) stateTime() (uint64, error) {
 
 // watchClock notes by when which of what m holds is due, and when the next is.
 func (p *Placer) watchClock(m *mirror, w *waits) error {
+	if m.unclocked || len(m.timed)+len(m.leaving) > 0 || w.past(time.Now()) {
+		m.unclocked = false
+		if err := p.clock(m, w); err != nil {
+			return err
+		}
+	}
+	w.next = time.Time{}
+	for _, at := range [...]time.Time{w.first, w.more, w.heard} {
+		if w.next.IsZero() || !at.IsZero() && at.Before(w.next) {
+			w.next = at
+		}
+	}
+	return nil
+}
+
+// clock notes by when which of what m holds is due.
+func (p *Placer) clock(m *mirror, w *waits) error {
 	due := make(map[waitKey]time.Time, len(w.due))
 	var fresh []waitKey
 	note := func(k waitKey) {
@@ -265,10 +297,7 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 			due[k] = now.Add(left)
 		}
 	}
-	w.due, w.next = due, w.more
-	if !w.heard.IsZero() && (w.next.IsZero() || w.heard.Before(w.next)) {
-		w.next = w.heard
-	}
+	w.due, w.first = due, time.Time{}
 	for id := range m.timed {
 		if s := m.sidecars[id]; s.Draining && s.Leaves && m.idle(id) {
 			due[waitKey{sidecar: id}] = time.Now().Add(p.c.Quiet) // it is removed by the next look
@@ -284,8 +313,8 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 		}
 	}
 	for _, at := range due {
-		if w.next.IsZero() || at.Before(w.next) {
-			w.next = at
+		if w.first.IsZero() || at.Before(w.first) {
+			w.first = at
 		}
 	}
 	return nil

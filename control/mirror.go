@@ -25,6 +25,11 @@ type mirror struct {
 	draining, graced map[string]bool
 	// leaving are the services that drain.
 	leaving map[string]*commandpb.Service
+	// untidy: a handover began, or a sidecar changed, since all handovers were looked
+	// at for those to end; unclocked: since their deadlines were noted.
+	untidy, unclocked bool
+	// shared are the services that sidecars have reported, once each; see slim.
+	shared map[sharedService]*commandpb.LocalService
 	// removed is told of pipelines that are gone; may be nil.
 	removed func(pipeline string)
 }
@@ -36,7 +41,7 @@ func newMirror(v *router.View) (*mirror, error) {
 		return nil, err
 	}
 	m := &mirror{
-		engine: placement.NewEngine(viewOf(in)), revision: v.Revision(), epoch: v.Epoch(),
+		revision: v.Revision(), epoch: v.Epoch(), untidy: true, unclocked: true,
 		sidecars:  make(map[string]*commandpb.Sidecar, len(in.Sidecars)),
 		services:  make(map[string]map[string]*commandpb.Service),
 		handovers: make(map[string]map[string]*commandpb.Handover),
@@ -45,10 +50,13 @@ func newMirror(v *router.View) (*mirror, error) {
 		graced:    make(map[string]bool),
 		leaving:   make(map[string]*commandpb.Service),
 	}
-	for _, s := range in.Sidecars {
+	for i, s := range in.Sidecars {
+		s = m.slim(s)
+		in.Sidecars[i] = s
 		m.sidecars[s.SidecarId] = s
 		m.clock(s)
 	}
+	m.engine = placement.NewEngine(viewOf(in))
 	for _, h := range in.Handovers {
 		m.putHandover(h)
 	}
@@ -78,7 +86,9 @@ func (m *mirror) change(c *router.Change) {
 			}
 		}
 	case router.TableSidecars:
+		m.untidy, m.unclocked = true, true
 		if s, ok := c.Next.(*commandpb.Sidecar); ok {
+			s = m.slim(s)
 			m.sidecars[s.SidecarId] = s
 			m.clock(s)
 			m.putSidecar(s.SidecarId)
@@ -120,7 +130,41 @@ func (m *mirror) change(c *router.Change) {
 	}
 }
 
+// sharedService is what a sidecar reports of a service.
+type sharedService struct {
+	name, endpoint string
+	kind           commandpb.ServiceType
+}
+
+// slim returns what the mirror needs of s. Pods of one deployment report the same
+// services, letter for letter: of 100,000 sidecars these are most of what there is to
+// keep, and are kept once for all that are alike.
+func (m *mirror) slim(s *commandpb.Sidecar) *commandpb.Sidecar {
+	if len(m.shared) > 4*len(m.sidecars)+1024 { // they are named anew with every release
+		m.shared = nil
+	}
+	if m.shared == nil {
+		m.shared = make(map[sharedService]*commandpb.LocalService)
+	}
+	out := &commandpb.Sidecar{
+		SidecarId: s.SidecarId, Endpoint: s.Endpoint, State: s.State, Generation: s.Generation,
+		Zone: s.Zone, Node: s.Node, Capacity: s.Capacity,
+		Draining: s.Draining, Leaves: s.Leaves, DrainSinceMs: s.DrainSinceMs, DrainDeadlineMs: s.DrainDeadlineMs,
+		ExpiredAtMs: s.ExpiredAtMs, GraceUntilMs: s.GraceUntilMs,
+		Services: make([]*commandpb.LocalService, len(s.Services)),
+	}
+	for i, l := range s.Services {
+		k := sharedService{l.Name, l.Endpoint, l.Type}
+		if m.shared[k] == nil {
+			m.shared[k] = &commandpb.LocalService{Name: l.Name, Endpoint: l.Endpoint, Type: l.Type}
+		}
+		out.Services[i] = m.shared[k]
+	}
+	return out
+}
+
 func (m *mirror) putHandover(h *commandpb.Handover) {
+	m.untidy, m.unclocked = true, true
 	if m.handovers[h.PipelineId] == nil {
 		m.handovers[h.PipelineId] = make(map[string]*commandpb.Handover)
 	}

@@ -58,10 +58,10 @@ func compareBools(a, b bool) int {
 	return 1
 }
 
-// open is true while a sidecar that runs load stages has not had its share.
+// open is true while a sidecar that runs load stages has room for more.
 func (e *Engine) open(h, load int32) bool {
 	x := &e.hosts[h]
-	return load == 0 || x.profile >= 0 && weigh(load, x.capacity) < e.profiles[x.profile].share
+	return load == 0 || x.profile >= 0 && weigh(load, x.capacity) < e.profiles[x.profile].room
 }
 
 // rank judges node n for stage i.
@@ -242,7 +242,7 @@ func (l *layout) cover(profile, i int32) int8 {
 // missing tells which of the first 64 stages lack instances.
 func (l *layout) missing() (m uint64) {
 	for i := range l.x.stages[:min(64, len(l.x.stages))] {
-		if len(l.at[i]) < int(l.x.stages[i].count) {
+		if n := len(l.at[i]); n == 0 || (!l.firsts && n < int(l.x.stages[i].count)) {
 			m |= 1 << i
 		}
 	}

@@ -21,6 +21,8 @@ type layout struct {
 	keepDraining bool
 	// suspectsLetGo: see forget.
 	letGo bool
+	// firsts: one instance of every stage is looked for, more come later.
+	firsts bool
 
 	at    [][]int32 // per stage: nodes that run it, in the order they were added
 	gap   []int32   // per stage: a stage downstream that cannot run, or -1

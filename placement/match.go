@@ -25,6 +25,9 @@ type want struct {
 	short map[int32]bool
 	// demand is how many instances enabled pipelines ask for.
 	demand int64
+	// longest is how many stages the longest pipeline that asks for it has, together
+	// how many of one pipeline a sidecar that can meet it may run.
+	longest, together int32
 }
 
 // place is a profile that can meet a want.

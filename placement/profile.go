@@ -30,6 +30,8 @@ type profile struct {
 	capacity int64
 	// share is how much load by capacity its members are to have; see shares.
 	share uint64
+	// room is up to how much of it a member is open to more; see rooms.
+	room uint64
 }
 
 // fit is how a profile meets a want.
@@ -249,6 +251,7 @@ func (e *Engine) profileOf(fits []fit) int32 {
 		// like, until shares are counted again.
 		for _, other := range w.in {
 			p.share = max(p.share, e.profiles[other.profile].share)
+			p.room = max(p.room, e.profiles[other.profile].room)
 		}
 	}
 	return id
@@ -357,7 +360,7 @@ func (e *Engine) dropProfile(id int32) {
 		w.in = slices.Delete(w.in, i, i+1)
 	}
 	delete(e.profileID, p.key)
-	p.key, p.fits, p.share = "", nil, 0
+	p.key, p.fits, p.share, p.room = "", nil, 0, 0
 	e.freeProfiles = append(e.freeProfiles, id)
 }
 

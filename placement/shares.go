@@ -20,7 +20,7 @@ const rounds = 8
 // decided by load alone.
 func (e *Engine) shares() {
 	for i := range e.wants {
-		e.wants[i].demand = 0
+		e.wants[i].demand, e.wants[i].longest = 0, 0
 	}
 	total := int64(0)
 	for i := range e.pipes {
@@ -29,7 +29,9 @@ func (e *Engine) shares() {
 			continue
 		}
 		for k := range x.stages {
-			e.wants[x.stages[k].want].demand += int64(x.stages[k].count)
+			w := &e.wants[x.stages[k].want]
+			w.demand += int64(x.stages[k].count)
+			w.longest = max(w.longest, int32(len(x.stages)))
 			total++
 		}
 	}
@@ -66,7 +68,47 @@ func (e *Engine) shares() {
 			total += p.capacity
 		}
 	}
+	e.rooms()
 	e.drift, e.total = 0, max(64, total)
+}
+
+// rooms lets a sidecar be open until it has had its share, and no less than what
+// there can be of one pipeline on one sidecar.
+//
+// Where a share is a part of a pipeline, the first stages that a sidecar is given
+// use it up, whatever it could have run besides: those that can run the most of a
+// pipeline together would be full as soon as any other, and what is left would go in
+// pieces to sidecars that can run no more than these.
+func (e *Engine) rooms() {
+	runs := make([]int32, len(e.profiles)) // wants that a member may be given
+	for i := range e.profiles {
+		for _, f := range e.profiles[i].fits {
+			if w := &e.wants[f.want]; f.fit == fresh && w.demand > 0 {
+				runs[i]++
+			}
+		}
+	}
+	for i := range e.wants {
+		w := &e.wants[i]
+		w.together = 0
+		for _, pl := range w.in {
+			if pl.fit == fresh && e.profiles[pl.profile].open > 0 {
+				w.together = max(w.together, min(w.longest, runs[pl.profile]))
+			}
+		}
+	}
+	for i := range e.profiles {
+		p := &e.profiles[i]
+		p.room = p.share
+		if p.open == 0 {
+			continue
+		}
+		for _, f := range p.fits {
+			if f.fit == fresh {
+				p.room = max(p.room, uint64(e.wants[f.want].together)*unit*uint64(p.open)/uint64(p.capacity))
+			}
+		}
+	}
 }
 
 // pool is the demand for one want and the profiles that can meet it.

@@ -383,7 +383,10 @@ func (l *layout) search(careful bool) bool {
 		}
 		return false
 	}
-	return visit(0)
+	l.firsts = true
+	found := visit(0)
+	l.firsts = false
+	return found
 }
 
 // upstream counts the instances of the stages above stage i.

@@ -57,19 +57,27 @@ const (
 )
 
 // answer tells members what is due to them until the stream ends.
-func (s *sidecarStream) answer(ctx context.Context) error {
+func (s *sidecarStream) answer(q *quietContext) error {
 	var last time.Time
 	for {
 		select {
-		case <-ctx.Done():
-			return ctx.Err()
+		case <-q.Done():
+			return q.Err()
+		case <-q.end.Done():
+			return q.end.Err()
 		case err := <-s.ended:
 			if err == nil {
-				err = aside(func() error { return s.flush(ctx) }) // it may still read
+				err = aside(func() error { // it may still read
+					ctx, cancel := q.bound()
+					defer cancel()
+					return s.flush(ctx)
+				})
 			}
 			return err
 		case <-s.bell:
 			if err := aside(func() error {
+				ctx, cancel := q.bound()
+				defer cancel()
 				if err := settle(ctx, s.bell, last); err != nil {
 					return err
 				}

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -117,7 +118,12 @@ func (a *sidecarAPI) StreamHeartbeats(stream sidecarpb.SidecarCoordinator_Stream
 	s := &sidecarStream{api: a, stream: stream, ended: make(chan error, 1), bell: newBell()}
 	defer s.close()
 	go func() { s.ended <- s.receive() }()
-	return s.answer(stream.Context())
+	ctx := stream.Context()
+	q, ok := ctx.(*quietContext)
+	if !ok { // nothing but ctx ends it
+		q = &quietContext{ctx, context.Background()}
+	}
+	return s.answer(q)
 }
 
 // receive takes heartbeats until the client sends no more.

@@ -324,8 +324,8 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	}
 	s.told.now = cfg.Now
 	s.reader.gate = cfg.Gate
-	s.streams.Store(newOpenStreams())
 	s.run, s.stop = context.WithCancel(context.Background())
+	s.streams.Store(newOpenStreams(s.run))
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(NewCodec()),
 		grpc.NumStreamWorkers(cfg.StreamWorkers),

@@ -131,14 +131,15 @@ func (g *StateGate) result(err error) error {
 	return nil
 }
 
-// openStreams ends the streams that were opened under one gate.
+// openStreams ends the streams that were opened under one gate, at the latest when
+// the server stops.
 type openStreams struct {
 	ctx context.Context
 	end context.CancelFunc
 }
 
-func newOpenStreams() *openStreams {
-	ctx, end := context.WithCancel(context.Background())
+func newOpenStreams(run context.Context) *openStreams {
+	ctx, end := context.WithCancel(run)
 	return &openStreams{ctx, end}
 }
 
@@ -148,7 +149,7 @@ func (s *Server) followGate() {
 	for {
 		changed := s.cfg.Gate.Changed()
 		if s.cfg.Gate.Reason() != "" {
-			s.streams.Swap(newOpenStreams()).end()
+			s.streams.Swap(newOpenStreams(s.run)).end()
 		}
 		select {
 		case <-changed:

@@ -30,7 +30,7 @@ const heapRoom = 192 << 20
 var heapFloorOnce sync.Once
 
 // KeepHeapFloor lets the heap of this process grow to 128 MiB between
-// collections. It does nothing when GOGC is set: then somebody has decided.
+// collections, and gives back what a burst has left behind. It does nothing when GOGC is set: then somebody has decided.
 // GOMEMLIMIT goes before it, as before GOGC.
 func KeepHeapFloor() {
 	if _, set := os.LookupEnv("GOGC"); set {
@@ -39,12 +39,16 @@ func KeepHeapFloor() {
 	heapFloorOnce.Do(func() {
 		f := &floorKeeper{percent: goDefaultPercent}
 		f.follow()
+		go returnAfterBursts()
 	})
 }
 
 const (
 	goDefaultPercent = 100
-	leastPercent     = 50 // a collection costs as much as is alive: not for less
+	// A collection costs as much as is alive, and as is scanned: not for less than
+	// this of either.
+	leastPercent   = 50
+	scannedPercent = 25
 )
 
 // floorKeeper sets the garbage collector's percentage anew after each
@@ -84,11 +88,16 @@ func (f *floorKeeper) adjust() {
 const maxFloorPercent = 800
 
 // floorPercent returns the percentage at which a heap with live bytes alive is
-// collected at heapFloor, Go's default above, and less beyond heapRoom. The runtime applies
-// the percentage to stacks and globals as well.
+// collected at heapFloor, Go's default above, and less beyond heapRoom.
+//
+// The runtime applies the percentage to stacks and globals as well, so what is
+// scanned counts here too: with 100,000 streams, whose stacks are as large as all that
+// is alive, the heap would grow by half of these besides.
 func floorPercent(live, scanned uint64) int {
 	if live >= heapFloor/2 {
-		return int(max(leastPercent, min(goDefaultPercent, heapRoom*100/live)))
+		all := live + scanned
+		room := max(min(live, heapRoom), live*leastPercent/100, all*scannedPercent/100)
+		return int((room*100 + all - 1) / all)
 	}
 	percent := (heapFloor - live) * 100 / max(live+scanned, 1)
 	return int(min(max(percent, goDefaultPercent), maxFloorPercent))

@@ -26,6 +26,15 @@ func TestFloorPercent(t *testing.T) {
 			t.Errorf("with %d bytes alive the percentage is %d, want %d", live, p, want)
 		}
 	}
+	// However much is scanned, the heap grows by what it may grow by without.
+	for _, c := range []struct{ live, scanned, room uint64 }{
+		{300 * mb, 150 * mb, heapRoom}, {600 * mb, 300 * mb, 300 * mb}, {100 * mb, 100 * mb, 100 * mb}, {100 * mb, 900 * mb, 250 * mb},
+	} {
+		got := (c.live + c.scanned) * uint64(floorPercent(c.live, c.scanned)) / 100
+		if got < c.room || got > c.room+(c.live+c.scanned)/100 {
+			t.Errorf("with %d bytes alive and %d scanned the heap grows by %d, want %d", c.live, c.scanned, got, c.room)
+		}
+	}
 	for _, live := range []uint64{0, 1, mb} {
 		if p := floorPercent(live, 0); p != maxFloorPercent {
 			t.Errorf("with %d bytes alive the percentage is %d, want at most %d", live, p, maxFloorPercent)

@@ -112,6 +112,7 @@ func (f *Fleet) obey(i int, reply *sidecarpb.HeartbeatResponse) {
 	for _, cmd := range reply.GetCommands() {
 		switch c := cmd.GetCommand().(type) {
 		case *sidecarpb.SidecarCommand_Assign:
+			f.tally.assigned()
 			if err := s.hold(c.Assign); err != nil {
 				f.tally.fault("%s was told what cannot be read: %v", sidecarID(i), err)
 			}

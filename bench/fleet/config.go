@@ -16,12 +16,13 @@ const (
 	Mass    = "mass"    // every pipeline changes at once
 	Rolling = "rolling" // all sidecars restart, some at a time
 	Zone    = "zone"    // all sidecars of one zone fall silent, and come back
+	Expiry  = "expiry"  // a tenth of the sidecars, those that run the most, fall silent together
 	Storm   = "storm"   // all watchers reconnect at once
 	Leader  = "leader"  // the leading node dies
 )
 
 // Scenarios lists what Config.Scenarios may name.
-var Scenarios = []string{Steady, One, Wide, Mass, Rolling, Zone, Storm, Leader}
+var Scenarios = []string{Steady, One, Wide, Mass, Rolling, Zone, Expiry, Storm, Leader}
 
 // Limits of one process.
 const (

@@ -12,6 +12,9 @@ import (
 // namespace keeps what this package makes apart from what was there.
 const namespace = "fleet"
 
+// zoneLabel is the label by which the planner knows where a sidecar runs.
+const zoneLabel = "topology.kubernetes.io/zone"
+
 // widePipeline is the pipeline that every watcher runs.
 const widePipeline = namespace + "/wide"
 
@@ -62,6 +65,7 @@ func (c content) registration(i, life int) *sidecarpb.RegisterSidecarRequest {
 	r := &sidecarpb.RegisterSidecarRequest{
 		SidecarId: sidecarID(i), PodName: fmt.Sprintf("pod-%06d", i), Namespace: namespace,
 		SidecarEndpoint: fmt.Sprintf("%s:%d", host, 20000+i>>16),
+		Labels:          map[string]string{zoneLabel: fmt.Sprintf("zone-%d", c.zone(i))},
 	}
 	add := func(name string, t sidecarpb.ServiceType) {
 		r.LocalServices = append(r.LocalServices, &sidecarpb.LocalService{

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 )
@@ -22,6 +23,9 @@ func TestContent(t *testing.T) {
 		}
 		if c.registration(i, 1).GetSidecarEndpoint() == r.GetSidecarEndpoint() {
 			t.Fatalf("%s has the same endpoint after a restart", r.GetSidecarId())
+		}
+		if got, want := r.GetLabels()["topology.kubernetes.io/zone"], fmt.Sprintf("zone-%d", c.zone(i)); got != want {
+			t.Fatalf("%s says that it is in zone %q, and is in %q", r.GetSidecarId(), got, want)
 		}
 		for _, s := range r.GetLocalServices() {
 			if strings.HasPrefix(s.GetServiceName(), "sink-") {

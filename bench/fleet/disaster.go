@@ -79,29 +79,16 @@ func (f *Fleet) zoneLoss(w *window) error {
 		w.s.fault("one zone holds all sidecars; more zones, or more sidecars for each pipeline, are needed")
 		return nil
 	}
-	for _, i := range lost {
-		f.sidecars[i].mu.Lock()
-		f.sidecars[i].up = false
-		f.sidecars[i].mu.Unlock()
-	}
-	if err := forEach(f.ctx, lost, f.c.InFlight, func(_ context.Context, i int) error { f.stopSidecar(i); return nil }); err != nil {
+	if err := f.silence(lost); err != nil {
 		return err
 	}
 	silent := time.Now()
-	expired := func(n int) func(context.Context) error {
-		return func(context.Context) error {
-			if got := f.tally.now().Expired - w.counts.Expired; got < int64(n) {
-				return fmt.Errorf("%d of %d have expired", got, len(lost))
-			}
-			return nil
-		}
-	}
-	if err := f.within("expiry of a silent sidecar", expired(1)); err != nil {
+	if err := f.within("expiry of a silent sidecar", w.expired(1)); err != nil {
 		return err
 	}
 	first := time.Now()
 	w.s.figure("first lease expired after", first.Sub(silent).Seconds(), "s")
-	if err := f.within("expiry of all silent sidecars", expired(len(lost))); err != nil {
+	if err := f.within("expiry of all silent sidecars", w.expired(len(lost))); err != nil {
 		w.s.fault("%v", err)
 	}
 	all := time.Now()
@@ -118,6 +105,32 @@ func (f *Fleet) zoneLoss(w *window) error {
 		w.s.figure("all reassigned after the last expired", time.Since(all).Seconds(), "s")
 		w.s.figure("all reassigned after the first expired", time.Since(first).Seconds(), "s")
 	}
+	return w.comeBack(lost)
+}
+
+// silence lets sidecars stop as if they were cut off.
+func (f *Fleet) silence(lost []int) error {
+	for _, i := range lost {
+		f.sidecars[i].mu.Lock()
+		f.sidecars[i].up = false
+		f.sidecars[i].mu.Unlock()
+	}
+	return forEach(f.ctx, lost, f.c.InFlight, func(_ context.Context, i int) error { f.stopSidecar(i); return nil })
+}
+
+// expired is done once n sidecars have expired since the scenario began.
+func (w *window) expired(n int) func(context.Context) error {
+	return func(context.Context) error {
+		if got := w.f.tally.now().Expired - w.counts.Expired; got < int64(n) {
+			return fmt.Errorf("%d of %d have expired", got, n)
+		}
+		return nil
+	}
+}
+
+// comeBack lets those who were silent send heartbeats again, and ends the scenario.
+func (w *window) comeBack(lost []int) error {
+	f := w.f
 	for _, i := range lost {
 		s := &f.sidecars[i]
 		s.mu.Lock()
@@ -129,7 +142,7 @@ func (f *Fleet) zoneLoss(w *window) error {
 		}
 	}
 	back := time.Now()
-	if err := f.within("return of the zone", func(context.Context) error {
+	if err := f.within("return of those who were silent", func(context.Context) error {
 		if got := f.tally.now().Revived - w.counts.Revived; got < int64(len(lost)) {
 			return fmt.Errorf("%d of %d are back", got, len(lost))
 		}

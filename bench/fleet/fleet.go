@@ -40,6 +40,7 @@ type Fleet struct {
 	wheel               *wheel
 	due                 chan []int32
 	interval            atomic.Int64 // ns between heartbeats
+	ttl                 atomic.Int64 // ns of silence after which a lease ends, as the cluster says
 	tally               tally
 	probe               atomic.Pointer[probe]
 	// forms are the forms the pipelines are in; of the goroutine of Run.
@@ -186,6 +187,7 @@ func (f *Fleet) registered(i int, reply *sidecarpb.RegisterSidecarResponse) erro
 	if f.c.Heartbeat == 0 && reply.GetHeartbeatIntervalMs() > 0 {
 		f.interval.Store(int64(time.Duration(reply.GetHeartbeatIntervalMs()) * time.Millisecond))
 	}
+	f.ttl.Store(int64(time.Duration(reply.GetTtlMs()) * time.Millisecond))
 	s := &f.sidecars[i]
 	s.mu.Lock()
 	s.up = true

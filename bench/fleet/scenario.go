@@ -107,6 +107,8 @@ func (f *Fleet) scenario(name string, r *Report) error {
 		return f.rolling(w)
 	case Zone:
 		return f.zoneLoss(w)
+	case Expiry:
+		return f.expiry(w)
 	case Storm:
 		return f.storm(w)
 	case Leader:

@@ -19,6 +19,7 @@ type counts struct {
 	StreamsEnded, Resyncs             int64
 	Suspected, Expired, Revived       int64
 	Registered, RegistrationsRepeated int64
+	Assigned                          int64 // times that a sidecar was told to run something
 	Faults                            int64
 }
 
@@ -29,6 +30,7 @@ func (c counts) minus(o counts) counts {
 		c.StreamsEnded - o.StreamsEnded, c.Resyncs - o.Resyncs,
 		c.Suspected - o.Suspected, c.Expired - o.Expired, c.Revived - o.Revived,
 		c.Registered - o.Registered, c.RegistrationsRepeated - o.RegistrationsRepeated,
+		c.Assigned - o.Assigned,
 		c.Faults - o.Faults,
 	}
 }
@@ -43,6 +45,8 @@ type tally struct {
 	counts    counts
 	faults    []string
 	lastError string // of a heartbeat or a stream
+	// When a sidecar last was told to run something, and when one last expired.
+	lastAssigned, lastExpired time.Time
 	// Of the running scenario.
 	beats, registrations *latencies
 	mostLate             time.Duration
@@ -121,6 +125,22 @@ func (t *tally) resynced() { t.add(func(c *counts) { c.Resyncs++ }) }
 func (t *tally) synced()   { t.syncedNow.Add(1) }
 func (t *tally) unsynced() { t.syncedNow.Add(-1) }
 
+// assigned notes that a sidecar was told to run something.
+func (t *tally) assigned() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.lastAssigned = time.Now()
+	t.counts.Assigned++
+}
+
+// last returns when a sidecar last was told to run something, and when one last
+// expired; zero = never.
+func (t *tally) last() (assigned, expired time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.lastAssigned, t.lastExpired
+}
+
 // changed notes that the cluster changed its mind about a sidecar's liveness.
 func (t *tally) changed(state string) {
 	t.add(func(c *counts) {
@@ -129,6 +149,7 @@ func (t *tally) changed(state string) {
 			c.Suspected++
 		case "expired":
 			c.Expired++
+			t.lastExpired = time.Now()
 		case "alive":
 			c.Revived++
 		}

@@ -154,8 +154,11 @@ func (f *Fleet) stream(ctx context.Context, i int) (synced bool, err error) {
 		if fault != nil {
 			f.tally.fault("watch of %s: %v", sidecarID(i), fault)
 		}
-		if ev.GetEventType() == sidecarpb.EventType_EVENT_TYPE_RESYNC {
+		switch ev.GetEventType() {
+		case sidecarpb.EventType_EVENT_TYPE_RESYNC:
 			f.tally.resynced()
+		case sidecarpb.EventType_EVENT_TYPE_ASSIGNED, sidecarpb.EventType_EVENT_TYPE_UPDATED:
+			f.tally.assigned()
 		}
 		if is != synced {
 			if synced = is; synced {

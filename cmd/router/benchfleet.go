@@ -31,6 +31,7 @@ the same calls as real ones, run scenarios with them, and print what was measure
   mass     every pipeline changes at once
   rolling  all sidecars restart, some at a time
   zone     all sidecars of one zone fall silent, and come back
+  expiry   a tenth of all sidecars, those that run the most, fall silent together
   storm    all watchers reconnect at once; with --nodes after the leader's death
   leader   the leading node is killed; needs --nodes
 
