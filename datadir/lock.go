@@ -78,5 +78,8 @@ func take(f *os.File, dir string, how int) error {
 	return nil
 }
 
-// Release gives the right back.
-func (l *DirLock) Release() error { return l.f.Close() }
+// Release gives the right back. To close the file would not be enough: a child that
+// this process is just starting has it open until it has become another program.
+func (l *DirLock) Release() error {
+	return errors.Join(unix.Flock(int(l.f.Fd()), unix.LOCK_UN), l.f.Close())
+}

@@ -276,7 +276,7 @@ func (l *Log) Close() error {
 	}
 	err := l.w.Close()
 	releaseSegmentSize()
-	if cerr := l.lock.Close(); err == nil {
+	if cerr := unlockDir(l.lock); err == nil {
 		err = cerr
 	}
 	if err != nil {

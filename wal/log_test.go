@@ -6,7 +6,9 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -222,4 +224,22 @@ func TestFilesThatAreNoLog(t *testing.T) {
 	if _, _, err := tryOpen(t, dir, Options{}); !errors.Is(err, ErrCorrupt) {
 		t.Fatal(err)
 	}
+}
+
+// Goal: a lock that a child of this process holds for as long as it takes to become
+// another program does not keep the log from being opened, and one that stays does.
+func TestSegmentLockedForAMoment(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "wal")
+	l, _ := open(t, dir, Options{})
+	must(t, l.Close())
+	segments, err := filepath.Glob(filepath.Join(dir, "*.wal"))
+	must(t, err)
+	held, err := fileutil.TryLockFile(segments[len(segments)-1], os.O_RDWR, 0o600)
+	must(t, err)
+	if _, _, err := tryOpen(t, dir, Options{}); !errors.Is(err, fileutil.ErrLocked) {
+		t.Fatalf("a locked segment: %v", err)
+	}
+	time.AfterFunc(lockPatience/10, func() { held.Close() })
+	l, _ = open(t, dir, Options{})
+	must(t, l.Close())
 }

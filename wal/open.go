@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	etcdwal "go.etcd.io/etcd/server/v3/storage/wal"
 	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
 	"go.etcd.io/raft/v3/raftpb"
@@ -54,7 +56,7 @@ func Open(dir string, id Identity, start Start, o Options) (*Log, Recovered, err
 	rec, err := l.open(id, start)
 	if err != nil {
 		if l.lock != nil {
-			l.lock.Close()
+			_ = unlockDir(l.lock)
 		}
 		releaseSegmentSize()
 		return nil, Recovered{}, err
@@ -170,6 +172,12 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
+// unlockDir undoes lockDir. To close the file would not be enough; see
+// openForWriting.
+func unlockDir(f *os.File) error {
+	return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
+}
+
 // repair cuts the unfinished write off and keeps its bytes beside the segment.
 func (l *Log) repair(t *tornTail) (int64, error) {
 	wrap := func(err error) error { return fmt.Errorf("wal: repair %s: %w", t.path, err) }
@@ -226,13 +234,32 @@ func (l *Log) removeStray(s *scanResult) error {
 	return nil
 }
 
+// lockPatience is how long a lock on a segment may outlast who held it.
+const lockPatience = time.Second
+
+// openForWriting opens the underlying log, which locks its segments. This log has
+// the lock of the directory, so nobody else writes here. But a child that this
+// process is just starting holds every file that was open when it was forked, and its
+// lock, until it has become another program, also when the file was closed since, as
+// after the log was made.
+func (l *Log) openForWriting(at *walpb.Snapshot) (*etcdwal.WAL, error) {
+	began := time.Now()
+	for pause := 5 * time.Millisecond; ; pause *= 2 {
+		w, err := etcdwal.Open(zapLogger(l.lg), l.dir, &walpb.Snapshot{Index: new(at.GetIndex()), Term: new(at.GetTerm())})
+		if !errors.Is(err, fileutil.ErrLocked) || time.Since(began) > lockPatience {
+			return w, err
+		}
+		time.Sleep(pause)
+	}
+}
+
 // load opens the underlying log for writing at the position the scan chose, and
 // fills the tail. The underlying package does not report that the position is
 // not in the log, and returns entries that a later start record made void: what
 // it returns is held against the scan.
 func (l *Log) load(s *scanResult, id Identity, rec *Recovered) error {
 	at := s.start
-	w, err := etcdwal.Open(zapLogger(l.lg), l.dir, &walpb.Snapshot{Index: new(at.GetIndex()), Term: new(at.GetTerm())})
+	w, err := l.openForWriting(at)
 	if err != nil {
 		return fmt.Errorf("wal: open %s: %w", l.dir, err)
 	}
