@@ -66,11 +66,13 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 		}
 		holders := m.holders(st.Pipeline)
 		now, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return holders[stage].but(sidecar) })
-		if waiting > 0 {
-			info.Waiting += waiting
+		deferred := now.Moves
+		now, later := m.engine.Postpone(now, func(sidecar string) []*placement.Assignment { return p.older.of(m, st.Pipeline, sidecar) })
+		info.Waiting += waiting
+		info.Unplaced += waiting + deferred - now.Moves
+		if waiting > 0 || later > 0 {
 			info.Idle += m.engine.Idle(st, now)
 		}
-		now, later := m.engine.Postpone(now, func(sidecar string) []*placement.Assignment { return p.older.of(m, st.Pipeline, sidecar) })
 		if info.Later += later; later > 0 {
 			putOff[st.Pipeline] = true
 			next := p.older.next(st.Pipeline)

@@ -12,7 +12,7 @@ import (
 // they have not confirmed the new one and may have beaten last before it. They are
 // of one reign: a leader that was elected meanwhile does not know what was replaced
 // before, so that for as long as sidecars take to hear, a plan of it is safe only
-// against what is recorded.
+// against what is recorded. So is one after a restore.
 type olderTables struct {
 	keep  time.Duration
 	by    map[string]map[string][]olderTable // pipeline, sidecar; the oldest first
@@ -37,6 +37,7 @@ func newOlderTables(keep time.Duration) *olderTables {
 // over anything that the new ones do not.
 func (o *olderTables) add(m *mirror, changes []*commandpb.AssignmentChange, at time.Time) {
 	for _, c := range changes {
+		o.retaken(m, c)
 		old := m.engine.Recorded(c.PipelineId, c.SidecarId)
 		if old == nil || !handsOverElsewhere(old, c) {
 			continue
@@ -50,6 +51,23 @@ func (o *olderTables) add(m *mirror, changes []*commandpb.AssignmentChange, at t
 			table: old, until: at.Add(o.keep), confirms: len(c.Releases)+len(c.SharedReleases) > 0,
 		})
 		o.queue = append(o.queue, olderKey{c.PipelineId, c.SidecarId})
+	}
+}
+
+// retaken notes that a handover is over because its sidecar is given back what it was to
+// let go of, and not because it has confirmed anything.
+func (o *olderTables) retaken(m *mirror, c *commandpb.AssignmentChange) {
+	tables := o.by[c.PipelineId][c.SidecarId]
+	if len(tables) == 0 {
+		return
+	}
+	releases := m.handovers[c.PipelineId][c.SidecarId].GetReleases()
+	if slices.ContainsFunc(releases, func(r *commandpb.Release) bool {
+		return slices.ContainsFunc(c.Stages, func(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId == "" && s.StageId == r.StageId })
+	}) {
+		for i := range tables {
+			tables[i].confirms = false
+		}
 	}
 }
 

@@ -54,3 +54,29 @@ func TestPipelineIsTurnedRound(t *testing.T) {
 		})
 	})
 }
+
+// Goal: a sidecar that is given back what it was told to let go of has not confirmed that
+// it does not hold the older table any more. a has heard of nothing since it handed over
+// to b, and b is not told to hand over to a meanwhile, whatever else is planned.
+func TestTurnedRoundTwice(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("a", "here:transform", "near:sink")
+	r.register("b", "there:transform", "far:sink")
+	r.putPipeline("p", "here:transform -> far:sink")
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		r.setLeading(true)
+		beat(l, 2*time.Minute, "a", "b")
+		r.putPipeline("p", "there:transform -> near:sink")
+		beat(l, time.Second, "a", "b")
+		r.putPipeline("p", "there:transform -> here:transform -> near:sink")
+		beat(l, time.Second, "a", "b")
+		r.register("z", "other:sink")
+		beat(l, time.Second, "a", "b", "z")
+		r.expect("until a has heard", "p", "there", "")
+		if q, _ := r.placer.Scores(); q.Quality.Placed+q.Quality.Pending != 3 || q.Quality.Pending == 0 {
+			t.Fatalf("of three stages %d are placed and %d pending", q.Quality.Placed, q.Quality.Pending)
+		}
+		beat(l, time.Minute, "a", "b", "z")
+		r.expect("then", "p", "there", "b")
+	})
+}

@@ -63,6 +63,8 @@ type PlanInfo struct {
 	// Later counts the changes that are told once other sidecars must have heard of
 	// theirs: until then records could go round between them.
 	Later int
+	// Unplaced counts the stages to begin that are not begun yet, for either reason.
+	Unplaced int
 	// Idle counts the stages that run nowhere until then.
 	Idle int
 	// Quality tells how good the placement is that the plan leads to; its load
@@ -174,9 +176,9 @@ func (p *Placer) Run(ctx context.Context) {
 func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
 	p.older = newOlderTables(p.c.HandoverTimeout)
-	defer p.c.Stopped()
-	defer p.setStats(PlacerStats{})
 	defer p.setPutOff(nil)
+	defer p.c.Stopped() // before what is put off is forgotten: nothing is decided any more
+	defer p.setStats(PlacerStats{})
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
 	}

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
 
@@ -108,6 +109,15 @@ func (l *Liveness) noteExpired(seen map[string]doomed) (epoch uint64, err error)
 		}
 		if s.GetState() != commandpb.ServiceState_SERVICE_STATE_EXPIRED {
 			continue
+		}
+		if s.SidecarId != "" {
+			sc, err := v.Sidecar(s.SidecarId)
+			if err != nil {
+				return 0, err
+			}
+			if router.Offers(sc, s.Name) {
+				continue // see the command
+			}
 		}
 		at := s.ExpiredAtMs
 		if at == 0 { // by a release that did not note it

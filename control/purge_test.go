@@ -53,3 +53,26 @@ func TestPurge(t *testing.T) {
 		}
 	})
 }
+
+// TestPurgeKeepsWhatASidecarReports: that a service is expired keeps its sidecar, which
+// reports it for as long as it lives, from being given work for it.
+func TestPurgeKeepsWhatASidecarReports(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("o", "orders:source")
+	r.register("k", "lake:sink")
+	r.register("a", "clean:transform")
+	r.enlist("svc-a", "clean", "a", "1")
+	r.putPipeline("p", threeStages)
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		l.c.Retention = 10 * time.Minute
+		r.setLeading(true)
+		beatBoth(l, 5*time.Second, []string{"svc-a"}, "o", "k", "a")
+		r.expect("at first", "p", "clean", "a")
+		beat(l, 30*time.Minute, "o", "k", "a")
+		r.isThere("while its sidecar reports it", "svc-a", true)
+		r.expect("while it is silent", "p", "clean", "")
+		r.do(&commandpb.Command{Op: &commandpb.Command_DeregisterSidecar{DeregisterSidecar: &commandpb.DeregisterSidecar{SidecarId: "a"}}})
+		beat(l, 30*time.Minute, "o", "k")
+		r.isThere("when its sidecar is gone", "svc-a", false)
+	})
+}

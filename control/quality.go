@@ -115,7 +115,7 @@ func (s *scores) note(e *placement.Engine, p *placement.Plan, info PlanInfo) {
 	q := p.Quality
 	q.SetLoad(&s.all.Quality)
 	// The plan is made as if they ran already.
-	q.Placed, q.Pending = q.Placed-info.Waiting, q.Pending+info.Idle
+	q.Placed, q.Pending = q.Placed-info.Unplaced, q.Pending+info.Idle
 	if q.Moves > 0 {
 		s.all.Last = Moves{info.Revision, q.Moves, q.Least}
 	}

@@ -88,9 +88,17 @@ func (p *Placer) hasLeft(m *mirror, s *commandpb.Service) (bool, error) {
 	return !holds, errors.Join(err, v.Close())
 }
 
-// tidyServices removes the services that have drained.
+// maxRemoved is how many services are removed before the next plan: each removal is a
+// command, and thousands that go at once must not keep a pipeline waiting.
+const maxRemoved = 32
+
+// tidyServices removes the services that have drained, some of them if they are many.
 func (p *Placer) tidyServices(ctx context.Context, m *mirror, past func(waitKey) bool) error {
+	removed := 0
 	for _, id := range slices.Sorted(maps.Keys(m.leaving)) {
+		if removed == maxRemoved {
+			return nil // what is left is due soon
+		}
 		s := m.leaving[id]
 		atLeast, over := uint64(0), past(waitKey{service: id, ms: s.DrainDeadlineMs})
 		if over {
@@ -104,6 +112,7 @@ func (p *Placer) tidyServices(ctx context.Context, m *mirror, past func(waitKey)
 		res, err := p.submit(ctx, m, atLeast, &commandpb.Command{Op: &commandpb.Command_DeregisterService{
 			DeregisterService: &commandpb.DeregisterService{ServiceId: id, RegistrationId: s.RegistrationId, DrainedOnly: true},
 		}})
+		removed++
 		switch {
 		case err != nil:
 			return err

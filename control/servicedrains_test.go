@@ -1,6 +1,8 @@
 package control
 
 import (
+	"errors"
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -153,4 +155,75 @@ func TestServiceDrainSurvivesTheLeader(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestDrainedServiceGetsNothingBack: a service that has drained and is removed is given
+// nothing of what it has let go of, though its sidecar has reported it and there is
+// nobody else to run the second instance. Once the sidecar registers again, it is.
+func TestDrainedServiceGetsNothingBack(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("o", "orders:source")
+	r.register("k", "lake:sink")
+	r.register("a", "clean:transform")
+	r.register("b", "clean:transform")
+	r.enlist("svc-a", "clean", "a", "1")
+	r.putPipeline("p", threeStages)
+	v := r.fsm.View()
+	p, err := v.Pipeline("p")
+	if err := errors.Join(err, v.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range p.Spec.Stages {
+		if s.Id == "clean" {
+			s.Parallelism = 2
+		}
+	}
+	r.do(&commandpb.Command{Op: &commandpb.Command_PutPipeline{PutPipeline: &commandpb.PutPipeline{Spec: p.Spec}}})
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		all := []string{"a", "b", "k", "o"}
+		r.setLeading(true)
+		beatBoth(l, time.Second, []string{"svc-a"}, all...)
+		r.expect("at first", "p", "clean", "a b")
+		r.drainService("svc-a", time.Minute)
+		beatBoth(l, time.Second, []string{"svc-a"}, all...)
+		r.applied("a")
+		beatBoth(l, 5*time.Second, []string{"svc-a"}, all...)
+		r.isThere("when it has nothing left", "svc-a", false)
+		r.expect("when it is removed", "p", "clean", "b")
+		r.register("a", "clean:transform")
+		beatBoth(l, 5*time.Second, nil, all...)
+		r.expect("when its sidecar has registered again", "p", "clean", "a b")
+	})
+}
+
+// TestManyDrainedServicesHoldUpNothing: a pipeline that comes while a thousand services
+// go is placed before they are all gone.
+func TestManyDrainedServicesHoldUpNothing(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	r.register("o", "orders:source")
+	r.register("k", "lake:sink")
+	r.register("a", "clean:transform")
+	ids := make([]string, 1000)
+	for i := range ids {
+		ids[i] = fmt.Sprintf("m%04d", i)
+		r.enlist(ids[i], "filter", "", "1")
+	}
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		r.setLeading(true)
+		beat(l, time.Second, "o", "k", "a")
+		for _, id := range ids {
+			r.drainService(id, 10*time.Minute)
+		}
+		r.putPipeline("p", threeStages)
+		for r.runs("p", "clean") == "" {
+			pass(time.Millisecond)
+		}
+		if r.service(ids[len(ids)-1]) == nil {
+			t.Fatal("all that go are removed before the pipeline is placed")
+		}
+		beat(l, time.Minute, "o", "k", "a")
+		for _, id := range ids {
+			r.isThere("in the end", id, false)
+		}
+	})
 }

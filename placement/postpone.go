@@ -24,6 +24,9 @@ func (e *Engine) Postpone(st Step, older func(sidecar string) []*Assignment) (no
 	if !ok || !st.hands() {
 		return st, 0
 	}
+	if len(st.Changes) >= manyChanges && !e.goesRound(st, p, older) {
+		return st, 0
+	}
 	off, later := e.putOff(st, p, older)
 	if later == 0 {
 		return st, 0
@@ -44,6 +47,48 @@ func (e *Engine) Postpone(st Step, older func(sidecar string) []*Assignment) (no
 		}
 	}
 	return now, later
+}
+
+// manyChanges is from where on it pays to look at all tables together first: each
+// change of thousands would find the same ways again.
+const manyChanges = 64
+
+// goesRound is true when there is a way round through any tables that may be held, and
+// those of st, from a sidecar that st changes.
+func (e *Engine) goesRound(st Step, p int32, older func(sidecar string) []*Assignment) bool {
+	w := ways{x: &e.pipes[p], older: older, told: make(map[string][]Assigned, len(st.Changes)), seen: make(map[string]bool)}
+	for i := range st.Changes {
+		w.told[st.Changes[i].Sidecar] = st.Changes[i].Stages
+	}
+	done := make(map[string]bool) // false: on the way
+	type visit struct {
+		id   string
+		next []string
+	}
+	for i := range st.Changes {
+		if _, known := done[st.Changes[i].Sidecar]; known {
+			continue
+		}
+		way := []visit{{st.Changes[i].Sidecar, w.from(st.Changes[i].Sidecar)}}
+		done[way[0].id] = false
+		for len(way) > 0 {
+			last := &way[len(way)-1]
+			if len(last.next) == 0 {
+				done[last.id] = true
+				way = way[:len(way)-1]
+				continue
+			}
+			id := last.next[0]
+			last.next = last.next[1:]
+			if through, known := done[id]; !known {
+				done[id] = false
+				way = append(way, visit{id, w.from(id)})
+			} else if !through {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // putOff says of each change of st whether it has to be told later, and of how many.
@@ -126,24 +171,33 @@ func (w *ways) lead(from, to string) bool {
 		if id == to {
 			return true
 		}
-		if at, ok := w.x.find(id); ok && !w.x.recorded[at].Revoked {
-			w.follow(w.x.recorded[at].Stages)
+		for _, next := range w.from(id) {
+			if !w.seen[next] {
+				w.seen[next] = true
+				w.open = append(w.open, next)
+			}
 		}
-		for _, a := range w.older(id) {
-			w.follow(a.Stages)
-		}
-		w.follow(w.told[id])
 	}
 	return false
 }
 
-func (w *ways) follow(stages []Assigned) {
-	for i := range stages {
-		if to := stages[i].Remote; to != "" && !w.seen[to] {
-			w.seen[to] = true
-			w.open = append(w.open, to)
+// from lists to whom a sidecar may hand over, some of them twice.
+func (w *ways) from(id string) (to []string) {
+	follow := func(stages []Assigned) {
+		for i := range stages {
+			if stages[i].Remote != "" {
+				to = append(to, stages[i].Remote)
+			}
 		}
 	}
+	if at, ok := w.x.find(id); ok && !w.x.recorded[at].Revoked {
+		follow(w.x.recorded[at].Stages)
+	}
+	for _, a := range w.older(id) {
+		follow(a.Stages)
+	}
+	follow(w.told[id])
+	return to
 }
 
 // Recorded returns what a sidecar was told of a pipeline last, nil when that is

@@ -29,12 +29,10 @@ func (h *heldTables) plan(t fataler) (changes int) {
 	}
 	for _, st := range h.m.engine.Plan().Steps {
 		changes += len(st.Changes)
-		now, later := h.m.engine.Postpone(st, func(sidecar string) (out []*Assignment) {
-			for _, x := range h.tables[[2]string{st.Pipeline, sidecar}] {
-				out = append(out, x.a)
-			}
-			return out
-		})
+		now, later := h.m.engine.Postpone(st, h.older(st.Pipeline))
+		if later == 0 != !h.m.engine.goesRound(st, h.m.engine.pipeID[st.Pipeline], h.older(st.Pipeline)) {
+			t.Fatalf("%d changes are put off, and all tables together say otherwise", later)
+		}
 		if len(now.Changes)+later != len(st.Changes) {
 			t.Fatalf("of %d changes %d are told and %d put off", len(st.Changes), len(now.Changes), later)
 		}
@@ -50,6 +48,15 @@ func (h *heldTables) plan(t fataler) (changes int) {
 		}
 	}
 	return changes
+}
+
+func (h *heldTables) older(pipeline string) func(string) []*Assignment {
+	return func(sidecar string) (out []*Assignment) {
+		for _, x := range h.tables[[2]string{pipeline, sidecar}] {
+			out = append(out, x.a)
+		}
+		return out
+	}
 }
 
 // circle finds a way round along any tables that sidecars may hold.

@@ -3,7 +3,6 @@ package raftnode
 import (
 	"errors"
 	"fmt"
-	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -64,6 +63,10 @@ type loop struct {
 	awake         time.Time // when the process last ran again after it had stood still
 	stalled       bool
 	contacts      contacts
+	// yield is runtime.Gosched.
+	yield func()
+	// crowded is until when others are not let come, by the clock of the machine.
+	crowded time.Time
 
 	published     atomic.Pointer[loopStatus]
 	commitPtr     atomic.Uint64
@@ -268,7 +271,10 @@ func (l *loop) propose() {
 		return // raft would drop them; the ticks look again
 	}
 	if l.props.inFlight(l.term)+len(l.unplaced) == 0 && l.in.hasProposals() {
-		letOthersCome()
+		if l.letOthersCome(); !l.leading() {
+			l.propose() // which tells them
+			return
+		}
 	}
 	for l.props.inFlight(l.term)+len(l.unplaced) < l.cfg.MaxBatchesInFlight {
 		b := l.in.popBatch()
@@ -304,13 +310,23 @@ func (l *loop) propose() {
 // With idle processors it returns at once. To wait for a time instead, however
 // short, costs every lone command that time, and when the processors are busy it
 // says nothing of who has had his turn. One round is too few: it brings those to
-// run who then wake others, of whom each needs a round. Where thousands wait a
-// round takes long, and heartbeats must not wait for several.
-func letOthersCome() {
-	const rounds, enough = 4, 5 * time.Millisecond
+// run who then wake others, of whom each needs a round.
+//
+// A round may take long, since a goroutine that does not wait for anything, as that of
+// a compaction, runs for 10 ms before it is the next one's turn. So what raft has ready,
+// heartbeats among it, leaves before, and who has waited for such a round waits for
+// none in the time that follows. After it this node may no longer lead.
+func (l *loop) letOthersCome() {
+	const rounds, enough, spared = 4, 5 * time.Millisecond, 20
+	l.drain()
 	began := time.Now() // not the node's clock: nothing but this depends on it
+	if began.Before(l.crowded) {
+		return
+	}
 	for range rounds {
-		if runtime.Gosched(); time.Since(began) > enough {
+		l.yield()
+		if took := time.Since(began); took > enough {
+			l.crowded = began.Add(spared * took)
 			return
 		}
 	}

@@ -51,7 +51,7 @@ func (l *loop) serveReads() {
 		if l.leading() && l.canAsk() {
 			// Another node's request travels anyway, and those that come meanwhile
 			// wait no longer for the next one than they would for this.
-			letOthersCome()
+			l.letOthersCome()
 			r.next.calls = l.in.takeReads(r.next.calls)
 		}
 		r.flight, r.next = r.next, readBatch{}

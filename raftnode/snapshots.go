@@ -211,8 +211,9 @@ func (s *snapshots) step(ctx context.Context) bool {
 }
 
 func (s *snapshots) build(ctx context.Context) {
-	// What was made and never sent is not purged by whoever sends.
-	if err := s.images.Purge(s.cfg.KeepImages); err != nil {
+	// What was made and never sent is not purged by whoever sends; with the one to
+	// come there are as many as are kept.
+	if err := s.images.Purge(max(1, s.cfg.KeepImages-1)); err != nil {
 		s.cfg.Logger.Warn("cannot remove old images", "err", err)
 	}
 	start := s.cfg.Clock.Now()

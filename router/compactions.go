@@ -133,7 +133,7 @@ func (d heldDatabase) GetAllowedWithoutPermission() int {
 // one: the flush for it often is the one that makes a compaction due, and that would
 // then take a processor for a second, just while the image needs one and clients
 // write. One that runs already goes on. The hold ends by itself after some flushes,
-// and when another state takes the place of this one. Neither call blocks on the disk.
+// and when another state takes the place of this one. Neither call waits for a compaction.
 func (s *FSM) HoldCompactions() (release func()) {
 	d, err := s.acquire()
 	if err != nil {

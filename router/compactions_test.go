@@ -152,3 +152,35 @@ func TestReleaseAfterClose(t *testing.T) {
 	}
 	release()
 }
+
+// Goal: a state that is taken over with more levels in L0 than a hold bears compacts at
+// once: before the hold ended by its time the entries that follow would have to wait.
+func TestOverdueCompactionsAreNotHeld(t *testing.T) {
+	fs := vfs.NewMem()
+	noError(t, fs.MkdirAll("/", 0o755))
+	from, err := Open(fs, "first", testOptions())
+	noError(t, err)
+	release := from.cur.held.hold()
+	for i := range maxHeldL0 + 1 {
+		addLevel(t, from.cur.db, i)
+		from.cur.held.mu.Lock()
+		from.cur.held.flushes = 0 // or the hold ends by itself
+		from.cur.held.mu.Unlock()
+	}
+	_, err = from.Image("image")
+	noError(t, err)
+	release()
+	noError(t, from.Close())
+	o := testOptions()
+	settle := func() {}
+	o.Installed = func(f func()) { settle = f }
+	s, err := Open(fs, "state", o)
+	noError(t, err)
+	defer s.Close()
+	_, err = s.Install("image")
+	noError(t, err)
+	if !s.cur.held.may.Load() {
+		t.Fatal("compactions that are overdue are held")
+	}
+	settle()
+}

@@ -113,7 +113,7 @@ func (s *FSM) retire(old *database) {
 }
 
 // copyImage copies an image to path, durably, and opens it there. No compaction
-// begins before release is called.
+// begins before release is called, unless some are overdue.
 func (s *FSM) copyImage(dir, path, name string) (_ *database, release func(), err error) {
 	f := s.fs
 	if err := copyFiles(f, dir, path); err != nil {
@@ -132,6 +132,9 @@ func (s *FSM) copyImage(dir, path, name string) (_ *database, release func(), er
 	}
 	if err != nil {
 		return nil, nil, errors.Join(err, d.release())
+	}
+	if int(d.db.Metrics().Levels[0].Sublevels) > maxHeldL0 {
+		release() // or the entries that follow would soon have to wait for a compaction
 	}
 	return d, release, nil
 }

@@ -2,6 +2,7 @@ package router
 
 import (
 	"errors"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -115,9 +116,46 @@ func (t *tx) removeService(prev *commandpb.Service) {
 	t.leaveAll(prev.ServiceId)
 }
 
+// Offers is true when a sidecar reports a service of a name, compared as NormalizeName
+// does, that it has found beside it. It is false for no sidecar.
+func Offers(s *commandpb.Sidecar, name string) bool {
+	name = NormalizeName(name)
+	return slices.ContainsFunc(s.GetServices(), func(l *commandpb.LocalService) bool { return NormalizeName(l.Name) == name })
+}
+
+// withdraw takes a service that has drained out of what its sidecar has reported,
+// unless another one of the name is registered there. The sidecar reports it until it
+// registers again, and without the registration that said it drains it would be given
+// back at once what it has just let go of.
+func (t *tx) withdraw(s *commandpb.Service) {
+	if s.SidecarId == "" {
+		return
+	}
+	prev := t.sidecar(s.SidecarId)
+	if !Offers(prev, s.Name) {
+		return
+	}
+	name := NormalizeName(s.Name)
+	var others []string
+	t.scan(t.buf.group(prefixBySidecar, s.SidecarId), func(k, _ []byte) {
+		_, id, err := decodePair(k)
+		t.fail(err)
+		others = append(others, id)
+	})
+	for _, id := range others {
+		if id != s.ServiceId && NormalizeName(t.service(id).GetName()) == name {
+			return
+		}
+	}
+	next := proto.Clone(prev).(*commandpb.Sidecar)
+	next.Services = slices.DeleteFunc(next.Services, func(l *commandpb.LocalService) bool { return NormalizeName(l.Name) == name })
+	t.saveSidecar(prev, next)
+}
+
 // purgeServices forgets services that have been expired for at least the retention.
 // A service that comes back meanwhile is as it was; one that comes back later has to
-// register again.
+// register again. One that its sidecar still reports stays: that it is expired is all
+// there is to say that the sidecar must not be given work for it.
 //
 // Rejections: INVALID (ids), LIMIT.
 func (t *tx) purgeServices(c *commandpb.PurgeServices) *commandpb.Rejection {
@@ -132,7 +170,8 @@ func (t *tx) purgeServices(c *commandpb.PurgeServices) *commandpb.Rejection {
 	for _, x := range c.Services {
 		prev := t.service(x.ServiceId)
 		if prev == nil || prev.State != commandpb.ServiceState_SERVICE_STATE_EXPIRED ||
-			prev.ModRevision != x.ExpectedRevision || t.now < prev.ExpiredAtMs+c.RetentionMs {
+			prev.ModRevision != x.ExpectedRevision || t.now < prev.ExpiredAtMs+c.RetentionMs ||
+			prev.SidecarId != "" && Offers(t.sidecar(prev.SidecarId), prev.Name) {
 			t.res.Stale++
 			continue
 		}

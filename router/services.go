@@ -177,6 +177,7 @@ func (t *tx) deregisterService(c *commandpb.DeregisterService) *commandpb.Reject
 		if r := t.drained(prev); r != nil {
 			return r
 		}
+		t.withdraw(prev)
 	}
 	t.removeService(prev)
 	t.res.Existed = true
