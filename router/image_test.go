@@ -9,7 +9,6 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
-	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 
 	"conveyor.etl/router/router/commandpb"
 )
@@ -257,7 +256,7 @@ func TestCreateFromSurvivesACrashAnywhere(t *testing.T) {
 	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
 		fs := crash(base, 0, 1)
 		crashed(fs)
-		err := CreateFrom(errorfs.Wrap(fs, inj), "data/state", "image", pos, testOptions())
+		err := CreateFrom(faulty(fs, inj), "data/state", "image", pos, testOptions())
 		if err == nil && !inj.fired.Load() {
 			inj.off.Store(true)
 			want = check(t, crash(fs, 0, 1))

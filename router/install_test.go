@@ -5,6 +5,7 @@ import (
 	"fmt"
 	randv2 "math/rand/v2"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -65,7 +66,25 @@ func (n *nthWrite) MaybeError(op errorfs.Op) error {
 	return n.do(op)
 }
 
+// cloning keeps a file system from being copied while a file is linked: MemFS takes its
+// lock for reading twice then, and between the two would wait for the copy, which waits
+// for the first.
+var cloning sync.RWMutex
+
+type linkable struct{ *vfs.MemFS }
+
+func (f linkable) Link(from, to string) error {
+	cloning.RLock()
+	defer cloning.RUnlock()
+	return f.MemFS.Link(from, to)
+}
+
+// faulty is fs with what inj does at its operations.
+func faulty(fs *vfs.MemFS, inj errorfs.Injector) vfs.FS { return errorfs.Wrap(linkable{fs}, inj) }
+
 func crash(fs *vfs.MemFS, percent int, seed uint64) *vfs.MemFS {
+	cloning.Lock()
+	defer cloning.Unlock()
 	return fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: randv2.New(randv2.NewPCG(seed, 1))})
 }
 
@@ -139,7 +158,7 @@ func TestInstallSurvivesACrashAnywhere(t *testing.T) {
 	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
 		fs, oldHash, newHash := withImage(t)
 		crashed(fs)
-		s, err := Open(errorfs.Wrap(fs, inj), "state", testOptions())
+		s, err := Open(faulty(fs, inj), "state", testOptions())
 		if err == nil {
 			if _, err = s.Install("image"); err == nil && !inj.fired.Load() {
 				// Power is lost right after Install returned.
@@ -243,7 +262,7 @@ func TestFirstOpenSurvivesACrashAnywhere(t *testing.T) {
 	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
 		fs := vfs.NewCrashableMem()
 		crashed(fs)
-		s, err := Open(errorfs.Wrap(fs, inj), "data/state", testOptions())
+		s, err := Open(faulty(fs, inj), "data/state", testOptions())
 		for _, c := range crashed(fs) {
 			after := open(t, c, "data/state")
 			if got := after.Applied(); got.Index != 1 || string(got.Members) != "members" {
@@ -274,7 +293,7 @@ func TestNewerFormatIsRefused(t *testing.T) {
 // once instead of waiting for ever, and nothing is applied after it.
 func TestWriteFailureStopsTheReplica(t *testing.T) {
 	fail := errorfs.Toggle{Injector: errorfs.ErrInjected.If(errorfs.Writes)}
-	s, err := Open(errorfs.Wrap(vfs.NewMem(), &fail), "state", testOptions())
+	s, err := Open(faulty(vfs.NewMem(), &fail), "state", testOptions())
 	noError(t, err)
 	apply(t, s, offsetCommand("a", 1))
 	fail.On()

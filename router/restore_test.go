@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
-	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 	"google.golang.org/protobuf/proto"
 
 	"conveyor.etl/router/router/commandpb"
@@ -468,7 +467,7 @@ func TestSwapSurvivesACrashAnywhere(t *testing.T) {
 	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
 		fs := crash(base, 0, 1)
 		crashed(fs)
-		s, err := Open(errorfs.Wrap(fs, inj), "state", testOptions())
+		s, err := Open(faulty(fs, inj), "state", testOptions())
 		if err == nil {
 			if err = s.Prepare(context.Background(), "op"); err == nil {
 				_, err = s.Apply([]Entry{{Index: at + 1, Term: 1, Commands: [][]byte{marshal(t, swap("op"))}}})
@@ -554,7 +553,7 @@ func TestFinishingASwapSurvivesACrashAnywhere(t *testing.T) {
 	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
 		fs := crash(due, 0, 1)
 		crashed(fs)
-		s, err := Open(errorfs.Wrap(fs, inj), "state", testOptions())
+		s, err := Open(faulty(fs, inj), "state", testOptions())
 		for _, c := range crashed(fs) {
 			checkSwapped(t, inj, c, at, old, backup, true)
 		}
