@@ -117,12 +117,7 @@ func (e *Engine) without(c Change, pipeline string, stages []string) (Change, bo
 	}
 	c.Stages, c.LocalComplete = rest, false
 	c.Takes = slices.DeleteFunc(slices.Clone(c.Takes), func(s string) bool { return slices.Contains(stages, s) })
-	var now *Assignment
-	for _, a := range x.recorded {
-		if a.Sidecar == c.Sidecar && !a.Revoked {
-			now = a
-		}
-	}
+	now := e.Recorded(pipeline, c.Sidecar)
 	if len(local) == 0 {
 		// What it had is all gone: it is told so now, and what it gets later.
 		if now == nil {

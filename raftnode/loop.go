@@ -63,7 +63,7 @@ type loop struct {
 	awake         time.Time // when the process last ran again after it had stood still
 	stalled       bool
 	contacts      contacts
-	// yield is runtime.Gosched.
+	// yield is runtime.Gosched, but for tests that look at what has happened by then.
 	yield func()
 	// crowded is until when others are not let come, by the clock of the machine.
 	crowded time.Time

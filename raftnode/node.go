@@ -106,8 +106,7 @@ func New(cfg Config, sm StateMachine, log Log, recovered wal.Recovered, images *
 	}
 	n.applier.setPosition(pos)
 	n.loop = &loop{
-		yield: runtime.Gosched,
-		cfg:   &n.cfg, in: n.inbox, appendQ: n.appendQ, applyQ: n.applyQ, tr: tr, snaps: n.snaps,
+		yield: runtime.Gosched, cfg: &n.cfg, in: n.inbox, appendQ: n.appendQ, applyQ: n.applyQ, tr: tr, snaps: n.snaps,
 		props: n.props, waits: n.waits,
 		leaderChanged: n.leaderChanged, notLeaderErr: n.notLeader, diskBusy: n.appender.installing.Load, members: n.members,
 		now: cfg.Clock.Now(), term: hs.GetTerm(), commit: hs.GetCommit(), confState: cloneConfState(pos.ConfState),

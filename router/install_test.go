@@ -153,14 +153,29 @@ func everyWrite(t *testing.T, run func(t *testing.T, inj *nthWrite, crashed func
 }
 
 // TestInstallSurvivesACrashAnywhere: what is found afterwards is the old or
-// the new state, whole, and the image can be installed again.
+// the new state, whole, and the image can be installed again; also where what Install
+// leaves for later is done later.
 func TestInstallSurvivesACrashAnywhere(t *testing.T) {
+	t.Run("at once", func(t *testing.T) { installCrashes(t, false) })
+	t.Run("later", func(t *testing.T) { installCrashes(t, true) })
+}
+
+func installCrashes(t *testing.T, later bool) {
 	everyWrite(t, func(t *testing.T, inj *nthWrite, crashed func(*vfs.MemFS) []*vfs.MemFS) {
 		fs, oldHash, newHash := withImage(t)
 		crashed(fs)
-		s, err := Open(faulty(fs, inj), "state", testOptions())
+		o, settle := testOptions(), func() {}
+		if later {
+			o.Installed = func(f func()) { settle = f }
+		}
+		s, err := Open(faulty(fs, inj), "state", o)
 		if err == nil {
-			if _, err = s.Install("image"); err == nil && !inj.fired.Load() {
+			_, err = s.Install("image")
+			if err == nil && !inj.fired.Load() {
+				settle()
+				s.retiring.Wait()
+			}
+			if err == nil && !inj.fired.Load() {
 				// Power is lost right after Install returned.
 				inj.off.Store(true)
 				after := open(t, crash(fs, 0, 1), "state")

@@ -119,8 +119,7 @@ func (t *tx) removeService(prev *commandpb.Service) {
 // Offers is true when a sidecar reports a service of a name, compared as NormalizeName
 // does, that it has found beside it. It is false for no sidecar.
 func Offers(s *commandpb.Sidecar, name string) bool {
-	name = NormalizeName(name)
-	return slices.ContainsFunc(s.GetServices(), func(l *commandpb.LocalService) bool { return NormalizeName(l.Name) == name })
+	return slices.Contains(localNames(s), NormalizeName(name))
 }
 
 // withdraw takes a service that has drained out of what its sidecar has reported,

@@ -209,39 +209,48 @@ func TestPowerFailure(t *testing.T) {
 	rng := rand.New(rand.NewPCG(seed(t), 0))
 	for _, op := range operations(t) {
 		t.Run(op.name, func(t *testing.T) {
-			fs, before, after := prepared(t, op)
-			type crash struct {
-				fs *vfs.MemFS
-				at string
-			}
-			var crashes []crash
-			ops := 0
-			snapshot := func(at string) {
-				for _, percent := range []int{0, 20, 50, 80, 100} {
-					crashes = append(crashes, crash{
-						fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng}),
-						fmt.Sprintf("%s, %d%% unsynced kept", at, percent),
-					})
-				}
-			}
-			s := mustOpenStore(t, hookFS(fs, func(o errorfs.Op) error {
-				if o.Kind.ReadOrWrite() == errorfs.OpIsWrite {
-					snapshot(fmt.Sprintf("operation %d (kind %d) on %s", ops, o.Kind, o.Path))
-				}
-				ops++
-				return nil
-			}), imageDir, testOptions())
-			if err := op.run(s); err != nil {
-				t.Fatal(err)
-			}
-			t.Logf("%d crashes", len(crashes))
-			for _, c := range crashes {
-				t.Run(c.at, func(t *testing.T) { checkReopened(t, c.fs, op, before, after, nil) })
-			}
-			// A success is durable, however little was written back by itself.
-			checkReopened(t, fs.CrashClone(vfs.CrashCloneCfg{}), op, before, after, after)
+			powerFails(t, op, rng, func(fs posixFS) vfs.FS { return fs })
+		})
+		// What is received is looked at again only where it may be another file than
+		// the one that was read back.
+		t.Run(op.name+", inodes", func(t *testing.T) {
+			powerFails(t, op, rng, func(fs posixFS) vfs.FS { return inodeFS{fs} })
 		})
 	}
+}
+
+func powerFails(t *testing.T, op operation, rng *rand.Rand, as func(posixFS) vfs.FS) {
+	fs, before, after := prepared(t, op)
+	type crash struct {
+		fs *vfs.MemFS
+		at string
+	}
+	var crashes []crash
+	ops := 0
+	snapshot := func(at string) {
+		for _, percent := range []int{0, 20, 50, 80, 100} {
+			crashes = append(crashes, crash{
+				fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng}),
+				fmt.Sprintf("%s, %d%% unsynced kept", at, percent),
+			})
+		}
+	}
+	s := mustOpenStore(t, as(hookFS(fs, func(o errorfs.Op) error {
+		if o.Kind.ReadOrWrite() == errorfs.OpIsWrite {
+			snapshot(fmt.Sprintf("operation %d (kind %d) on %s", ops, o.Kind, o.Path))
+		}
+		ops++
+		return nil
+	})), imageDir, testOptions())
+	if err := op.run(s); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d crashes", len(crashes))
+	for _, c := range crashes {
+		t.Run(c.at, func(t *testing.T) { checkReopened(t, c.fs, op, before, after, nil) })
+	}
+	// A success is durable, however little was written back by itself.
+	checkReopened(t, fs.CrashClone(vfs.CrashCloneCfg{}), op, before, after, after)
 }
 
 // TestFailingOperation lets every file operation fail, once or from then on.

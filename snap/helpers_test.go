@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"maps"
 	"os"
@@ -76,9 +77,30 @@ func (p posixFS) Rename(from, to string) error {
 	return p.FS.Rename(from, to)
 }
 
+// inodeFS gives the files of a memory file system inodes, one for each path, so that who
+// looks for what is still the same file finds it as on a disk.
+type inodeFS struct{ posixFS }
+
+type inodeInfo struct {
+	vfs.FileInfo
+	sys syscall.Stat_t
+}
+
+func (i *inodeInfo) Sys() any { return &i.sys }
+
+func (f inodeFS) Stat(name string) (vfs.FileInfo, error) {
+	st, err := f.posixFS.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(name))
+	return &inodeInfo{st, syscall.Stat_t{Dev: 1, Ino: h.Sum64() | 1, Nlink: 1}}, nil
+}
+
 // hookFS calls hook before every operation on fs; an error it returns is the
 // result of the operation.
-func hookFS(fs vfs.FS, hook func(op errorfs.Op) error) vfs.FS {
+func hookFS(fs vfs.FS, hook func(op errorfs.Op) error) posixFS {
 	return posixFS{errorfs.Wrap(fs, errorfs.InjectorFunc(hook))}
 }
 
