@@ -136,7 +136,7 @@ func bringUp(ctx context.Context, o *Options, ob *observer, registered <-chan st
 		}
 	}
 	for {
-		if s := ob.scene(); s.leader != 0 && s.placed(len(o.Pipelines)) {
+		if s := ob.scene(); s.leader != 0 && s.placed(o.Pipelines) {
 			return nil
 		}
 		if !pause(ctx, 50*time.Millisecond) {

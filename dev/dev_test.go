@@ -187,6 +187,19 @@ func TestDemonstration(t *testing.T) {
 	_, at = r.expect(at, `node (\d) leads`)
 	_, at = r.expect(at, fmt.Sprintf(`node %s runs, pid`, down[1]))
 
+	// What a user has tried, and nobody can run, must not keep the next run from coming up.
+	mine := filepath.Join(t.TempDir(), "mine.json")
+	if err := os.WriteFile(mine, []byte(`{"id": "mine/tried", "name": "tried", "enabled": true, "stages": [
+		{"id": "in", "name": "in", "stageType": "STAGE_TYPE_SOURCE", "serviceSelector": {"serviceName": "nobody-has-this"}},
+		{"id": "out", "name": "out", "stageType": "STAGE_TYPE_SINK", "serviceSelector": {"serviceName": "nor-this"}}],
+		"edges": [{"fromStage": "in", "toStage": "out"}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err = exec.Command(binary, "-s", strings.ReplaceAll(want, " ", ","), "pipeline", "apply", "-f", mine).CombinedOutput()
+	if err != nil {
+		t.Fatalf("apply: %v\n%s", err, out)
+	}
+
 	procs := handles(t, r.pids(3))
 	if err := r.cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)

@@ -140,12 +140,15 @@ func (ob *observer) look(ctx context.Context) {
 	ob.mu.Unlock()
 }
 
-// placed says whether every stage of every enabled pipeline runs somewhere.
-func (s *scene) placed(pipelines int) bool {
-	if len(s.pipelines) < pipelines {
-		return false
-	}
-	for i, p := range s.pipelines {
+// placed says whether every stage of these pipelines runs somewhere, of those that are
+// enabled. Others may be left from a run before, and nobody be there to run them.
+func (s *scene) placed(wanted []*adminpb.PipelineConfig) bool {
+	for _, w := range wanted {
+		i := slices.IndexFunc(s.pipelines, func(p *adminpb.PipelineConfig) bool { return p.GetId() == w.GetId() })
+		if i < 0 {
+			return false
+		}
+		p := s.pipelines[i]
 		if !p.GetEnabled() {
 			continue
 		}
