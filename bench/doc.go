@@ -2,7 +2,8 @@
 // measures what comes of it.
 //
 // It is not a simulator and knows no shortcut: every operation is a call of an
-// ordinary gRPC stub on an ordinary connection. Drive is the measuring loop and
+// ordinary gRPC stub on a connection of its own, of package unary for single
+// calls and of gRPC's client for streams. Drive is the measuring loop and
 // knows nothing of Conveyor, so that another system can be driven in exactly
 // the same way; Run drives a router cluster.
 //

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
+	"conveyor.etl/router/bench/unary"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -182,20 +183,18 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	conns, closeAll, err := Dial(c.Endpoints, c.Conns)
-	if err != nil {
-		return nil, err
-	}
-	defer closeAll()
 	var cpu cpuMeter
 	d := DriveConfig{
 		Rate: c.Rate, Warmup: c.Warmup, Duration: c.Duration,
 		Started: func() { cpu.start(c.Pids) }, Ended: func() { cpu.stop() },
 	}
 	var m *Measurement
+	var err error
 	if c.Streams > 0 {
-		m, err = driveStreams(ctx, streamLoads(&c, conns), d)
+		m, err = runStreams(ctx, &c, d)
 	} else {
+		conns, closeAll := DialUnary(c.Endpoints, c.Conns)
+		defer closeAll()
 		d.Callers = callers(&c, conns)
 		m, err = Drive(ctx, d)
 	}
@@ -206,6 +205,23 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 		return nil, cpu.err
 	}
 	return newReport(&c, m, &cpu), nil
+}
+
+// DialUnary returns n plaintext connections for unary calls alone, spread over the
+// endpoints in turn, and what closes them. See package unary for why they are no
+// connections of gRPC's client.
+func DialUnary(endpoints []string, n int) ([]grpc.ClientConnInterface, func()) {
+	conns := make([]*unary.Conn, n)
+	out := make([]grpc.ClientConnInterface, n)
+	for i := range conns {
+		conns[i] = unary.NewConn(endpoints[i%len(endpoints)])
+		out[i] = conns[i]
+	}
+	return out, func() {
+		for _, c := range conns {
+			_ = c.Close() // nothing is owed to a load generator's connection
+		}
+	}
 }
 
 // Dial opens n plaintext connections, spread over the endpoints in turn.
@@ -233,7 +249,7 @@ func Dial(endpoints []string, n int) ([]*grpc.ClientConn, func(), error) {
 }
 
 // callers makes one Call per client; clients share the connections evenly.
-func callers(c *Config, conns []*grpc.ClientConn) []Call {
+func callers(c *Config, conns []grpc.ClientConnInterface) []Call {
 	out := make([]Call, c.Clients)
 	total := 0
 	for _, s := range c.Mix {
@@ -281,6 +297,15 @@ func callers(c *Config, conns []*grpc.ClientConn) []Call {
 		}
 	}
 	return out
+}
+
+func runStreams(ctx context.Context, c *Config, d DriveConfig) (*Measurement, error) {
+	conns, closeAll, err := Dial(c.Endpoints, c.Conns)
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll()
+	return driveStreams(ctx, streamLoads(c, conns), d)
 }
 
 func streamLoads(c *Config, conns []*grpc.ClientConn) []*streamLoad {

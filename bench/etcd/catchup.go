@@ -18,14 +18,12 @@ import (
 func restartRow(ctx context.Context, c *cluster, res *results) error {
 	var took []float64
 	for i := range members {
-		_, stop, err := writeProbe(ctx, c, (i+1)%members)
-		if err != nil {
-			return err
-		}
+		_, stop := writeProbe(ctx, c, (i+1)%members)
 		settle(ctx, 2*time.Second)
 		c.kill(i)
 		from := time.Now()
-		if err = c.start(i); err == nil {
+		err := c.start(i)
+		if err == nil {
 			var d time.Duration
 			d, err = c.serves(ctx, i, from, bench.Key(c.o.objects-1))
 			took = append(took, d.Seconds())
@@ -61,10 +59,7 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 	if err != nil {
 		return err
 	}
-	writes, stop, err := writeProbe(ctx, c, leader)
-	if err != nil {
-		return err
-	}
+	writes, stop := writeProbe(ctx, c, leader)
 	settle(ctx, time.Second)
 	calm := span{from: time.Now()}
 	settle(ctx, 5*time.Second)
@@ -79,9 +74,7 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 		}
 	}
 	settle(ctx, quiet)
-	if writes, stop, err = writeProbe(ctx, c, leader); err != nil {
-		return err
-	}
+	writes, stop = writeProbe(ctx, c, leader)
 	defer stop()
 	settle(ctx, time.Second)
 	during := span{from: time.Now()}

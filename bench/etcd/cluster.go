@@ -41,8 +41,8 @@ type system interface {
 	// leader returns the position of the leader among the members.
 	leader(ctx context.Context, c *cluster) (int, error)
 	// put commits one object, get reads one linearizably, over conn.
-	put(ctx context.Context, conn *grpc.ClientConn, key string, value []byte) error
-	get(ctx context.Context, conn *grpc.ClientConn, key string) error
+	put(ctx context.Context, conn grpc.ClientConnInterface, key string, value []byte) error
+	get(ctx context.Context, conn grpc.ClientConnInterface, key string) error
 	fill(ctx context.Context, c *cluster, keys int) error
 	streams() bool
 	drive(ctx context.Context, c *cluster, leader int, l *load, o *options) (*run1, error)

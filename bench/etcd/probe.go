@@ -140,16 +140,13 @@ func (p *probe) gaps(s span, ignore time.Duration) (sum, longest time.Duration) 
 }
 
 // writeProbe writes random keys of the filled ones through member i.
-func writeProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) {
+func writeProbe(ctx context.Context, c *cluster, i int) (*probe, func()) {
 	return writeProbeAt(ctx, c, i, c.o.writeRate)
 }
 
-func writeProbeAt(ctx context.Context, c *cluster, i int, rate float64) (*probe, func(), error) {
+func writeProbeAt(ctx context.Context, c *cluster, i int, rate float64) (*probe, func()) {
 	const callers, conns = 64, 4
-	all, closeAll, err := bench.Dial([]string{c.s.endpoint(c.o, i)}, conns)
-	if err != nil {
-		return nil, nil, err
-	}
+	all, closeAll := bench.DialUnary([]string{c.s.endpoint(c.o, i)}, conns)
 	var calls []bench.Call
 	for w := range callers {
 		v := newContent(c.o, 1_000+w)
@@ -160,26 +157,23 @@ func writeProbeAt(ctx context.Context, c *cluster, i int, rate float64) (*probe,
 		})
 	}
 	p := startProbe(ctx, rate, calls)
-	return p, func() { p.stop(); closeAll() }, nil
+	return p, func() { p.stop(); closeAll() }
 }
 
 // readProbe reads random keys linearizably through member i.
-func readProbe(ctx context.Context, c *cluster, i int) (*probe, func(), error) {
-	conn, err := dialFast(c.s.endpoint(c.o, i))
-	if err != nil {
-		return nil, nil, err
-	}
+func readProbe(ctx context.Context, c *cluster, i int) (*probe, func()) {
+	conns, closeAll := bench.DialUnary([]string{c.s.endpoint(c.o, i)}, 1)
 	var calls []bench.Call
 	for w := range 4 {
 		v := newContent(c.o, 2_000+4*i+w)
 		calls = append(calls, func(ctx context.Context) (int, error) {
 			ctx, done := context.WithTimeout(ctx, 10*time.Second)
 			defer done()
-			return 1, c.s.get(ctx, conn, bench.Key(v.IntN(c.o.objects)))
+			return 1, c.s.get(ctx, conns[0], bench.Key(v.IntN(c.o.objects)))
 		})
 	}
 	p := startProbe(ctx, c.o.readRate, calls)
-	return p, func() { p.stop(); closeConn(conn) }, nil
+	return p, func() { p.stop(); closeAll() }
 }
 
 // closeConn closes a connection nothing is owed to.

@@ -121,10 +121,7 @@ func snapshotRow(ctx context.Context, c *cluster, res *results) error {
 	if err != nil {
 		return err
 	}
-	writes, stop, err := writeProbe(ctx, c, leader)
-	if err != nil {
-		return err
-	}
+	writes, stop := writeProbe(ctx, c, leader)
 	defer stop()
 	settle(ctx, 2*time.Second)
 	var during, before []span
@@ -311,17 +308,11 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 	if !calm(ctx, c) {
 		return ctx.Err()
 	}
-	writes, stopWrites, err := writeProbeAt(ctx, c, leader, c.o.restoreWrites)
-	if err != nil {
-		return err
-	}
+	writes, stopWrites := writeProbeAt(ctx, c, leader, c.o.restoreWrites)
 	defer stopWrites()
 	var reads []*probe
 	for i := range members {
-		r, stop, err := readProbe(ctx, c, i)
-		if err != nil {
-			return err
-		}
+		r, stop := readProbe(ctx, c, i)
 		defer stop()
 		reads = append(reads, r)
 	}

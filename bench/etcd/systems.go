@@ -82,12 +82,12 @@ func (s *etcdSystem) leader(ctx context.Context, c *cluster) (int, error) {
 	})
 }
 
-func (s *etcdSystem) put(ctx context.Context, conn *grpc.ClientConn, key string, value []byte) error {
+func (s *etcdSystem) put(ctx context.Context, conn grpc.ClientConnInterface, key string, value []byte) error {
 	_, err := pb.NewKVClient(conn).Put(ctx, &pb.PutRequest{Key: []byte(key), Value: value})
 	return err
 }
 
-func (s *etcdSystem) get(ctx context.Context, conn *grpc.ClientConn, key string) error {
+func (s *etcdSystem) get(ctx context.Context, conn grpc.ClientConnInterface, key string) error {
 	_, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key)})
 	return err
 }
@@ -138,10 +138,7 @@ func (s *etcdSystem) fill(ctx context.Context, c *cluster, keys int) error {
 }
 
 func (s *etcdSystem) drive(ctx context.Context, c *cluster, leader int, l *load, o *options) (*run1, error) {
-	conns, closeAll, err := bench.Dial(l.targets(c, leader), l.conns)
-	if err != nil {
-		return nil, err
-	}
+	conns, closeAll := bench.DialUnary(l.targets(c, leader), l.conns)
 	defer closeAll()
 	var calls []bench.Call
 	for i := range l.clients {
@@ -259,13 +256,13 @@ func (s *routerSystem) leader(ctx context.Context, c *cluster) (int, error) {
 	})
 }
 
-func (s *routerSystem) put(ctx context.Context, conn *grpc.ClientConn, key string, value []byte) error {
+func (s *routerSystem) put(ctx context.Context, conn grpc.ClientConnInterface, key string, value []byte) error {
 	_, err := checkpointpb.NewCheckpointServiceClient(conn).SaveCheckpoint(ctx,
 		&checkpointpb.SaveCheckpointRequest{ServiceId: key, CheckpointId: "b", Data: value})
 	return err
 }
 
-func (s *routerSystem) get(ctx context.Context, conn *grpc.ClientConn, key string) error {
+func (s *routerSystem) get(ctx context.Context, conn grpc.ClientConnInterface, key string) error {
 	_, err := checkpointpb.NewCheckpointServiceClient(conn).GetCheckpoint(ctx, &checkpointpb.GetCheckpointRequest{ServiceId: key})
 	return err
 }
