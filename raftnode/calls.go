@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // Result is what a command came to.
@@ -57,6 +58,22 @@ func (p *callPool) await(ctx context.Context, c *call, left error) (Result, erro
 			return Result{}, ctx.Err()
 		}
 		return Result{}, fmt.Errorf("%w: %w", left, ctx.Err())
+	}
+}
+
+// awaitUntil is await for a caller that also leaves when up delivers.
+func (p *callPool) awaitUntil(ctx context.Context, up <-chan time.Time, c *call) (Result, error) {
+	if up == nil {
+		return p.await(ctx, c, nil)
+	}
+	select {
+	case o := <-c.ch:
+		p.put(c)
+		return o.res, o.err
+	case <-ctx.Done():
+		return Result{}, ctx.Err()
+	case <-up:
+		return Result{}, context.DeadlineExceeded
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -249,6 +250,13 @@ func (n *Node) members() []Member { return *n.applier.members.Load() }
 // member. It waits through leader changes, up to Config.ReadTimeout without an
 // answer: then ErrNoLeader. Asking again is always safe.
 func (n *Node) ReadIndex(ctx context.Context) (uint64, error) {
+	return n.ReadIndexUntil(ctx, nil)
+}
+
+// ReadIndexUntil is ReadIndex for a caller that leaves when up delivers, too, with
+// context.DeadlineExceeded: a timer that is used again costs a fraction of a context
+// with a deadline, which is a twentieth of all that a read costs. up may be nil.
+func (n *Node) ReadIndexUntil(ctx context.Context, up <-chan time.Time) (uint64, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
@@ -257,7 +265,7 @@ func (n *Node) ReadIndex(ctx context.Context) (uint64, error) {
 		n.calls.put(c)
 		return 0, err
 	}
-	res, err := n.calls.await(ctx, c, nil)
+	res, err := n.calls.awaitUntil(ctx, up, c)
 	return res.Index, err
 }
 

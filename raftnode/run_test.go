@@ -164,6 +164,42 @@ func TestStopAnswersEveryone(t *testing.T) {
 	}
 }
 
+// A caller that has waited long enough for a read index leaves, and harms nobody
+// who asks after it.
+func TestReaderLeaves(t *testing.T) {
+	nw, ps := startCluster(t, nil, 1, 2, 3)
+	alone := waitLeader(t, ps...)
+	nw.isolate(alone.id, true)
+	up := make(chan time.Time)
+	left := make(chan error)
+	go func() {
+		_, err := alone.n.ReadIndexUntil(t.Context(), up)
+		left <- err
+	}()
+	select {
+	case up <- time.Time{}: // it waits
+		if err := <-left; !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("it left with %v", err)
+		}
+	case err := <-left:
+		t.Fatalf("a leader without followers answered a read: %v", err)
+	}
+	nw.isolate(alone.id, false)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for _, p := range ps {
+		for {
+			_, err := p.n.ReadIndexUntil(ctx, nil)
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, ErrNoLeader) {
+				t.Fatalf("node %d: %v", p.id, err)
+			}
+		}
+	}
+}
+
 // hookedLog lets a test into Append.
 type hookedLog struct {
 	*memLog

@@ -194,6 +194,10 @@ func (n *oneNode) ReadIndex(ctx context.Context) (uint64, error) {
 	return index, ctx.Err()
 }
 
+func (n *oneNode) ReadIndexUntil(ctx context.Context, up <-chan time.Time) (uint64, error) {
+	return readUntil(ctx, up, n.ReadIndex)
+}
+
 func (n *oneNode) WaitApplied(ctx context.Context, index uint64) error {
 	for {
 		n.mu.Lock()

@@ -40,6 +40,8 @@ const DefaultMaxWait = 5 * time.Second
 // ReadNode is what a Reader needs of a raft node.
 type ReadNode interface {
 	ReadIndex(ctx context.Context) (uint64, error)
+	// ReadIndexUntil also returns when up delivers, with context.DeadlineExceeded.
+	ReadIndexUntil(ctx context.Context, up <-chan time.Time) (uint64, error)
 	WaitApplied(ctx context.Context, index uint64) error
 	// Changed returns a channel that is closed at the next change of
 	// leadership.
@@ -55,6 +57,7 @@ type Reader struct {
 	base      func() uint64 // what is added to an index to get a revision
 	epoch     func() uint64 // of the local state
 	revision  func() uint64 // of the local state
+	timers    timerPool
 	// gate refuses reads while the state is in doubt.
 	gate *StateGate
 	// header is that of the newest revision answered: many replies in a row
@@ -189,10 +192,8 @@ func (r *Reader) await(ctx context.Context) error {
 		limit = max(0, min(limit, time.Until(c.deadline)).Round(time.Millisecond))
 	}
 	ctx = untimed(ctx)
-	wait, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
 	if !o.stale {
-		index, err := r.readIndex(ctx, wait, limit)
+		index, err := r.readIndex(ctx, limit)
 		if err != nil {
 			return err
 		}
@@ -208,6 +209,8 @@ func (r *Reader) await(ctx context.Context) error {
 		}
 		return r.checkEpoch(o)
 	}
+	wait, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	err = r.waitRevision(wait, o.minRevision)
 	if err != nil && wait.Err() != nil && ctx.Err() == nil {
 		return fmt.Errorf("%w: revision %d was not applied here within %v; nothing was read: "+
@@ -252,49 +255,61 @@ func (r *Reader) waitRevision(ctx context.Context, revision uint64) error {
 	}
 }
 
-// readIndex asks for a read index until one is given. A read has no effect, so
-// every failure of the group, also an unknown outcome, may be repeated. ctx tells
-// whether the caller is still there, wait ends after limit.
-func (r *Reader) readIndex(ctx, wait context.Context, limit time.Duration) (uint64, error) {
+// readIndex asks for a read index until one is given, for limit at most. A read has
+// no effect, so every failure of the group, also an unknown outcome, may be repeated.
+// ctx tells whether the caller is still there.
+func (r *Reader) readIndex(ctx context.Context, limit time.Duration) (uint64, error) {
+	up := r.timers.start(limit)
+	defer r.timers.put(up)
 	var last error
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		// Taken before the attempt, so that a change during it is not missed.
 		changed := r.node.Changed()
-		index, err := r.node.ReadIndex(wait)
+		index, err := r.node.ReadIndexUntil(ctx, up.C)
 		if err == nil {
 			return index, nil
+		}
+		if ctx.Err() != nil {
+			return 0, ctx.Err()
 		}
 		var notLeader *raftnode.NotLeaderError
 		switch {
 		case errors.As(err, &notLeader), errors.Is(err, raftnode.ErrNoLeader),
 			errors.Is(err, raftnode.ErrAmbiguous), errors.Is(err, raftnode.ErrBusy):
 			last = err
-		case wait.Err() != nil && ctx.Err() == nil:
-			if last == nil {
-				last = raftnode.ErrNoLeader
-			}
+		case errors.Is(err, context.DeadlineExceeded):
+			return 0, noIndex(last)
 		default:
 			return 0, err
 		}
-		timer := time.NewTimer(pause)
+		timer := r.timers.start(pause)
+		ended := false
 		select {
 		case <-changed:
 		case <-timer.C:
-		case <-wait.Done():
+		case <-up.C:
+			ended = true
+		case <-ctx.Done():
 		}
-		timer.Stop()
+		r.timers.put(timer)
 		if ctx.Err() != nil {
 			return 0, ctx.Err()
 		}
-		if wait.Err() != nil {
-			text := ""
-			if !errors.Is(last, raftnode.ErrNoLeader) {
-				text = fmt.Sprintf(" (last: %v)", last)
-			}
-			return 0, fmt.Errorf("%w that answered in time%s; nothing was read or changed: try again, "+
-				"or read with metadata %s: stale", raftnode.ErrNoLeader, text, MetadataConsistency)
+		if ended {
+			return 0, noIndex(last)
 		}
 	}
+}
+
+// noIndex says that nobody gave a read index in time; last is what the last attempt
+// failed with, if one did.
+func noIndex(last error) error {
+	text := ""
+	if last != nil && !errors.Is(last, raftnode.ErrNoLeader) {
+		text = fmt.Sprintf(" (last: %v)", last)
+	}
+	return fmt.Errorf("%w that answered in time%s; nothing was read or changed: try again, "+
+		"or read with metadata %s: stale", raftnode.ErrNoLeader, text, MetadataConsistency)
 }
 
 // SetHeader puts the revision of the answer, its epoch, and the cluster it comes

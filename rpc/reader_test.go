@@ -28,12 +28,38 @@ func newReadNode() *readNode {
 	return &readNode{changed: make(chan struct{}), waiters: make(chan struct{})}
 }
 
-func (n *readNode) ReadIndex(ctx context.Context) (uint64, error) {
+func (n *readNode) ReadIndexUntil(ctx context.Context, up <-chan time.Time) (uint64, error) {
 	n.mu.Lock()
 	n.reads++
 	f := n.index
 	n.mu.Unlock()
-	return f(ctx)
+	return readUntil(ctx, up, f)
+}
+
+func (n *readNode) ReadIndex(ctx context.Context) (uint64, error) {
+	return n.ReadIndexUntil(ctx, nil)
+}
+
+// readUntil calls read with a context that also ends when up delivers.
+func readUntil(ctx context.Context, up <-chan time.Time, read func(context.Context) (uint64, error)) (uint64, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	late, watched := false, make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-up:
+			late = true
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	index, err := read(ctx)
+	cancel()
+	<-watched
+	if late && err != nil {
+		err = context.DeadlineExceeded
+	}
+	return index, err
 }
 
 func (n *readNode) WaitApplied(ctx context.Context, index uint64) error {
