@@ -52,6 +52,8 @@ type loop struct {
 	heldReads []*raftpb.Message
 	// commits holds news of commits that the next entries will carry.
 	commits heldCommits
+	// beats holds questions to followers whose answers are not needed.
+	beats heldBeats
 	// lastChange is the newest membership change handed out to the log.
 	lastChange uint64
 
@@ -191,6 +193,7 @@ func (l *loop) stepPeer(it *peerItem) {
 	}
 	if l.leading() {
 		l.contacts.note(m, l.term)
+		l.noteBeat(m)
 	}
 }
 
@@ -226,7 +229,7 @@ func (l *loop) tick() error {
 	for _, id := range l.in.takeUnreachable() {
 		l.rn.ReportUnreachable(id)
 	}
-	if held := l.commits.take(); len(held) > 0 {
+	if held := append(l.commits.take(), l.beats.tick()...); len(held) > 0 {
 		l.tr.Send(held)
 	}
 	l.rn.Tick()
@@ -358,6 +361,10 @@ func (l *loop) drain() {
 					if !l.commits.hold(m, l.superfluous(m)) {
 						out = append(out, m)
 					}
+				case raftpb.MsgHeartbeat:
+					if !l.holdBeat(m) {
+						out = append(out, m)
+					}
 				default:
 					out = append(out, m)
 				}
@@ -401,6 +408,7 @@ func (l *loop) setSoftState(ss *raft.SoftState) {
 		l.contacts.begin()
 		l.transferTicks, l.transferee = 0, 0
 		l.commits.drop()
+		l.beats.drop()
 		if was {
 			l.heldReads = nil // they are asked again
 		}
