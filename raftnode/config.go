@@ -87,9 +87,10 @@ type Config struct {
 	// KeepImages of the newest images stay on disk.
 	KeepImages int
 
-	// CrowdedReads is how many rounds of reads in a tick are so many that a leader has
-	// them confirmed by no more followers than it needs.
-	CrowdedReads int
+	// CrowdedRounds is how many rounds of reads in a tick are so many that a leader has
+	// them confirmed by no more followers than it needs, and how many batches are so
+	// many that news of one's commit travels with the next.
+	CrowdedRounds int
 	// ReadRetry is when an unanswered ReadIndex is asked again; ReadTimeout is
 	// when its callers are told.
 	ReadRetry   time.Duration
@@ -150,7 +151,7 @@ func (c *Config) EnsureDefaults() *Config {
 	setDefault(&c.ImageTimeout, 10*time.Minute)
 	setDefault(&c.ImageRetry, 5*time.Second)
 	setDefault(&c.KeepImages, 2)
-	setDefault(&c.CrowdedReads, 4)
+	setDefault(&c.CrowdedRounds, 4)
 	setDefault(&c.ReadRetry, 500*time.Millisecond)
 	setDefault(&c.ReadTimeout, 5*time.Second)
 	setDefault(&c.AmbiguousAfter, 5*time.Second)
@@ -178,7 +179,7 @@ func (c *Config) Validate() error {
 	}
 	check(c.ID != 0 && !raft.IsLocalMsgTarget(c.ID), "ID %d is not a raft id", c.ID)
 	check(c.TickInterval > 0, "TickInterval %v is not positive", c.TickInterval)
-	check(c.CrowdedReads > 0, "CrowdedReads %d is not positive", c.CrowdedReads)
+	check(c.CrowdedRounds > 0, "CrowdedRounds %d is not positive", c.CrowdedRounds)
 	check(c.HeartbeatTicks > 0, "HeartbeatTicks %d is not positive", c.HeartbeatTicks)
 	check(c.ElectionTicks > c.HeartbeatTicks, "ElectionTicks %d must exceed HeartbeatTicks %d", c.ElectionTicks, c.HeartbeatTicks)
 	check(c.MaxInflightMsgs > 0, "MaxInflightMsgs %d is not positive", c.MaxInflightMsgs)

@@ -60,7 +60,7 @@ func (l *loop) holdBeat(m *raftpb.Message) bool {
 		b.rounds++
 	}
 	need, simple := l.needed()
-	if max(b.rounds, b.before) < l.cfg.CrowdedReads || !simple || len(b.swift) < need ||
+	if max(b.rounds, b.before) < l.cfg.CrowdedRounds || !simple || len(b.swift) < need ||
 		slices.Contains(b.swift, m.GetTo()) {
 		delete(b.msgs, m.GetTo()) // m says all that it says
 		return false

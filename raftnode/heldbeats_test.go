@@ -34,7 +34,7 @@ func (g *group) crowd(h *harness, n int) {
 
 // With many reads the leader asks as many followers as it needs. The others hear of
 // it every tick, so that none of them thinks that it is gone.
-func TestCrowdedReadsAskFewFollowers(t *testing.T) {
+func TestCrowdedRoundsAskFewFollowers(t *testing.T) {
 	for _, size := range []uint64{3, 5} {
 		ids := []uint64{1, 2, 3, 4, 5}[:size]
 		g := newGroup(t, nil, ids...)
@@ -80,7 +80,7 @@ func TestSparseReadsAskAll(t *testing.T) {
 }
 
 // When who is asked falls silent, its part is another's after a tick.
-func TestCrowdedReadsOutliveTheAskedFollower(t *testing.T) {
+func TestCrowdedRoundsOutliveTheAskedFollower(t *testing.T) {
 	g := newGroup(t, nil, 1, 2, 3)
 	h := g.elect(1)
 	g.tick()
@@ -102,7 +102,7 @@ func TestCrowdedReadsOutliveTheAskedFollower(t *testing.T) {
 
 // A change of members, or of the leader, begins anew: who is asked may not count any
 // more.
-func TestCrowdedReadsFollowTheMembership(t *testing.T) {
+func TestCrowdedRoundsFollowTheMembership(t *testing.T) {
 	g := newGroup(t, nil, 1, 2, 3)
 	h := g.elect(1)
 	g.tick()

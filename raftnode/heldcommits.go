@@ -8,18 +8,23 @@ import (
 )
 
 // heldCommits keeps back messages that carry nothing but a new commit index
-// while further commands wait: the message with these, which leaves as soon as
-// the batch at hand is applied, says the same. Under load that is half of all
-// messages between nodes, and each costs two processes several system calls.
-// With nothing waiting they leave at once, so that followers learn of a lone
-// commit without delay.
+// while further commands wait, or are to be expected, since batches follow each other:
+// the message with these says the same. That is half of all messages between nodes,
+// and each costs two processes several system calls, and an answer. Otherwise they
+// leave at once, so that followers learn of a lone commit without delay.
 //
 // Holding is safe: a message between nodes may be lost anyway. What is held
 // leaves with the next tick at the latest, so nobody on a follower who waits for
-// an index to be applied there waits longer than that.
+// an index to be applied there waits longer than that; and with the answer to that
+// follower's question for the index of a read, which is about to wait for it.
 //
 // It belongs to the loop.
-type heldCommits struct{ msgs map[uint64]*raftpb.Message }
+type heldCommits struct {
+	msgs map[uint64]*raftpb.Message
+	// batches counts those proposed in the running tick, before those of the one
+	// before.
+	batches, before int
+}
 
 // superfluous reports whether m, a MsgApp of raft's, says nothing that the next
 // one will not.
@@ -33,7 +38,7 @@ func (l *loop) superfluous(m *raftpb.Message) bool {
 		// it can hear of it.
 		return false
 	}
-	return l.in.hasProposals()
+	return l.in.hasProposals() || max(l.commits.batches, l.commits.before) >= l.cfg.CrowdedRounds
 }
 
 // hold reports whether m, a MsgApp, is kept back, as it is when superfluous. Any
@@ -51,8 +56,9 @@ func (h *heldCommits) hold(m *raftpb.Message, superfluous bool) bool {
 	return true
 }
 
-// take returns what is held, in the order of ids, and forgets it.
-func (h *heldCommits) take() []*raftpb.Message {
+// tick begins another tick and returns what is held, in the order of ids.
+func (h *heldCommits) tick() []*raftpb.Message {
+	h.before, h.batches = h.batches, 0
 	if len(h.msgs) == 0 {
 		return nil
 	}
@@ -62,6 +68,13 @@ func (h *heldCommits) take() []*raftpb.Message {
 	}
 	clear(h.msgs)
 	return out
+}
+
+// takeFor returns what is held for one peer, nil if nothing is, and forgets it.
+func (h *heldCommits) takeFor(id uint64) *raftpb.Message {
+	m := h.msgs[id]
+	delete(h.msgs, id)
+	return m
 }
 
 // drop forgets what is held: it was for a leadership that is over.

@@ -229,7 +229,7 @@ func (l *loop) tick() error {
 	for _, id := range l.in.takeUnreachable() {
 		l.rn.ReportUnreachable(id)
 	}
-	if held := append(l.commits.take(), l.beats.tick()...); len(held) > 0 {
+	if held := append(l.commits.tick(), l.beats.tick()...); len(held) > 0 {
 		l.tr.Send(held)
 	}
 	l.rn.Tick()
@@ -300,6 +300,7 @@ func (l *loop) propose() {
 			continue
 		}
 		l.cfg.Events.BatchProposed(len(b.waiters), len(b.data))
+		l.commits.batches++
 		l.unplaced = append(l.unplaced, b)
 	}
 }
@@ -344,7 +345,7 @@ func (l *loop) drain() {
 			l.setSoftState(rd.SoftState)
 		}
 		out := rd.Messages[:0]
-		var votes []*raftpb.Message
+		var votes, behind []*raftpb.Message
 		for _, m := range rd.Messages {
 			switch m.GetTo() {
 			case raft.LocalAppendThread:
@@ -365,6 +366,11 @@ func (l *loop) drain() {
 					if !l.holdBeat(m) {
 						out = append(out, m)
 					}
+				case raftpb.MsgReadIndexResp:
+					if news := l.commits.takeFor(m.GetTo()); news != nil {
+						behind = append(behind, news)
+					}
+					out = append(out, m)
 				default:
 					out = append(out, m)
 				}
@@ -373,7 +379,7 @@ func (l *loop) drain() {
 		if len(votes) > 0 {
 			l.askForVotes(votes)
 		}
-		if len(out) > 0 {
+		if out = append(out, behind...); len(out) > 0 {
 			l.tr.Send(out)
 		}
 		if len(rd.ReadStates) > 0 {

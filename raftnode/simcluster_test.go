@@ -82,7 +82,7 @@ func newSimProfile(r *rand.Rand) simProfile {
 		TailBytes:         pick[int64](r, 512, 1*kib, 3*kib, 1*mib), MaxTailEntries: pick[uint64](r, 4, 8, 16, 1000),
 		FollowerTailBytes: 4 * mib, PinnedTailBytes: 8 * mib,
 		MaxImageSenders: pick(r, 1, 2), ImageRetry: pick(r, 10*msec, 100*msec), KeepImages: pick(r, 1, 2),
-		CrowdedReads: 1 + p.clients%2, ReadRetry: 60 * msec, ReadTimeout: 400 * msec, AmbiguousAfter: pick(r, 100*msec, 400*msec, 3000*msec),
+		CrowdedRounds: 1 + p.clients%2, ReadRetry: 60 * msec, ReadTimeout: 400 * msec, AmbiguousAfter: pick(r, 100*msec, 400*msec, 3000*msec),
 		TransferTimeout: 100 * msec, StallTransfer: 100 * msec, StallFail: pick(r, 400*msec, 2000*msec),
 	}
 	if r.IntN(2) == 0 {
