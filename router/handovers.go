@@ -62,7 +62,7 @@ func (c claims) note(t *tx, pipeline, sidecar string, letGo, had, has []string) 
 	for _, s := range letGo {
 		p.wait(s, sidecar)
 	}
-	if (p.counts(had) || p.counts(has)) && present(t.sidecar(sidecar)) {
+	if (p.counts(had) || p.counts(has)) && t.present(sidecar) {
 		p.own(had, ^uint32(0))
 		p.own(has, 1)
 	}
@@ -83,8 +83,9 @@ func (p *pipelineClaims) own(stages []string, by uint32) {
 }
 
 // present is false for a sidecar that is expired or gone: it owns nothing any more.
-func present(sc *commandpb.Sidecar) bool {
-	return sc != nil && sc.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED
+func (t *tx) present(id string) bool {
+	sc, there := t.standing(id)
+	return there && sc.state != commandpb.SidecarState_SIDECAR_STATE_EXPIRED
 }
 
 // entryStages returns of each stage of a pipeline whether records enter there: a
@@ -117,11 +118,22 @@ func local(a *commandpb.Assignment) []string {
 	return out
 }
 
+// runs is true when a runs a stage itself.
+func runs(a *commandpb.Assignment, stage string) bool {
+	return a != nil && !a.Revoked && slices.ContainsFunc(a.Stages, func(s *commandpb.StageAssignment) bool {
+		return s.StageId == stage && s.RemoteSidecarId == ""
+	})
+}
+
 // handover loads what a sidecar has yet to let go of; nil when there is nothing.
 // Each call returns a fresh message.
 func (t *tx) handover(pipeline, sidecar string) *commandpb.Handover {
+	k := t.buf.pair(prefixHandover, pipeline, sidecar)
+	if t.cell(k).val == nil {
+		return nil // as nearly always
+	}
 	h := &commandpb.Handover{}
-	if !t.load(t.buf.pair(prefixHandover, pipeline, sidecar), h) {
+	if !t.load(k, h) {
 		return nil
 	}
 	return h
@@ -157,20 +169,29 @@ func (t *tx) release(sidecar, pipeline string, stages, shared []string, timeoutM
 	if len(stages)+len(shared) == 0 {
 		return
 	}
-	if sc := t.sidecar(sidecar); sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+	if !t.present(sidecar) {
 		return
 	}
 	prev := t.handover(pipeline, sidecar)
-	next := &commandpb.Handover{PipelineId: pipeline, SidecarId: sidecar}
+	next := &commandpb.Handover{
+		PipelineId: pipeline, SidecarId: sidecar,
+		Releases: make([]*commandpb.Release, 0, len(prev.GetReleases())+len(stages)+len(shared)),
+	}
 	for _, r := range prev.GetReleases() {
 		if !slices.Contains(stages, r.StageId) && !slices.Contains(shared, r.StageId) {
 			next.Releases = append(next.Releases, r)
 		}
 	}
-	for i, s := range slices.Concat(stages, shared) {
+	told := func(stage string, shared bool) {
 		next.Releases = append(next.Releases, &commandpb.Release{
-			StageId: s, Revision: t.revision, DeadlineMs: t.now + min(timeoutMS, maxReleaseMS), Shared: i >= len(stages),
+			StageId: stage, Revision: t.revision, DeadlineMs: t.now + min(timeoutMS, maxReleaseMS), Shared: shared,
 		})
+	}
+	for _, s := range stages {
+		told(s, false)
+	}
+	for _, s := range shared {
+		told(s, true)
 	}
 	slices.SortFunc(next.Releases, func(a, b *commandpb.Release) int { return strings.Compare(a.StageId, b.StageId) })
 	t.saveHandover(prev, next)
@@ -237,15 +258,9 @@ func (t *tx) ownersOf(p *pipelineClaims, pipeline *lastPipeline, stage string) u
 				p.owners[s.GetId()] = 0
 			}
 		}
-		var sidecars []string
-		t.scan(t.buf.group(prefixByPipeline, id), func(k, _ []byte) {
-			_, sidecar, err := decodePair(k)
-			t.fail(err)
-			sidecars = append(sidecars, sidecar)
-		})
-		for _, sidecar := range sidecars {
+		for _, sidecar := range t.assigned(id) {
 			runs := local(t.assignment(sidecar, id))
-			if p.counts(runs) && present(t.sidecar(sidecar)) {
+			if p.counts(runs) && t.present(sidecar) {
 				p.own(runs, 1)
 			}
 		}
@@ -270,6 +285,7 @@ func (t *tx) endHandovers(c *commandpb.EndHandovers) *commandpb.Rejection {
 			return invalid("handover of "+e.PipelineId, "%d is no way a handover can end", e.End)
 		}
 	}
+	t.warmPairs(len(c.Ended), func(i int) (string, string) { return c.Ended[i].SidecarId, c.Ended[i].PipelineId }, prefixHandover)
 	for _, e := range c.Ended {
 		if !t.endHandover(e) {
 			t.res.Stale++
@@ -285,7 +301,7 @@ func (t *tx) endHandover(e *commandpb.EndedHandover) bool {
 		return false
 	}
 	if e.End == commandpb.HandoverEnd_HANDOVER_END_GONE {
-		if sc := t.sidecar(e.SidecarId); sc != nil && sc.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+		if t.present(e.SidecarId) {
 			return false
 		}
 	}

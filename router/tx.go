@@ -179,17 +179,20 @@ func encode(m message) ([]byte, error) {
 }
 
 // store writes m under k.
-func (t *tx) store(k []byte, m message) {
+func (t *tx) store(k []byte, m message) { t.storeIn(t.cell(k), m) }
+
+// storeIn writes m into a cell.
+func (t *tx) storeIn(c *cell, m message) {
 	v, err := encode(m)
 	if err != nil {
 		// Texts are checked before; anything else cannot fail to encode.
-		t.fail(fmt.Errorf("router: encode record %q: %w", k, err))
+		t.fail(fmt.Errorf("router: encode record %q: %w", c.key, err))
 		return
 	}
 	if v == nil {
 		v = []byte{}
 	}
-	t.put(t.cell(k), v, nil)
+	t.put(c, v, nil)
 }
 
 // remove deletes the record under k.
@@ -202,17 +205,17 @@ func (t *tx) mark(k []byte) { t.put(t.blind(k), []byte{}, nil) }
 func (t *tx) unmark(k []byte) { t.drop(t.blind(k)) }
 
 // number reads a counter.
-func (t *tx) number(k []byte) uint64 {
-	v, _ := binary.Uvarint(t.cell(k).val)
+func number(c *cell) uint64 {
+	v, _ := binary.Uvarint(c.val)
 	return v
 }
 
-func (t *tx) setNumber(k []byte, v uint64) {
+func (t *tx) setNumber(c *cell, v uint64) {
 	if v == 0 {
-		t.remove(k)
+		t.drop(c)
 		return
 	}
-	t.put(t.cell(k), binary.AppendUvarint(nil, v), nil)
+	t.put(c, binary.AppendUvarint(nil, v), nil)
 }
 
 // scan calls fn for every key with the prefix, ascending, as the run sees
