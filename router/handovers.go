@@ -128,20 +128,28 @@ func runs(a *commandpb.Assignment, stage string) bool {
 // handover loads what a sidecar has yet to let go of; nil when there is nothing.
 // Each call returns a fresh message.
 func (t *tx) handover(pipeline, sidecar string) *commandpb.Handover {
-	k := t.buf.pair(prefixHandover, pipeline, sidecar)
-	if t.cell(k).val == nil {
+	return t.handoverIn(t.handoverCell(pipeline, sidecar))
+}
+
+func (t *tx) handoverCell(pipeline, sidecar string) *cell {
+	return t.cell(t.buf.pair(prefixHandover, pipeline, sidecar))
+}
+
+// handoverIn is handover of a cell.
+func (t *tx) handoverIn(c *cell) *commandpb.Handover {
+	if c.val == nil {
 		return nil // as nearly always
 	}
 	h := &commandpb.Handover{}
-	if !t.load(k, h) {
+	if !t.loadFrom(c, h) {
 		return nil
 	}
 	return h
 }
 
-// saveHandover stores next in place of prev; one without releases is removed.
-func (t *tx) saveHandover(prev, next *commandpb.Handover) {
-	k := t.buf.pair(prefixHandover, next.PipelineId, next.SidecarId)
+// saveHandover stores next in place of prev in its cell; one without releases is
+// removed.
+func (t *tx) saveHandover(c *cell, prev, next *commandpb.Handover) {
 	id := HandoverKey(next.PipelineId, next.SidecarId)
 	var before proto.Message
 	if prev != nil {
@@ -149,7 +157,7 @@ func (t *tx) saveHandover(prev, next *commandpb.Handover) {
 	}
 	if len(next.Releases) == 0 {
 		if prev != nil {
-			t.remove(k)
+			t.drop(c)
 			t.emit(TableHandovers, id, before, nil)
 		}
 		return
@@ -158,7 +166,7 @@ func (t *tx) saveHandover(prev, next *commandpb.Handover) {
 	if prev != nil {
 		next.CreateRevision = prev.CreateRevision
 	}
-	t.store(k, next)
+	t.storeIn(c, next)
 	t.emit(TableHandovers, id, before, next)
 }
 
@@ -172,7 +180,8 @@ func (t *tx) release(sidecar, pipeline string, stages, shared []string, timeoutM
 	if !t.present(sidecar) {
 		return
 	}
-	prev := t.handover(pipeline, sidecar)
+	c := t.handoverCell(pipeline, sidecar)
+	prev := t.handoverIn(c)
 	next := &commandpb.Handover{
 		PipelineId: pipeline, SidecarId: sidecar,
 		Releases: make([]*commandpb.Release, 0, len(prev.GetReleases())+len(stages)+len(shared)),
@@ -194,13 +203,14 @@ func (t *tx) release(sidecar, pipeline string, stages, shared []string, timeoutM
 		told(s, true)
 	}
 	slices.SortFunc(next.Releases, func(a, b *commandpb.Release) int { return strings.Compare(a.StageId, b.StageId) })
-	t.saveHandover(prev, next)
+	t.saveHandover(c, prev, next)
 }
 
 // retake takes back the releases of stages that a sidecar was given again: it
 // either has let go of them, or need not.
 func (t *tx) retake(sidecar, pipeline string, stages []string) {
-	prev := t.handover(pipeline, sidecar)
+	c := t.handoverCell(pipeline, sidecar)
+	prev := t.handoverIn(c)
 	if prev == nil {
 		return
 	}
@@ -211,7 +221,7 @@ func (t *tx) retake(sidecar, pipeline string, stages []string) {
 		}
 	}
 	if len(next.Releases) < len(prev.Releases) {
-		t.saveHandover(prev, next)
+		t.saveHandover(c, prev, next)
 	}
 }
 
@@ -296,7 +306,8 @@ func (t *tx) endHandovers(c *commandpb.EndHandovers) *commandpb.Rejection {
 
 // endHandover reports false when it ended nothing.
 func (t *tx) endHandover(e *commandpb.EndedHandover) bool {
-	prev := t.handover(e.PipelineId, e.SidecarId)
+	c := t.handoverCell(e.PipelineId, e.SidecarId)
+	prev := t.handoverIn(c)
 	if prev == nil {
 		return false
 	}
@@ -314,7 +325,7 @@ func (t *tx) endHandover(e *commandpb.EndedHandover) bool {
 	if len(next.Releases) == len(prev.Releases) {
 		return false
 	}
-	t.saveHandover(prev, next)
+	t.saveHandover(c, prev, next)
 	return true
 }
 

@@ -156,13 +156,15 @@ type message interface {
 }
 
 // load decodes the record under k into m and reports whether it is there.
-func (t *tx) load(k []byte, m message) bool {
-	c := t.cell(k)
+func (t *tx) load(k []byte, m message) bool { return t.loadFrom(t.cell(k), m) }
+
+// loadFrom decodes the record of a cell into m and reports whether it is there.
+func (t *tx) loadFrom(c *cell, m message) bool {
 	if c.val == nil {
 		return false
 	}
 	if err := m.UnmarshalVT(c.val); err != nil {
-		t.fail(fmt.Errorf("%w: record %q: %w", ErrCorrupt, k, err))
+		t.fail(fmt.Errorf("%w: record %q: %w", ErrCorrupt, c.key, err))
 		return false
 	}
 	return true

@@ -43,7 +43,12 @@ func (t *tx) warm(l *keyList) {
 	if len(l.ends) < warmFrom {
 		return
 	}
-	keys := slices.DeleteFunc(l.ascending(), func(k string) bool { return t.s.overlay[k] != nil })
+	keys := l.ascending()
+	if len(t.s.overlay) > 0 {
+		keys = slices.DeleteFunc(keys, func(k string) bool { return t.s.overlay[k] != nil })
+	} else if len(keys) > wideOverlay {
+		t.s.overlay = make(map[string]*cell, len(keys)+len(keys)/2) // instead of by doubling
+	}
 	it, err := t.db.NewIter(nil)
 	if err != nil {
 		t.fail(fmt.Errorf("router: read %d keys: %w", len(keys), err))
