@@ -3,6 +3,7 @@ package router
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/cespare/xxhash/v2"
@@ -200,4 +201,50 @@ func TestDeleteWide(t *testing.T) {
 	}
 	checkCounts(t, s)
 	sound(t, s)
+}
+
+// Goal: what is listed of some sidecars is what filtering all gives.
+func TestSidecarHandovers(t *testing.T) {
+	r := randomness(t)
+	s := openMem(t)
+	ids := []string{"a", "a\x00b", "b", "b\xff", "c", "cc", "d", "e"}
+	b := s.cur.db.NewBatch()
+	for _, p := range ids {
+		for _, sc := range ids {
+			if r.Intn(3) == 0 {
+				continue
+			}
+			v, err := encode(&commandpb.Handover{PipelineId: p, SidecarId: sc})
+			noError(t, err)
+			noError(t, b.Set(key(nil).pair(prefixHandover, p, sc), v, nil))
+		}
+	}
+	noError(t, b.Commit(pebble.NoSync))
+	v := s.View()
+	defer v.Close()
+	for _, first := range append(ids, "", "bb", "z") {
+		for _, last := range append(ids, "", "bb", "z") {
+			var want, got []string
+			noError(t, v.Handovers(func(h *commandpb.Handover) bool {
+				if h.SidecarId >= first && h.SidecarId <= last {
+					want = append(want, HandoverKey(h.PipelineId, h.SidecarId))
+				}
+				return true
+			}))
+			noError(t, v.SidecarHandovers(first, last, func(h *commandpb.Handover) bool {
+				got = append(got, HandoverKey(h.PipelineId, h.SidecarId))
+				return true
+			}))
+			if !slices.Equal(got, want) {
+				t.Fatalf("from %q to %q: %q, want %q", first, last, got, want)
+			}
+			if len(want) > 1 {
+				n := 0
+				noError(t, v.SidecarHandovers(first, last, func(*commandpb.Handover) bool { n++; return false }))
+				if n != 1 {
+					t.Fatalf("%d were handed out after false", n)
+				}
+			}
+		}
+	}
 }
