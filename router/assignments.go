@@ -1,6 +1,7 @@
 package router
 
 import (
+	"container/heap"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -82,24 +83,11 @@ func (t *tx) revoke(prev *commandpb.Assignment) {
 	// Nothing has ever been stored at the tail or behind it.
 	t.storeIn(t.blind(t.buf.sequence(prefixRevokedQueue, t.clock.RevokedTail)), ref)
 	t.clock.RevokedTail++
+	if h := t.revocations[next.SidecarId]; h != nil {
+		heap.Push(h, revocation{next.Generation, next.PipelineId})
+	}
 	if revoked > maxRevokedPerSidecar {
 		t.forgetOldest(next.SidecarId)
-	}
-}
-
-// forgetOldest drops a sidecar's oldest revocation. One that somebody waits for
-// stays: a node that has never spoken to the sidecar could not tell it any more.
-func (t *tx) forgetOldest(sidecar string) {
-	var oldest *commandpb.Assignment
-	t.scan(t.buf.group(prefixAssignment, sidecar), func(_, v []byte) {
-		a := &commandpb.Assignment{}
-		t.fail(a.UnmarshalVT(v))
-		if a.Revoked && (oldest == nil || a.Generation < oldest.Generation) {
-			oldest = a
-		}
-	})
-	if oldest != nil && t.handover(oldest.PipelineId, sidecar) == nil {
-		t.forget(oldest)
 	}
 }
 

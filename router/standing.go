@@ -42,24 +42,7 @@ func (t *tx) standing(id string) (standing, bool) {
 
 // decodeStanding picks it from the record of a sidecar.
 func decodeStanding(v []byte) (s standing, err error) {
-	for len(v) > 0 {
-		field, kind, n := protowire.ConsumeTag(v)
-		if n < 0 {
-			return s, protowire.ParseError(n)
-		}
-		v = v[n:]
-		if kind != protowire.VarintType {
-			if n = protowire.ConsumeFieldValue(field, kind, v); n < 0 {
-				return s, protowire.ParseError(n)
-			}
-			v = v[n:]
-			continue
-		}
-		x, n := protowire.ConsumeVarint(v)
-		if n < 0 {
-			return s, protowire.ParseError(n)
-		}
-		v = v[n:]
+	err = eachNumber(v, func(field protowire.Number, x uint64) {
 		switch field {
 		case sidecarStateField:
 			s.state = commandpb.SidecarState(x)
@@ -70,6 +53,32 @@ func decodeStanding(v []byte) (s standing, err error) {
 		case sidecarGraceField:
 			s.graceUntilMS = x
 		}
+	})
+	return s, err
+}
+
+// eachNumber calls fn for the fields of a record that are encoded as one number, and
+// passes over the others. Of a field that is there twice the last counts.
+func eachNumber(v []byte, fn func(field protowire.Number, x uint64)) error {
+	for len(v) > 0 {
+		field, kind, n := protowire.ConsumeTag(v)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		v = v[n:]
+		if kind != protowire.VarintType {
+			if n = protowire.ConsumeFieldValue(field, kind, v); n < 0 {
+				return protowire.ParseError(n)
+			}
+			v = v[n:]
+			continue
+		}
+		x, n := protowire.ConsumeVarint(v)
+		if n < 0 {
+			return protowire.ParseError(n)
+		}
+		v = v[n:]
+		fn(field, x)
 	}
-	return s, nil
+	return nil
 }

@@ -5,7 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"sort"
+	"slices"
+	"strings"
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
@@ -23,6 +24,7 @@ type tx struct {
 	clock *commandpb.Clock
 	pos   Position
 	dirty []*cell
+	scans map[byte]*scanIndex // of dirty
 	bytes int64
 	sets  []*changeSet
 	buf   key
@@ -53,6 +55,8 @@ type tx struct {
 	counts  []uint64
 	chain   uint64   // of checkpoints
 	marked  []string // sources whose mark index this command touched
+	// revocations are those of sidecars that had too many.
+	revocations map[string]*revocationHeap
 
 	// err is the first read or decode failure. It ends the run: a command that
 	// saw a wrong state must not take effect.
@@ -224,13 +228,7 @@ func (t *tx) setNumber(c *cell, v uint64) {
 // them. fn must not write; values are valid during the call.
 func (t *tx) scan(prefix []byte, fn func(k, v []byte)) {
 	prefix = bytes.Clone(prefix)
-	var mine []*cell
-	for _, c := range t.dirty {
-		if c.dirty && len(c.key) >= len(prefix) && c.key[:len(prefix)] == string(prefix) {
-			mine = append(mine, c)
-		}
-	}
-	sort.Slice(mine, func(i, j int) bool { return mine[i].key < mine[j].key })
+	mine := t.changedWith(string(prefix))
 	it, err := t.db.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: prefixEnd(prefix)})
 	if err != nil {
 		t.fail(fmt.Errorf("router: scan %q: %w", prefix, err))
@@ -266,6 +264,55 @@ func (t *tx) scan(prefix []byte, fn func(k, v []byte)) {
 	}
 }
 
+// scanIndex are the changed cells of a table in the order of their keys, up to a place
+// in tx.dirty.
+type scanIndex struct {
+	upTo  int
+	cells []*cell
+}
+
+// changedWith returns the changed cells whose keys begin with prefix, in order. Those of
+// the table are kept in order from one scan to the next: a run that has changed ten
+// thousand would be gone through by each of ten thousand scans otherwise.
+func (t *tx) changedWith(prefix string) (mine []*cell) {
+	byKey := func(a, b *cell) int { return strings.Compare(a.key, b.key) }
+	x := t.scans[prefix[0]]
+	if x == nil {
+		if t.scans == nil {
+			t.scans = make(map[byte]*scanIndex)
+		}
+		x = &scanIndex{}
+		t.scans[prefix[0]] = x
+	}
+	known := len(x.cells)
+	for _, c := range t.dirty[x.upTo:] {
+		if c.key[0] == prefix[0] {
+			x.cells = append(x.cells, c)
+		}
+	}
+	x.upTo = len(t.dirty)
+	if fresh := x.cells[known:]; len(fresh) > 8+known/64 {
+		slices.SortFunc(x.cells, byKey)
+	} else {
+		few := slices.Clone(fresh)
+		x.cells = x.cells[:known]
+		for _, c := range few {
+			at, _ := slices.BinarySearchFunc(x.cells, c, byKey)
+			x.cells = slices.Insert(x.cells, at, c)
+		}
+	}
+	from, _ := slices.BinarySearchFunc(x.cells, prefix, func(c *cell, k string) int { return strings.Compare(c.key, k) })
+	for _, c := range x.cells[from:] {
+		if !strings.HasPrefix(c.key, prefix) {
+			break
+		}
+		if c.dirty {
+			mine = append(mine, c)
+		}
+	}
+	return mine
+}
+
 // count adds to a row counter.
 func (t *tx) count(kind countKind, delta int) {
 	t.clock.Counts[kind] = uint64(int64(t.clock.Counts[kind]) + int64(delta))
@@ -292,7 +339,7 @@ func (t *tx) begin(timeMS uint64, wanted bool) {
 		timeMS = 0
 	}
 	t.now = max(t.clock.TimeMs, timeMS)
-	t.changed, t.wanted, t.swapped = false, wanted, false
+	t.changed, t.wanted, t.swapped, t.revocations = false, wanted, false, nil
 	if wanted {
 		t.res = &commandpb.Result{}
 	} else {
@@ -333,7 +380,7 @@ func (t *tx) rollback() {
 			t.emit(c.Table, c.Key, c.Prev, c.Next)
 		}
 	}
-	t.changed = false
+	t.changed, t.revocations = false, nil
 	t.savepoint()
 }
 

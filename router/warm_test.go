@@ -3,7 +3,9 @@ package router
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/cespare/xxhash/v2"
@@ -247,4 +249,62 @@ func TestSidecarHandovers(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Goal: a scan sees what the run has changed so far, however it is interleaved with
+// writes, removals and rollbacks.
+func TestScanOfARun(t *testing.T) {
+	r := randomness(t)
+	s := openMem(t)
+	some := func() []byte {
+		return key(nil).pair([]byte{prefixAssignment, prefixHandover}[r.Intn(2)], fmt.Sprint("x", r.Intn(4)), fmt.Sprint("y", r.Intn(60)))
+	}
+	want := map[string]string{}
+	b := s.cur.db.NewBatch()
+	for range 60 {
+		k := some()
+		noError(t, b.Set(k, []byte("stored"), nil))
+		want[string(k)] = "stored"
+	}
+	noError(t, b.Commit(pebble.NoSync))
+	tx := s.newTx(s.cur)
+	tx.begin(0, true)
+	kept := maps.Clone(want)
+	for range 600 {
+		switch r.Intn(12) {
+		case 0:
+			tx.rollback()
+			want = maps.Clone(kept)
+		case 1:
+			tx.savepoint()
+			kept = maps.Clone(want)
+		case 2, 3:
+			prefix := some()[:1+r.Intn(5)]
+			var got, all []string
+			tx.scan(prefix, func(k, v []byte) { got = append(got, string(k)+"="+string(v)) })
+			for k, v := range want {
+				if strings.HasPrefix(k, string(prefix)) {
+					all = append(all, k+"="+v)
+				}
+			}
+			slices.SortFunc(all, func(a, b string) int {
+				return strings.Compare(a[:strings.IndexByte(a, '=')], b[:strings.IndexByte(b, '=')])
+			})
+			if !slices.Equal(got, all) {
+				t.Fatalf("%q holds %q\nwant %q", prefix, got, all)
+			}
+		default:
+			for range 1 + r.Intn(30)/(1+r.Intn(30)) {
+				if k := some(); r.Intn(3) == 0 {
+					tx.remove(k)
+					delete(want, string(k))
+				} else {
+					v := fmt.Sprint(r.Intn(1000))
+					tx.put(tx.cell(k), []byte(v), nil)
+					want[string(k)] = v
+				}
+			}
+		}
+	}
+	noError(t, tx.err)
 }
