@@ -19,35 +19,6 @@ import (
 // talks to reports, or is gone, or has had its time, which is found here. Nothing of
 // this is in memory only, apart from how much of its time is left.
 
-// waits is what the placer waits for by the clock. Times are measured with the
-// monotonic clock from when a thing was first seen, and never with that of the day:
-// if that jumps, a sidecar must not lose its time to let go.
-type waits struct {
-	due map[waitKey]time.Time
-	// next is when something has to be looked at again; zero = never.
-	next time.Time
-	// first is when the first of due is, or was of something that is over since; zero
-	// = nothing is due.
-	first time.Time
-	// more is when the budget allows another move; zero = nothing waits for it.
-	more time.Time
-	// heard is when a sidecar must have heard of a change that another's waits for;
-	// zero = none waits.
-	heard time.Time
-}
-
-// waitKey is a release, or with an empty pipeline a sidecar, or a service. ms is the
-// time it is about, in that of the state.
-type waitKey struct {
-	pipeline, sidecar, service string
-	ms                         uint64
-}
-
-// past is true when something may be due.
-func (w *waits) past(now time.Time) bool { return !w.first.IsZero() && !now.Before(w.first) }
-
-func newWaits() *waits { return &waits{due: make(map[waitKey]time.Time)} }
-
 // now returns the changes of steps that may be carried out at once.
 // ms is the time of the state.
 func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo, ms uint64) []*commandpb.AssignmentChange {
@@ -134,41 +105,8 @@ func (p *Placer) submit(ctx context.Context, m *mirror, atLeast uint64, cmd *com
 // sidecars that leave and services that have drained.
 func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 	now := time.Now()
-	past := func(k waitKey) bool {
-		at, ok := w.due[k]
-		return ok && !now.Before(at)
-	}
-	var ended []*commandpb.EndedHandover
-	latest := uint64(0)
-	// Most of what wakes the placer after a change of ten thousand sidecars is that
-	// some more of them have let go: a look at all that have not, each time, would
-	// take as long as everything else together.
-	look := m.handovers
-	if !m.untidy && !w.past(now) {
-		look = nil
-	}
-	m.untidy = false
-	for pipeline, hs := range look {
-		for sidecar, h := range hs {
-			e := &commandpb.EndedHandover{SidecarId: sidecar, PipelineId: pipeline}
-			for _, r := range h.Releases {
-				switch {
-				case m.gone(sidecar):
-					e.End = commandpb.HandoverEnd_HANDOVER_END_GONE
-				case past(waitKey{pipeline: pipeline, sidecar: sidecar, ms: r.DeadlineMs}):
-					e.End = commandpb.HandoverEnd_HANDOVER_END_DEADLINE
-					latest = max(latest, r.DeadlineMs)
-				default:
-					continue
-				}
-				e.Revision = max(e.Revision, r.Revision)
-			}
-			if e.End != commandpb.HandoverEnd_HANDOVER_END_UNSPECIFIED {
-				ended = append(ended, e)
-				m.untidy = true // until they are over
-			}
-		}
-	}
+	past := func(k waitKey) bool { return w.past(k, now) }
+	ended, latest := m.ended(w, now)
 	slices.SortFunc(ended, func(a, b *commandpb.EndedHandover) int {
 		return cmp.Or(cmp.Compare(a.PipelineId, b.PipelineId), cmp.Compare(a.SidecarId, b.SidecarId))
 	})
@@ -192,6 +130,50 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 		return err
 	}
 	return p.tidyServices(ctx, m, past)
+}
+
+// ended returns the handovers that are over since their sidecars are gone or have had
+// their time, and the latest deadline of those. Most of what wakes the placer after a
+// change of ten thousand sidecars is that some more of them have let go: only what may
+// have ended since is looked at.
+func (m *mirror) ended(w *waits, now time.Time) (ended []*commandpb.EndedHandover, latest uint64) {
+	seen := make(map[*commandpb.Handover]bool)
+	look := func(h *commandpb.Handover) {
+		if h == nil || seen[h] {
+			return
+		}
+		seen[h] = true
+		e := &commandpb.EndedHandover{SidecarId: h.SidecarId, PipelineId: h.PipelineId}
+		for _, r := range h.Releases {
+			switch {
+			case m.gone(h.SidecarId):
+				e.End = commandpb.HandoverEnd_HANDOVER_END_GONE
+			case w.past(waitKey{pipeline: h.PipelineId, sidecar: h.SidecarId, ms: r.DeadlineMs}, now):
+				e.End = commandpb.HandoverEnd_HANDOVER_END_DEADLINE
+				latest = max(latest, r.DeadlineMs)
+			default:
+				continue
+			}
+			e.Revision = max(e.Revision, r.Revision)
+		}
+		if e.End != commandpb.HandoverEnd_HANDOVER_END_UNSPECIFIED {
+			ended = append(ended, e)
+		}
+	}
+	for sidecar := range w.look {
+		// One that is gone is looked at until its handovers are over.
+		if !m.gone(sidecar) || len(m.letting[sidecar]) == 0 {
+			delete(w.look, sidecar)
+			continue
+		}
+		for _, h := range m.letting[sidecar] {
+			look(h)
+		}
+	}
+	for _, k := range w.late(now) {
+		look(m.handovers[k.pipeline][k.sidecar])
+	}
+	return ended, latest
 }
 
 // tidySidecars ends graces and removes who leaves.
@@ -225,14 +207,7 @@ func (p *Placer) tidySidecars(ctx context.Context, m *mirror, past func(waitKey)
 }
 
 // idle is true for a sidecar that runs nothing and has nothing to let go of.
-func (m *mirror) idle(id string) bool {
-	for _, hs := range m.handovers {
-		if hs[id] != nil {
-			return false
-		}
-	}
-	return !m.engine.Runs(id)
-}
+func (m *mirror) idle(id string) bool { return len(m.letting[id]) == 0 && !m.engine.Runs(id) }
 
 // stateTime returns the time of the state, in ms.
 func (p *Placer) stateTime() (uint64, error) {
@@ -243,11 +218,8 @@ func (p *Placer) stateTime() (uint64, error) {
 
 // watchClock notes by when which of what m holds is due, and when the next is.
 func (p *Placer) watchClock(m *mirror, w *waits) error {
-	if m.unclocked || len(m.timed)+len(m.leaving) > 0 || w.past(time.Now()) {
-		m.unclocked = false
-		if err := p.clock(m, w); err != nil {
-			return err
-		}
+	if err := p.clock(m, w); err != nil {
+		return err
 	}
 	w.next = time.Time{}
 	for _, at := range [...]time.Time{w.first, w.more, w.heard} {
@@ -260,20 +232,13 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 
 // clock notes by when which of what m holds is due.
 func (p *Placer) clock(m *mirror, w *waits) error {
-	due := make(map[waitKey]time.Time, len(w.due))
+	others := make(map[waitKey]time.Time, len(w.others))
 	var fresh []waitKey
 	note := func(k waitKey) {
-		if at, ok := w.due[k]; ok {
-			due[k] = at
+		if at, ok := w.others[k]; ok {
+			others[k] = at
 		} else if k.ms > 0 {
 			fresh = append(fresh, k)
-		}
-	}
-	for pipeline, hs := range m.handovers {
-		for sidecar, h := range hs {
-			for _, r := range h.Releases {
-				note(waitKey{pipeline: pipeline, sidecar: sidecar, ms: r.DeadlineMs})
-			}
 		}
 	}
 	for id := range m.timed {
@@ -286,7 +251,7 @@ func (p *Placer) clock(m *mirror, w *waits) error {
 	for id, s := range m.leaving {
 		note(waitKey{service: id, ms: s.DrainDeadlineMs})
 	}
-	if len(fresh) > 0 {
+	if len(fresh)+len(w.fresh) > 0 {
 		// The time of the state is never ahead of what has passed, so nobody gets
 		// less than its time.
 		ms, err := p.stateTime()
@@ -294,15 +259,17 @@ func (p *Placer) clock(m *mirror, w *waits) error {
 			return err
 		}
 		now := time.Now()
-		for _, k := range fresh {
-			left := time.Duration(max(0, int64(k.ms)-int64(ms))) * time.Millisecond
-			due[k] = now.Add(left)
+		left := func(until uint64) time.Duration {
+			return time.Duration(max(0, int64(until)-int64(ms))) * time.Millisecond
 		}
+		for _, k := range fresh {
+			others[k] = now.Add(left(k.ms))
+		}
+		w.measure(now, left)
 	}
-	w.due, w.first = due, time.Time{}
 	for id := range m.timed {
 		if s := m.sidecars[id]; s.Draining && s.Leaves && m.idle(id) {
-			due[waitKey{sidecar: id}] = time.Now().Add(p.c.Quiet) // it is removed by the next look
+			others[waitKey{sidecar: id}] = time.Now().Add(p.c.Quiet) // it is removed by the next look
 		}
 	}
 	for id, s := range m.leaving {
@@ -311,14 +278,11 @@ func (p *Placer) clock(m *mirror, w *waits) error {
 			return err
 		}
 		if left {
-			due[waitKey{service: id}] = time.Now().Add(p.c.Quiet)
+			others[waitKey{service: id}] = time.Now().Add(p.c.Quiet)
 		}
 	}
-	for _, at := range due {
-		if w.first.IsZero() || at.Before(w.first) {
-			w.first = at
-		}
-	}
+	w.others = others
+	w.first = w.soonest()
 	return nil
 }
 

@@ -355,7 +355,7 @@ func TestHeldMoves(t *testing.T) {
 		return placement.Step{Pipeline: id, Urgency: u, Moves: 2, Changes: []placement.Change{{Sidecar: "s"}}}
 	}
 	var info PlanInfo
-	w := newWaits()
+	w := newWaits(m)
 	got := p.now(m, []placement.Step{
 		step("a", placement.Serve), step("b", placement.Evacuate), step("c", placement.Rearrange), step("d", placement.Rearrange), step("e", placement.Rearrange),
 	}, w, &info, 0)

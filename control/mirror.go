@@ -25,9 +25,11 @@ type mirror struct {
 	draining, graced map[string]bool
 	// leaving are the services that drain.
 	leaving map[string]*commandpb.Service
-	// untidy: a handover began, or a sidecar changed, since all handovers were looked
-	// at for those to end; unclocked: since their deadlines were noted.
-	untidy, unclocked bool
+	// letting are the same by sidecar and pipeline.
+	letting map[string]map[string]*commandpb.Handover
+	// waits is told of the handovers that begin and end, and of the sidecars that
+	// change; may be nil.
+	waits *waits
 	// shared are the services that sidecars have reported, once each; see slim.
 	shared map[sharedService]*commandpb.LocalService
 	// removed is told of pipelines that are gone; may be nil.
@@ -41,10 +43,11 @@ func newMirror(v *router.View) (*mirror, error) {
 		return nil, err
 	}
 	m := &mirror{
-		revision: v.Revision(), epoch: v.Epoch(), untidy: true, unclocked: true,
+		revision: v.Revision(), epoch: v.Epoch(),
 		sidecars:  make(map[string]*commandpb.Sidecar, len(in.Sidecars)),
 		services:  make(map[string]map[string]*commandpb.Service),
 		handovers: make(map[string]map[string]*commandpb.Handover),
+		letting:   make(map[string]map[string]*commandpb.Handover),
 		timed:     make(map[string]bool),
 		draining:  make(map[string]bool),
 		graced:    make(map[string]bool),
@@ -86,7 +89,9 @@ func (m *mirror) change(c *router.Change) {
 			}
 		}
 	case router.TableSidecars:
-		m.untidy, m.unclocked = true, true
+		if m.waits != nil {
+			m.waits.look[c.Key] = struct{}{}
+		}
 		if s, ok := c.Next.(*commandpb.Sidecar); ok {
 			s = m.slim(s)
 			m.sidecars[s.SidecarId] = s
@@ -122,10 +127,7 @@ func (m *mirror) change(c *router.Change) {
 		if h, ok := c.Next.(*commandpb.Handover); ok {
 			m.putHandover(h)
 		} else if h, ok := c.Prev.(*commandpb.Handover); ok {
-			delete(m.handovers[h.PipelineId], h.SidecarId)
-			if len(m.handovers[h.PipelineId]) == 0 {
-				delete(m.handovers, h.PipelineId)
-			}
+			m.dropHandover(h)
 		}
 	}
 }
@@ -164,11 +166,30 @@ func (m *mirror) slim(s *commandpb.Sidecar) *commandpb.Sidecar {
 }
 
 func (m *mirror) putHandover(h *commandpb.Handover) {
-	m.untidy, m.unclocked = true, true
-	if m.handovers[h.PipelineId] == nil {
-		m.handovers[h.PipelineId] = make(map[string]*commandpb.Handover)
+	if m.waits != nil {
+		m.waits.handover(m.handovers[h.PipelineId][h.SidecarId], h)
 	}
-	m.handovers[h.PipelineId][h.SidecarId] = h
+	put := func(in map[string]map[string]*commandpb.Handover, a, b string) {
+		if in[a] == nil {
+			in[a] = make(map[string]*commandpb.Handover)
+		}
+		in[a][b] = h
+	}
+	put(m.handovers, h.PipelineId, h.SidecarId)
+	put(m.letting, h.SidecarId, h.PipelineId)
+}
+
+func (m *mirror) dropHandover(h *commandpb.Handover) {
+	if m.waits != nil {
+		m.waits.handover(m.handovers[h.PipelineId][h.SidecarId], nil)
+	}
+	drop := func(in map[string]map[string]*commandpb.Handover, a, b string) {
+		if delete(in[a], b); len(in[a]) == 0 {
+			delete(in, a)
+		}
+	}
+	drop(m.handovers, h.PipelineId, h.SidecarId)
+	drop(m.letting, h.SidecarId, h.PipelineId)
 }
 
 // clock notes what there is to watch of s.

@@ -211,7 +211,7 @@ func (p *Placer) follow(ctx context.Context) error {
 		return err
 	}
 	defer sub.Close()
-	w := newWaits()
+	w := newWaits(m)
 	for {
 		own, err := p.plan(ctx, m, sub, w)
 		if err != nil {

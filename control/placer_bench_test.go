@@ -114,7 +114,7 @@ func watching(b testing.TB, r *replica) *watched {
 	if err != nil {
 		b.Fatal(err)
 	}
-	w := &watched{m: m, sub: sub, waits: newWaits()}
+	w := &watched{m: m, sub: sub, waits: newWaits(m)}
 	w.Placer = NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, Quiet: time.Microsecond, Planned: func(i PlanInfo) { w.infos = append(w.infos, i) }})
 	w.term, w.budget = 1, newBudget(1, time.Now())
 	w.scores.reset()

@@ -45,10 +45,8 @@ func (m *mirror) serves(s *commandpb.Service) bool {
 	if s.SidecarId == "" || m.gone(s.SidecarId) {
 		return false
 	}
-	for _, hs := range m.handovers {
-		if hs[s.SidecarId] != nil {
-			return true
-		}
+	if len(m.letting[s.SidecarId]) > 0 {
+		return true
 	}
 	name := router.NormalizeName(s.Name)
 	for _, other := range m.services[s.SidecarId] {

@@ -176,7 +176,7 @@ func (s *FSM) commit(t *tx) error {
 	if err := b.Close(); err != nil {
 		return err
 	}
-	clear(s.overlay)
+	s.clearOverlay()
 	s.hot.age()
 	s.mu.Lock()
 	s.pos = t.pos
@@ -194,6 +194,18 @@ func (s *FSM) commit(t *tx) error {
 		s.serveAwaited()
 	}
 	return nil
+}
+
+// wideOverlay is the number of cells from which on the map of a run is not used again:
+// to clear one takes as long as it was ever large, and every later run would pay for it.
+const wideOverlay = 4096
+
+func (s *FSM) clearOverlay() {
+	if len(s.overlay) > wideOverlay {
+		s.overlay = make(map[string]*cell)
+		return
+	}
+	clear(s.overlay)
 }
 
 // command applies one command. An error is this replica's, never the caller's.

@@ -1,6 +1,7 @@
 package router
 
 import (
+	"container/heap"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -26,8 +27,9 @@ func (t *tx) assignment(sidecar, pipeline string) *commandpb.Assignment {
 	return a
 }
 
-// saveAssignment stores next in place of prev and keeps index and counts right.
-func (t *tx) saveAssignment(prev, next *commandpb.Assignment) {
+// saveAssignment stores next in place of prev and keeps index and counts right. It
+// returns how many revocations the sidecar has, if that has changed.
+func (t *tx) saveAssignment(prev, next *commandpb.Assignment) (revoked uint64) {
 	next.ModRevision, next.ChangedAtMs = t.revision, t.now
 	// At least the index: a purged assignment that is given again must not
 	// look older than what the sidecar was told before.
@@ -45,9 +47,10 @@ func (t *tx) saveAssignment(prev, next *commandpb.Assignment) {
 	}
 	was, is = prev.GetRevoked(), next.Revoked
 	if was != is {
-		t.countRevoked(next.SidecarId, delta(is))
+		revoked = t.countRevoked(next.SidecarId, delta(is))
 	}
 	t.emit(TableAssignments, AssignmentKey(next.SidecarId, next.PipelineId), before, next)
+	return revoked
 }
 
 func delta(up bool) int {
@@ -60,44 +63,31 @@ func delta(up bool) int {
 // countRevoked keeps the number of a sidecar's revocations and returns it.
 func (t *tx) countRevoked(sidecar string, by int) uint64 {
 	t.count(countRevoked, by)
-	k := t.buf.single(prefixRevokedCount, sidecar)
-	n := uint64(int64(t.number(k)) + int64(by))
-	t.setNumber(k, n)
+	c := t.cell(t.buf.single(prefixRevokedCount, sidecar))
+	n := uint64(int64(number(c)) + int64(by))
+	t.setNumber(c, n)
 	return n
 }
 
-// revoke turns an assignment into a revocation, if it is none already.
-func (t *tx) revoke(sidecar, pipeline string) bool {
-	prev := t.assignment(sidecar, pipeline)
+// revoke turns an assignment into a revocation, if it is none already. prev is what
+// is stored, nil for nothing.
+func (t *tx) revoke(prev *commandpb.Assignment) {
 	if prev == nil || prev.Revoked {
-		return false
+		return
 	}
 	next := &commandpb.Assignment{
-		SidecarId: sidecar, PipelineId: pipeline, Revoked: true, PipelineVersion: prev.PipelineVersion,
+		SidecarId: prev.SidecarId, PipelineId: prev.PipelineId, Revoked: true, PipelineVersion: prev.PipelineVersion,
 	}
-	t.saveAssignment(prev, next)
-	ref := &commandpb.RevokedRef{SidecarId: sidecar, PipelineId: pipeline, Generation: next.Generation, TimeMs: t.now}
-	t.store(t.buf.sequence(prefixRevokedQueue, t.clock.RevokedTail), ref)
+	revoked := t.saveAssignment(prev, next)
+	ref := &commandpb.RevokedRef{SidecarId: next.SidecarId, PipelineId: next.PipelineId, Generation: next.Generation, TimeMs: t.now}
+	// Nothing has ever been stored at the tail or behind it.
+	t.storeIn(t.blind(t.buf.sequence(prefixRevokedQueue, t.clock.RevokedTail)), ref)
 	t.clock.RevokedTail++
-	if t.number(t.buf.single(prefixRevokedCount, sidecar)) > maxRevokedPerSidecar {
-		t.forgetOldest(sidecar)
+	if h := t.revocations[next.SidecarId]; h != nil {
+		heap.Push(h, revocation{next.Generation, next.PipelineId})
 	}
-	return true
-}
-
-// forgetOldest drops a sidecar's oldest revocation. One that somebody waits for
-// stays: a node that has never spoken to the sidecar could not tell it any more.
-func (t *tx) forgetOldest(sidecar string) {
-	var oldest *commandpb.Assignment
-	t.scan(t.buf.group(prefixAssignment, sidecar), func(_, v []byte) {
-		a := &commandpb.Assignment{}
-		t.fail(a.UnmarshalVT(v))
-		if a.Revoked && (oldest == nil || a.Generation < oldest.Generation) {
-			oldest = a
-		}
-	})
-	if oldest != nil && t.handover(oldest.PipelineId, sidecar) == nil {
-		t.forget(oldest)
+	if revoked > maxRevokedPerSidecar {
+		t.forgetOldest(next.SidecarId)
 	}
 }
 
@@ -156,6 +146,7 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 			return r
 		}
 	}
+	t.warmChanges(len(c.Changes), func(i int) (string, string) { return c.Changes[i].SidecarId, c.Changes[i].PipelineId })
 	var pipeline lastPipeline
 	stale := make(map[string]bool)
 	for _, ch := range c.Changes {
@@ -255,7 +246,7 @@ func (l *lastPipeline) limit(stage string) uint32 {
 // sidecar that is there, and says nothing of waiting: it was expired when that was
 // planned. Its generation does not tell, since it lives again with the one it had.
 func (t *tx) unasked(ch *commandpb.AssignmentChange, pipeline *lastPipeline) bool {
-	if !present(t.sidecar(ch.SidecarId)) {
+	if !t.present(ch.SidecarId) {
 		return false
 	}
 	had := local(t.assignment(ch.SidecarId, ch.PipelineId))
@@ -279,14 +270,14 @@ func (t *tx) holds(ch *commandpb.AssignmentChange, planned uint64, pipeline *las
 	// A sidecar or pipeline made after the plan is another one, whatever its
 	// generation or version says: they begin at one again.
 	newer := func(created uint64) bool { return planned != 0 && created > planned }
-	sc := t.sidecar(ch.SidecarId)
-	if sc != nil && (sc.Generation != ch.SidecarGeneration || newer(sc.CreateRevision)) {
+	sc, there := t.standing(ch.SidecarId)
+	if there && (sc.generation != ch.SidecarGeneration || newer(sc.created)) {
 		return false
 	}
 	if ch.Revoke {
 		return true
 	}
-	if sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.GraceUntilMs == 0 {
+	if !there || sc.state == commandpb.SidecarState_SIDECAR_STATE_EXPIRED && sc.graceUntilMS == 0 {
 		return false
 	}
 	p := pipeline.load(t, ch.PipelineId)
@@ -299,7 +290,7 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipelin
 	if ch.Revoke {
 		prev := t.assignment(ch.SidecarId, ch.PipelineId)
 		letGo, shared := released(ch, prev, nil)
-		t.revoke(ch.SidecarId, ch.PipelineId)
+		t.revoke(prev)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 		claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, local(prev), nil)
 		return true

@@ -62,7 +62,7 @@ func (c claims) note(t *tx, pipeline, sidecar string, letGo, had, has []string) 
 	for _, s := range letGo {
 		p.wait(s, sidecar)
 	}
-	if (p.counts(had) || p.counts(has)) && present(t.sidecar(sidecar)) {
+	if (p.counts(had) || p.counts(has)) && t.present(sidecar) {
 		p.own(had, ^uint32(0))
 		p.own(has, 1)
 	}
@@ -83,8 +83,9 @@ func (p *pipelineClaims) own(stages []string, by uint32) {
 }
 
 // present is false for a sidecar that is expired or gone: it owns nothing any more.
-func present(sc *commandpb.Sidecar) bool {
-	return sc != nil && sc.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED
+func (t *tx) present(id string) bool {
+	sc, there := t.standing(id)
+	return there && sc.state != commandpb.SidecarState_SIDECAR_STATE_EXPIRED
 }
 
 // entryStages returns of each stage of a pipeline whether records enter there: a
@@ -117,19 +118,38 @@ func local(a *commandpb.Assignment) []string {
 	return out
 }
 
+// runs is true when a runs a stage itself.
+func runs(a *commandpb.Assignment, stage string) bool {
+	return a != nil && !a.Revoked && slices.ContainsFunc(a.Stages, func(s *commandpb.StageAssignment) bool {
+		return s.StageId == stage && s.RemoteSidecarId == ""
+	})
+}
+
 // handover loads what a sidecar has yet to let go of; nil when there is nothing.
 // Each call returns a fresh message.
 func (t *tx) handover(pipeline, sidecar string) *commandpb.Handover {
+	return t.handoverIn(t.handoverCell(pipeline, sidecar))
+}
+
+func (t *tx) handoverCell(pipeline, sidecar string) *cell {
+	return t.cell(t.buf.pair(prefixHandover, pipeline, sidecar))
+}
+
+// handoverIn is handover of a cell.
+func (t *tx) handoverIn(c *cell) *commandpb.Handover {
+	if c.val == nil {
+		return nil // as nearly always
+	}
 	h := &commandpb.Handover{}
-	if !t.load(t.buf.pair(prefixHandover, pipeline, sidecar), h) {
+	if !t.loadFrom(c, h) {
 		return nil
 	}
 	return h
 }
 
-// saveHandover stores next in place of prev; one without releases is removed.
-func (t *tx) saveHandover(prev, next *commandpb.Handover) {
-	k := t.buf.pair(prefixHandover, next.PipelineId, next.SidecarId)
+// saveHandover stores next in place of prev in its cell; one without releases is
+// removed.
+func (t *tx) saveHandover(c *cell, prev, next *commandpb.Handover) {
 	id := HandoverKey(next.PipelineId, next.SidecarId)
 	var before proto.Message
 	if prev != nil {
@@ -137,7 +157,7 @@ func (t *tx) saveHandover(prev, next *commandpb.Handover) {
 	}
 	if len(next.Releases) == 0 {
 		if prev != nil {
-			t.remove(k)
+			t.drop(c)
 			t.emit(TableHandovers, id, before, nil)
 		}
 		return
@@ -146,7 +166,7 @@ func (t *tx) saveHandover(prev, next *commandpb.Handover) {
 	if prev != nil {
 		next.CreateRevision = prev.CreateRevision
 	}
-	t.store(k, next)
+	t.storeIn(c, next)
 	t.emit(TableHandovers, id, before, next)
 }
 
@@ -157,29 +177,40 @@ func (t *tx) release(sidecar, pipeline string, stages, shared []string, timeoutM
 	if len(stages)+len(shared) == 0 {
 		return
 	}
-	if sc := t.sidecar(sidecar); sc == nil || sc.State == commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+	if !t.present(sidecar) {
 		return
 	}
-	prev := t.handover(pipeline, sidecar)
-	next := &commandpb.Handover{PipelineId: pipeline, SidecarId: sidecar}
+	c := t.handoverCell(pipeline, sidecar)
+	prev := t.handoverIn(c)
+	next := &commandpb.Handover{
+		PipelineId: pipeline, SidecarId: sidecar,
+		Releases: make([]*commandpb.Release, 0, len(prev.GetReleases())+len(stages)+len(shared)),
+	}
 	for _, r := range prev.GetReleases() {
 		if !slices.Contains(stages, r.StageId) && !slices.Contains(shared, r.StageId) {
 			next.Releases = append(next.Releases, r)
 		}
 	}
-	for i, s := range slices.Concat(stages, shared) {
+	told := func(stage string, shared bool) {
 		next.Releases = append(next.Releases, &commandpb.Release{
-			StageId: s, Revision: t.revision, DeadlineMs: t.now + min(timeoutMS, maxReleaseMS), Shared: i >= len(stages),
+			StageId: stage, Revision: t.revision, DeadlineMs: t.now + min(timeoutMS, maxReleaseMS), Shared: shared,
 		})
 	}
+	for _, s := range stages {
+		told(s, false)
+	}
+	for _, s := range shared {
+		told(s, true)
+	}
 	slices.SortFunc(next.Releases, func(a, b *commandpb.Release) int { return strings.Compare(a.StageId, b.StageId) })
-	t.saveHandover(prev, next)
+	t.saveHandover(c, prev, next)
 }
 
 // retake takes back the releases of stages that a sidecar was given again: it
 // either has let go of them, or need not.
 func (t *tx) retake(sidecar, pipeline string, stages []string) {
-	prev := t.handover(pipeline, sidecar)
+	c := t.handoverCell(pipeline, sidecar)
+	prev := t.handoverIn(c)
 	if prev == nil {
 		return
 	}
@@ -190,7 +221,7 @@ func (t *tx) retake(sidecar, pipeline string, stages []string) {
 		}
 	}
 	if len(next.Releases) < len(prev.Releases) {
-		t.saveHandover(prev, next)
+		t.saveHandover(c, prev, next)
 	}
 }
 
@@ -237,15 +268,9 @@ func (t *tx) ownersOf(p *pipelineClaims, pipeline *lastPipeline, stage string) u
 				p.owners[s.GetId()] = 0
 			}
 		}
-		var sidecars []string
-		t.scan(t.buf.group(prefixByPipeline, id), func(k, _ []byte) {
-			_, sidecar, err := decodePair(k)
-			t.fail(err)
-			sidecars = append(sidecars, sidecar)
-		})
-		for _, sidecar := range sidecars {
+		for _, sidecar := range t.assigned(id) {
 			runs := local(t.assignment(sidecar, id))
-			if p.counts(runs) && present(t.sidecar(sidecar)) {
+			if p.counts(runs) && t.present(sidecar) {
 				p.own(runs, 1)
 			}
 		}
@@ -270,6 +295,7 @@ func (t *tx) endHandovers(c *commandpb.EndHandovers) *commandpb.Rejection {
 			return invalid("handover of "+e.PipelineId, "%d is no way a handover can end", e.End)
 		}
 	}
+	t.warmPairs(len(c.Ended), func(i int) (string, string) { return c.Ended[i].SidecarId, c.Ended[i].PipelineId }, prefixHandover)
 	for _, e := range c.Ended {
 		if !t.endHandover(e) {
 			t.res.Stale++
@@ -280,12 +306,13 @@ func (t *tx) endHandovers(c *commandpb.EndHandovers) *commandpb.Rejection {
 
 // endHandover reports false when it ended nothing.
 func (t *tx) endHandover(e *commandpb.EndedHandover) bool {
-	prev := t.handover(e.PipelineId, e.SidecarId)
+	c := t.handoverCell(e.PipelineId, e.SidecarId)
+	prev := t.handoverIn(c)
 	if prev == nil {
 		return false
 	}
 	if e.End == commandpb.HandoverEnd_HANDOVER_END_GONE {
-		if sc := t.sidecar(e.SidecarId); sc != nil && sc.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED {
+		if t.present(e.SidecarId) {
 			return false
 		}
 	}
@@ -298,7 +325,7 @@ func (t *tx) endHandover(e *commandpb.EndedHandover) bool {
 	if len(next.Releases) == len(prev.Releases) {
 		return false
 	}
-	t.saveHandover(prev, next)
+	t.saveHandover(c, prev, next)
 	return true
 }
 

@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"slices"
 	"sort"
 	"sync"
 )
@@ -150,6 +151,10 @@ func (s *Subscription) take() ([]Change, uint64, error) {
 	for ; i < len(h.history) && len(out) < nextChanges; i++ {
 		set := h.history[i]
 		if set.tables&s.tables != 0 {
+			if len(set.changes) >= nextChanges && set.tables&^s.tables == 0 {
+				// All of it: at once instead of by doubling.
+				out = slices.Grow(out, len(set.changes))
+			}
 			for _, c := range set.changes {
 				if s.tables&(1<<c.Table) != 0 {
 					out = append(out, c)

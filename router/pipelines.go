@@ -2,7 +2,6 @@ package router
 
 import (
 	"bytes"
-	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -114,28 +113,42 @@ func (t *tx) deletePipeline(c *commandpb.DeletePipeline) *commandpb.Rejection {
 	t.count(countPipelines, -1)
 	t.emit(TablePipelines, c.PipelineId, prev, nil)
 	t.res.Existed, t.res.Version = true, prev.Version
-	var sidecars []string
-	t.scan(t.buf.group(prefixByPipeline, c.PipelineId), func(k, _ []byte) {
-		_, sidecar, err := decodePair(k)
-		t.fail(err)
-		sidecars = append(sidecars, sidecar)
-	})
-	entry := entryStages(prev.Spec)
-	for _, sidecar := range sidecars {
-		var letGo []string
-		if c.ReleaseTimeoutMs > 0 {
-			ran := local(t.assignment(sidecar, c.PipelineId))
-			for _, s := range prev.GetSpec().GetStages() {
-				if entry[s.GetId()] && slices.Contains(ran, s.GetId()) {
-					letGo = append(letGo, s.Id)
-				}
+	sidecars := t.assigned(c.PipelineId)
+	t.warmChanges(len(sidecars), func(i int) (string, string) { return sidecars[i], c.PipelineId })
+	var entry []string
+	if c.ReleaseTimeoutMs > 0 {
+		enters := entryStages(prev.Spec)
+		for _, s := range prev.GetSpec().GetStages() {
+			if enters[s.GetId()] {
+				entry = append(entry, s.GetId())
 			}
 		}
-		t.revoke(sidecar, c.PipelineId)
+	}
+	var letGo []string
+	for _, sidecar := range sidecars {
+		ran := t.assignment(sidecar, c.PipelineId)
+		letGo = letGo[:0]
+		for _, s := range entry {
+			if runs(ran, s) {
+				letGo = append(letGo, s)
+			}
+		}
+		t.revoke(ran)
 		t.release(sidecar, c.PipelineId, letGo, nil, c.ReleaseTimeoutMs)
 	}
 	t.purgeRevoked()
 	return nil
+}
+
+// assigned lists the sidecars with an assignment of a pipeline, revoked ones included.
+func (t *tx) assigned(pipeline string) []string {
+	var sidecars []string
+	t.scan(t.buf.group(prefixByPipeline, pipeline), func(k, _ []byte) {
+		_, sidecar, err := decodePair(k)
+		t.fail(err)
+		sidecars = append(sidecars, sidecar)
+	})
+	return sidecars
 }
 
 // setPipelineEnabled switches a pipeline on or off; as it is already is no

@@ -3,6 +3,7 @@ package router
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -259,6 +260,38 @@ func (v *View) Handovers(fn func(*commandpb.Handover) bool) error {
 // PipelineHandovers lists those of a pipeline by sidecar.
 func (v *View) PipelineHandovers(pipeline string, fn func(*commandpb.Handover) bool) error {
 	return listRecords(v, key(nil).group(prefixHandover, pipeline), nil, 0, func(_ []byte, h *commandpb.Handover) bool { return fn(h) })
+}
+
+// SidecarHandovers lists those of the sidecars with ids from first to last, by pipeline
+// and sidecar. What others of a pipeline have yet to let go of it passes over.
+func (v *View) SidecarHandovers(first, last string, fn func(*commandpb.Handover) bool) error {
+	return v.read(func(r pebble.Reader) error {
+		table := key(nil).table(prefixHandover)
+		it, err := r.NewIter(&pebble.IterOptions{LowerBound: table, UpperBound: prefixEnd(table)})
+		if err != nil {
+			return err
+		}
+		for ok := it.First(); ok && err == nil; {
+			var pipeline, sidecar string
+			if pipeline, sidecar, err = decodePair(it.Key()); err != nil {
+				break
+			}
+			switch {
+			case sidecar < first:
+				ok = it.SeekGE(key(nil).pair(prefixHandover, pipeline, first))
+			case sidecar > last:
+				ok = it.SeekGE(prefixEnd(key(nil).group(prefixHandover, pipeline)))
+			default:
+				var val []byte
+				var h *commandpb.Handover
+				if val, err = it.ValueAndErr(); err == nil {
+					h, err = decodeRecord[commandpb.Handover](it.Key(), val)
+				}
+				ok = err == nil && fn(h) && it.Next()
+			}
+		}
+		return errors.Join(err, it.Error(), it.Close())
+	})
 }
 
 // Handover returns what a sidecar has yet to let go of of a pipeline, nil when

@@ -136,14 +136,14 @@ func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Reject
 	t.count(countSidecars, -1)
 	t.emit(TableSidecars, c.SidecarId, prev, nil)
 	t.res.Existed, t.res.Generation = true, prev.Generation
-	var pipelines []string
-	t.scan(t.buf.group(prefixAssignment, c.SidecarId), func(k, _ []byte) {
-		_, pipeline, err := decodePair(k)
-		t.fail(err)
-		pipelines = append(pipelines, pipeline)
+	var runs []*commandpb.Assignment
+	t.scan(t.buf.group(prefixAssignment, c.SidecarId), func(_, v []byte) {
+		a := &commandpb.Assignment{}
+		t.fail(a.UnmarshalVT(v))
+		runs = append(runs, a)
 	})
-	for _, p := range pipelines {
-		t.revoke(c.SidecarId, p)
+	for _, a := range runs {
+		t.revoke(a)
 	}
 	t.purgeRevoked()
 	return nil

@@ -5,7 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"sort"
+	"slices"
+	"strings"
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2"
@@ -23,6 +24,7 @@ type tx struct {
 	clock *commandpb.Clock
 	pos   Position
 	dirty []*cell
+	scans map[byte]*scanIndex // of dirty
 	bytes int64
 	sets  []*changeSet
 	buf   key
@@ -53,6 +55,8 @@ type tx struct {
 	counts  []uint64
 	chain   uint64   // of checkpoints
 	marked  []string // sources whose mark index this command touched
+	// revocations are those of sidecars that had too many.
+	revocations map[string]*revocationHeap
 
 	// err is the first read or decode failure. It ends the run: a command that
 	// saw a wrong state must not take effect.
@@ -156,13 +160,15 @@ type message interface {
 }
 
 // load decodes the record under k into m and reports whether it is there.
-func (t *tx) load(k []byte, m message) bool {
-	c := t.cell(k)
+func (t *tx) load(k []byte, m message) bool { return t.loadFrom(t.cell(k), m) }
+
+// loadFrom decodes the record of a cell into m and reports whether it is there.
+func (t *tx) loadFrom(c *cell, m message) bool {
 	if c.val == nil {
 		return false
 	}
 	if err := m.UnmarshalVT(c.val); err != nil {
-		t.fail(fmt.Errorf("%w: record %q: %w", ErrCorrupt, k, err))
+		t.fail(fmt.Errorf("%w: record %q: %w", ErrCorrupt, c.key, err))
 		return false
 	}
 	return true
@@ -179,17 +185,20 @@ func encode(m message) ([]byte, error) {
 }
 
 // store writes m under k.
-func (t *tx) store(k []byte, m message) {
+func (t *tx) store(k []byte, m message) { t.storeIn(t.cell(k), m) }
+
+// storeIn writes m into a cell.
+func (t *tx) storeIn(c *cell, m message) {
 	v, err := encode(m)
 	if err != nil {
 		// Texts are checked before; anything else cannot fail to encode.
-		t.fail(fmt.Errorf("router: encode record %q: %w", k, err))
+		t.fail(fmt.Errorf("router: encode record %q: %w", c.key, err))
 		return
 	}
 	if v == nil {
 		v = []byte{}
 	}
-	t.put(t.cell(k), v, nil)
+	t.put(c, v, nil)
 }
 
 // remove deletes the record under k.
@@ -202,30 +211,24 @@ func (t *tx) mark(k []byte) { t.put(t.blind(k), []byte{}, nil) }
 func (t *tx) unmark(k []byte) { t.drop(t.blind(k)) }
 
 // number reads a counter.
-func (t *tx) number(k []byte) uint64 {
-	v, _ := binary.Uvarint(t.cell(k).val)
+func number(c *cell) uint64 {
+	v, _ := binary.Uvarint(c.val)
 	return v
 }
 
-func (t *tx) setNumber(k []byte, v uint64) {
+func (t *tx) setNumber(c *cell, v uint64) {
 	if v == 0 {
-		t.remove(k)
+		t.drop(c)
 		return
 	}
-	t.put(t.cell(k), binary.AppendUvarint(nil, v), nil)
+	t.put(c, binary.AppendUvarint(nil, v), nil)
 }
 
 // scan calls fn for every key with the prefix, ascending, as the run sees
 // them. fn must not write; values are valid during the call.
 func (t *tx) scan(prefix []byte, fn func(k, v []byte)) {
 	prefix = bytes.Clone(prefix)
-	var mine []*cell
-	for _, c := range t.dirty {
-		if c.dirty && len(c.key) >= len(prefix) && c.key[:len(prefix)] == string(prefix) {
-			mine = append(mine, c)
-		}
-	}
-	sort.Slice(mine, func(i, j int) bool { return mine[i].key < mine[j].key })
+	mine := t.changedWith(string(prefix))
 	it, err := t.db.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: prefixEnd(prefix)})
 	if err != nil {
 		t.fail(fmt.Errorf("router: scan %q: %w", prefix, err))
@@ -261,6 +264,55 @@ func (t *tx) scan(prefix []byte, fn func(k, v []byte)) {
 	}
 }
 
+// scanIndex are the changed cells of a table in the order of their keys, up to a place
+// in tx.dirty.
+type scanIndex struct {
+	upTo  int
+	cells []*cell
+}
+
+// changedWith returns the changed cells whose keys begin with prefix, in order. Those of
+// the table are kept in order from one scan to the next: a run that has changed ten
+// thousand would be gone through by each of ten thousand scans otherwise.
+func (t *tx) changedWith(prefix string) (mine []*cell) {
+	byKey := func(a, b *cell) int { return strings.Compare(a.key, b.key) }
+	x := t.scans[prefix[0]]
+	if x == nil {
+		if t.scans == nil {
+			t.scans = make(map[byte]*scanIndex)
+		}
+		x = &scanIndex{}
+		t.scans[prefix[0]] = x
+	}
+	known := len(x.cells)
+	for _, c := range t.dirty[x.upTo:] {
+		if c.key[0] == prefix[0] {
+			x.cells = append(x.cells, c)
+		}
+	}
+	x.upTo = len(t.dirty)
+	if fresh := x.cells[known:]; len(fresh) > 8+known/64 {
+		slices.SortFunc(x.cells, byKey)
+	} else {
+		few := slices.Clone(fresh)
+		x.cells = x.cells[:known]
+		for _, c := range few {
+			at, _ := slices.BinarySearchFunc(x.cells, c, byKey)
+			x.cells = slices.Insert(x.cells, at, c)
+		}
+	}
+	from, _ := slices.BinarySearchFunc(x.cells, prefix, func(c *cell, k string) int { return strings.Compare(c.key, k) })
+	for _, c := range x.cells[from:] {
+		if !strings.HasPrefix(c.key, prefix) {
+			break
+		}
+		if c.dirty {
+			mine = append(mine, c)
+		}
+	}
+	return mine
+}
+
 // count adds to a row counter.
 func (t *tx) count(kind countKind, delta int) {
 	t.clock.Counts[kind] = uint64(int64(t.clock.Counts[kind]) + int64(delta))
@@ -287,7 +339,7 @@ func (t *tx) begin(timeMS uint64, wanted bool) {
 		timeMS = 0
 	}
 	t.now = max(t.clock.TimeMs, timeMS)
-	t.changed, t.wanted, t.swapped = false, wanted, false
+	t.changed, t.wanted, t.swapped, t.revocations = false, wanted, false, nil
 	if wanted {
 		t.res = &commandpb.Result{}
 	} else {
@@ -328,7 +380,7 @@ func (t *tx) rollback() {
 			t.emit(c.Table, c.Key, c.Prev, c.Next)
 		}
 	}
-	t.changed = false
+	t.changed, t.revocations = false, nil
 	t.savepoint()
 }
 

@@ -69,11 +69,11 @@ func (a *clusterAPI) GetStateHash(ctx context.Context, _ *clusterpb.GetStateHash
 }
 
 // sidecarInfo reads a sidecar's assignments and shows both. releases are those of
-// all sidecars, nil to read them.
+// sidecars by id, nil to read them.
 func sidecarInfo(v *router.View, s *commandpb.Sidecar, releases map[string][]*clusterpb.PendingRelease) (*clusterpb.SidecarInfo, error) {
 	if releases == nil {
 		var err error
-		if releases, err = releasesBySidecar(v); err != nil {
+		if releases, err = releasesBySidecar(v, s.SidecarId, s.SidecarId); err != nil {
 			return nil, err
 		}
 	}
@@ -102,33 +102,36 @@ func (a *clusterAPI) ListSidecars(ctx context.Context, req *clusterpb.ListSideca
 		return nil, err
 	}
 	defer v.Close()
-	releases, err := releasesBySidecar(v)
-	if err != nil {
-		return nil, err
-	}
 	resp := &clusterpb.ListSidecarsResponse{Revision: v.Revision()}
 	limit := pageSize(req.GetPageSize())
-	var inner error
+	var page []*commandpb.Sidecar
 	err = v.Sidecars(req.GetPageToken(), 0, func(s *commandpb.Sidecar) bool {
 		if req.GetNamespace() != "" && s.Namespace != req.GetNamespace() {
 			return true
 		}
-		if len(resp.Sidecars) == limit {
-			resp.NextPageToken = resp.Sidecars[limit-1].SidecarId
+		if len(page) == limit {
+			resp.NextPageToken = page[limit-1].SidecarId
 			return false
 		}
-		var info *clusterpb.SidecarInfo
-		if info, inner = sidecarInfo(v, s, releases); inner != nil {
-			return false
-		}
-		resp.Sidecars = append(resp.Sidecars, info)
+		page = append(page, s)
 		return true
 	})
-	if err == nil {
-		err = inner
-	}
 	if err != nil {
 		return nil, err
+	}
+	if len(page) == 0 {
+		return resp, nil
+	}
+	releases, err := releasesBySidecar(v, page[0].SidecarId, page[len(page)-1].SidecarId)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range page {
+		info, err := sidecarInfo(v, s, releases)
+		if err != nil {
+			return nil, err
+		}
+		resp.Sidecars = append(resp.Sidecars, info)
 	}
 	return resp, nil
 }

@@ -80,10 +80,11 @@ func (a *clusterAPI) changeSidecar(ctx context.Context, id string, cmd *commandp
 	return info, res, err
 }
 
-// releasesBySidecar reads what sidecars have yet to let go of.
-func releasesBySidecar(v *router.View) (map[string][]*clusterpb.PendingRelease, error) {
+// releasesBySidecar reads what the sidecars with ids from first to last have yet to let
+// go of.
+func releasesBySidecar(v *router.View, first, last string) (map[string][]*clusterpb.PendingRelease, error) {
 	out := make(map[string][]*clusterpb.PendingRelease)
-	err := v.Handovers(func(h *commandpb.Handover) bool {
+	err := v.SidecarHandovers(first, last, func(h *commandpb.Handover) bool {
 		for _, r := range h.Releases {
 			out[h.SidecarId] = append(out[h.SidecarId], &clusterpb.PendingRelease{
 				PipelineId: h.PipelineId, StageId: r.StageId, Revision: r.Revision, Deadline: timestampMs(r.DeadlineMs),

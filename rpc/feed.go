@@ -203,7 +203,29 @@ func (f *feed) load() (uint64, error) {
 	return v.Revision(), nil
 }
 
+// dispatchPart is how many changes are taken over before those concerned are woken. One
+// revision may change ten thousand assignments, and whoever is concerned by the first
+// need not wait until the last was looked at.
+const dispatchPart = 256
+
 func (f *feed) dispatch(changes []router.Change, reached uint64) {
+	for len(changes) > dispatchPart {
+		f.hear(changes[:dispatchPart])
+		f.mu.Lock()
+		f.ringLocked(changes[:dispatchPart])
+		f.mu.Unlock()
+		changes = changes[dispatchPart:]
+	}
+	f.hear(changes)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.reached = max(f.reached, reached)
+	f.ringLocked(changes)
+	f.rung = max(f.rung, reached)
+}
+
+// hear hands changes on one by one.
+func (f *feed) hear(changes []router.Change) {
 	for i := range changes {
 		switch c := &changes[i]; c.Table {
 		case router.TableAssignments:
@@ -233,16 +255,16 @@ func (f *feed) dispatch(changes []router.Change, reached uint64) {
 			}
 		}
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.reached = max(f.reached, reached)
-	for i := range changes {
-		f.dispatchLocked(&changes[i])
-	}
-	f.rung = max(f.rung, reached)
 }
 
-func (f *feed) dispatchLocked(c *router.Change) {
+// ringLocked wakes those whom changes concern.
+func (f *feed) ringLocked(changes []router.Change) {
+	for i := range changes {
+		f.ringOneLocked(&changes[i])
+	}
+}
+
+func (f *feed) ringOneLocked(c *router.Change) {
 	switch c.Table {
 	case router.TableAssignments:
 		prev, _ := c.Prev.(*commandpb.Assignment)

@@ -193,8 +193,9 @@ func (s *sidecarStream) introduce(ctx context.Context, some []dueMember, caughtU
 // accept refuses those of some whose heartbeats do not count and attaches the others.
 func (s *sidecarStream) accept(ctx context.Context, some []dueMember, caughtUp bool, out *sidecarpb.HeartbeatStreamResponse) (heard []heardMember, err error) {
 	a := s.api
-	v := a.cfg.State.View()
-	defer v.Close()
+	shared := a.push.views.take()
+	defer shared.Close()
+	v := shared.View
 	for _, d := range some {
 		resp := &sidecarpb.HeartbeatResponse{HeartbeatIntervalMs: a.nextBeatMs(), TtlMs: uint64(a.cfg.SidecarTTL.Milliseconds())}
 		rival := ""
@@ -275,8 +276,9 @@ func (s *sidecarStream) changes(ctx context.Context, some []dueMember, caughtUp 
 // tell adds to the answers of those heard what the state asks of them now. An answer
 // of changes that would say nothing is left out.
 func (s *sidecarStream) tell(heard []heardMember, what due, out *sidecarpb.HeartbeatStreamResponse) error {
-	v := s.api.cfg.State.View()
-	defer v.Close()
+	shared := s.api.push.views.take()
+	defer shared.Close()
+	v := shared.View
 	for _, h := range heard {
 		if what == fullDue {
 			// It may have gone after it was accepted, which is noted of those that

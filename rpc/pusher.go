@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
 
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/rpc/routerpb/sidecarpb"
 )
 
@@ -39,6 +40,7 @@ const (
 // own stream, which holds the encoded messages of one push and no view.
 type pusher struct {
 	first, deltas chan *pushJob
+	views         pushViews
 	marks         markCache
 
 	waiting atomic.Int64 // first states that wait for their turn
@@ -53,8 +55,8 @@ type pushJob struct {
 	panicked any
 }
 
-func newPusher() *pusher {
-	return &pusher{first: make(chan *pushJob), deltas: make(chan *pushJob)}
+func newPusher(state *router.FSM) *pusher {
+	return &pusher{first: make(chan *pushJob), deltas: make(chan *pushJob), views: pushViews{state: state}}
 }
 
 // start starts the workers; they end with ctx. Half the processors may be busy
@@ -62,20 +64,33 @@ func newPusher() *pusher {
 func (p *pusher) start(ctx context.Context, loops *sync.WaitGroup) {
 	procs := runtime.GOMAXPROCS(0)
 	for range max(1, procs/2) {
-		loops.Go(func() { work(ctx, p.first) })
+		loops.Go(func() { p.work(ctx, p.first) })
 	}
 	for range procs {
-		loops.Go(func() { work(ctx, p.deltas) })
+		loops.Go(func() { p.work(ctx, p.deltas) })
 	}
 }
 
-func work(ctx context.Context, jobs <-chan *pushJob) {
+func (p *pusher) work(ctx context.Context, jobs <-chan *pushJob) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case j := <-jobs:
-			j.run()
+			p.runAll(ctx, j, jobs)
+		}
+	}
+}
+
+// runAll runs j and what waits behind it.
+func (p *pusher) runAll(ctx context.Context, j *pushJob, jobs <-chan *pushJob) {
+	p.views.begin()
+	defer p.views.end()
+	for j.run(); ctx.Err() == nil; j.run() {
+		select {
+		case j = <-jobs:
+		default:
+			return
 		}
 	}
 }

@@ -315,7 +315,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		handovers: newHandovers(),
 		unheard:   newUnheard(),
 		told:      newToldSidecars(cfg.MaxTold, cfg.FullSetEvery, 3*cfg.HeartbeatInterval),
-		push:      newPusher(),
+		push:      newPusher(cfg.State),
 		relay:     newLeaderRelay(cfg),
 		idle:      idle{after: cfg.TransferIdle, timer: realTimer},
 

@@ -66,8 +66,9 @@ func (a *sidecarAPI) firstState(ctx context.Context, w *assignmentWatch, req *si
 // beginWatch puts the first state, or what a resumed watch missed, into w. It
 // returns the revision of that.
 func (a *sidecarAPI) beginWatch(ctx context.Context, w *assignmentWatch, req *sidecarpb.WatchAssignmentsRequest) (uint64, error) {
-	v := a.cfg.State.View()
-	defer v.Close()
+	shared := a.push.views.take()
+	defer shared.Close()
+	v := shared.View
 	w.epoch = v.Epoch()
 	sc, err := v.Sidecar(w.sidecar)
 	if err != nil {
@@ -137,8 +138,9 @@ func (a *sidecarAPI) followAssignments(ctx context.Context, w *assignmentWatch, 
 func (a *sidecarAPI) pushChanges(ctx context.Context, w *assignmentWatch) error {
 	var err error
 	missed := turn(ctx, a.push.deltas, func() {
-		v := a.cfg.State.View()
-		defer v.Close()
+		shared := a.push.views.take()
+		defer shared.Close()
+		v := shared.View
 		over := v.Epoch() != w.epoch
 		if over {
 			err = w.startOver(v.Epoch())
