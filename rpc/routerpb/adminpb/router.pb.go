@@ -1552,7 +1552,10 @@ type PipelineStatus struct {
 	// version again with another content: whoever expects a version above 0 names
 	// its epoch too (expected_epoch, or the metadata conveyor-epoch). Without one it
 	// is taken for epoch 0, and refused once something was restored.
-	Epoch         uint64 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Epoch uint64 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// What of it is held back though all its stages may run, a sentence each. Only the
+	// leader knows: empty as well when it did not answer.
+	Held          []string `protobuf:"bytes,103,rep,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1641,6 +1644,13 @@ func (x *PipelineStatus) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *PipelineStatus) GetHeld() []string {
+	if x != nil {
+		return x.Held
+	}
+	return nil
 }
 
 type StageStatus struct {
@@ -2540,6 +2550,10 @@ type StagePlacement struct {
 	PendingReason string                 `protobuf:"bytes,3,opt,name=pending_reason,json=pendingReason,proto3" json:"pending_reason,omitempty"` // empty when the stage is served
 	Draining      []string               `protobuf:"bytes,4,rep,name=draining,proto3" json:"draining,omitempty"`                                // of sidecar_ids, those that drain
 	Releasing     []string               `protobuf:"bytes,5,rep,name=releasing,proto3" json:"releasing,omitempty"`                              // sidecars that have yet to let go of it
+	// Of sidecar_ids, those that miss heartbeats, or have expired and keep it for a while
+	// all the same; and when nobody else runs it, why they keep it and for how long.
+	Silent        []string `protobuf:"bytes,6,rep,name=silent,proto3" json:"silent,omitempty"`
+	SilentReason  string   `protobuf:"bytes,7,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2607,6 +2621,20 @@ func (x *StagePlacement) GetReleasing() []string {
 		return x.Releasing
 	}
 	return nil
+}
+
+func (x *StagePlacement) GetSilent() []string {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+func (x *StagePlacement) GetSilentReason() string {
+	if x != nil {
+		return x.SilentReason
+	}
+	return ""
 }
 
 var File_conveyor_etl_router_proto protoreflect.FileDescriptor
@@ -2734,7 +2762,7 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\x06config\x18\x02 \x01(\v2#.conveyor_etl.router.PipelineConfigR\x06config\x12;\n" +
 	"\x06status\x18\x03 \x01(\v2#.conveyor_etl.router.PipelineStatusR\x06status\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x14\n" +
-	"\x05epoch\x18e \x01(\x04R\x05epoch\"\xfb\x03\n" +
+	"\x05epoch\x18e \x01(\x04R\x05epoch\"\x8f\x04\n" +
 	"\x0ePipelineStatus\x12\x18\n" +
 	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x129\n" +
@@ -2747,7 +2775,8 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\n" +
 	"placements\x18e \x03(\v2#.conveyor_etl.router.StagePlacementR\n" +
 	"placements\x12\x14\n" +
-	"\x05epoch\x18f \x01(\x04R\x05epoch\x1ab\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04held\x18g \x03(\tR\x04held\x1ab\n" +
 	"\x12StageStatusesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x126\n" +
 	"\x05value\x18\x02 \x01(\v2 .conveyor_etl.router.StageStatusR\x05value:\x028\x01\"\xa3\x01\n" +
@@ -2833,14 +2862,16 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\ametrics\x18\x01 \x03(\v24.conveyor_etl.router.GetMetricsResponse.MetricsEntryR\ametrics\x1a:\n" +
 	"\fMetricsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xad\x01\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xea\x01\n" +
 	"\x0eStagePlacement\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x1f\n" +
 	"\vsidecar_ids\x18\x02 \x03(\tR\n" +
 	"sidecarIds\x12%\n" +
 	"\x0epending_reason\x18\x03 \x01(\tR\rpendingReason\x12\x1a\n" +
 	"\bdraining\x18\x04 \x03(\tR\bdraining\x12\x1c\n" +
-	"\treleasing\x18\x05 \x03(\tR\treleasing*m\n" +
+	"\treleasing\x18\x05 \x03(\tR\treleasing\x12\x16\n" +
+	"\x06silent\x18\x06 \x03(\tR\x06silent\x12#\n" +
+	"\rsilent_reason\x18\a \x01(\tR\fsilentReason*m\n" +
 	"\tStageType\x12\x1a\n" +
 	"\x16STAGE_TYPE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11STAGE_TYPE_SOURCE\x10\x01\x12\x18\n" +
