@@ -131,7 +131,7 @@ func (t *tx) deletePipeline(c *commandpb.DeletePipeline) *commandpb.Rejection {
 				}
 			}
 		}
-		t.revoke(sidecar, c.PipelineId)
+		t.revoke(sidecar, c.PipelineId, c.ReleaseTimeoutMs)
 		t.release(sidecar, c.PipelineId, letGo, nil, c.ReleaseTimeoutMs)
 	}
 	t.purgeRevoked()

@@ -143,7 +143,7 @@ func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Reject
 		pipelines = append(pipelines, pipeline)
 	})
 	for _, p := range pipelines {
-		t.revoke(c.SidecarId, p)
+		t.revoke(c.SidecarId, p, 0) // it is gone, by the word of the caller
 	}
 	t.purgeRevoked()
 	return nil
