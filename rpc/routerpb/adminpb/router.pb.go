@@ -1552,10 +1552,7 @@ type PipelineStatus struct {
 	// version again with another content: whoever expects a version above 0 names
 	// its epoch too (expected_epoch, or the metadata conveyor-epoch). Without one it
 	// is taken for epoch 0, and refused once something was restored.
-	Epoch uint64 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	// What of it is held back though all its stages may run, a sentence each. Only the
-	// leader knows: empty as well when it did not answer.
-	Held          []string `protobuf:"bytes,103,rep,name=held,proto3" json:"held,omitempty"`
+	Epoch         uint64 `protobuf:"varint,102,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1644,13 +1641,6 @@ func (x *PipelineStatus) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
-}
-
-func (x *PipelineStatus) GetHeld() []string {
-	if x != nil {
-		return x.Held
-	}
-	return nil
 }
 
 type StageStatus struct {
@@ -2550,8 +2540,8 @@ type StagePlacement struct {
 	PendingReason string                 `protobuf:"bytes,3,opt,name=pending_reason,json=pendingReason,proto3" json:"pending_reason,omitempty"` // empty when the stage is served
 	Draining      []string               `protobuf:"bytes,4,rep,name=draining,proto3" json:"draining,omitempty"`                                // of sidecar_ids, those that drain
 	Releasing     []string               `protobuf:"bytes,5,rep,name=releasing,proto3" json:"releasing,omitempty"`                              // sidecars that have yet to let go of it
-	// Of sidecar_ids, those that miss heartbeats, or have expired and keep it for a while
-	// all the same; and when nobody else runs it, why they keep it and for how long.
+	// Of sidecar_ids, those that miss heartbeats, or have expired and keep the stage for a
+	// while all the same; and, when there are no others, why they keep it and until when.
 	Silent        []string `protobuf:"bytes,6,rep,name=silent,proto3" json:"silent,omitempty"`
 	SilentReason  string   `protobuf:"bytes,7,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2762,7 +2752,7 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\x06config\x18\x02 \x01(\v2#.conveyor_etl.router.PipelineConfigR\x06config\x12;\n" +
 	"\x06status\x18\x03 \x01(\v2#.conveyor_etl.router.PipelineStatusR\x06status\x12\x1a\n" +
 	"\brevision\x18d \x01(\x04R\brevision\x12\x14\n" +
-	"\x05epoch\x18e \x01(\x04R\x05epoch\"\x8f\x04\n" +
+	"\x05epoch\x18e \x01(\x04R\x05epoch\"\xfb\x03\n" +
 	"\x0ePipelineStatus\x12\x18\n" +
 	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x129\n" +
@@ -2775,8 +2765,7 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\n" +
 	"placements\x18e \x03(\v2#.conveyor_etl.router.StagePlacementR\n" +
 	"placements\x12\x14\n" +
-	"\x05epoch\x18f \x01(\x04R\x05epoch\x12\x12\n" +
-	"\x04held\x18g \x03(\tR\x04held\x1ab\n" +
+	"\x05epoch\x18f \x01(\x04R\x05epoch\x1ab\n" +
 	"\x12StageStatusesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x126\n" +
 	"\x05value\x18\x02 \x01(\v2 .conveyor_etl.router.StageStatusR\x05value:\x028\x01\"\xa3\x01\n" +

@@ -4972,7 +4972,6 @@ type ExplainPipelineResponse struct {
 	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Stages        []*ExplainedStage      `protobuf:"bytes,3,rep,name=stages,proto3" json:"stages,omitempty"` // in the order of the pipeline
 	Cut           bool                   `protobuf:"varint,4,opt,name=cut,proto3" json:"cut,omitempty"`      // lists of late stages were left out to keep the answer small
-	Held          []string               `protobuf:"bytes,5,rep,name=held,proto3" json:"held,omitempty"`     // see PipelineStatus
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5033,13 +5032,6 @@ func (x *ExplainPipelineResponse) GetCut() bool {
 		return x.Cut
 	}
 	return false
-}
-
-func (x *ExplainPipelineResponse) GetHeld() []string {
-	if x != nil {
-		return x.Held
-	}
-	return nil
 }
 
 type ExplainedStage struct {
@@ -6374,13 +6366,12 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x19\n" +
 	"\bstage_id\x18\x02 \x01(\tR\astageId\x12\x14\n" +
-	"\x05limit\x18\x03 \x01(\rR\x05limit\"\xaf\x01\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\"\x9b\x01\n" +
 	"\x17ExplainPipelineResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12<\n" +
 	"\x06stages\x18\x03 \x03(\v2$.conveyor_etl.cluster.ExplainedStageR\x06stages\x12\x10\n" +
-	"\x03cut\x18\x04 \x01(\bR\x03cut\x12\x12\n" +
-	"\x04held\x18\x05 \x03(\tR\x04held\"\xbe\x04\n" +
+	"\x03cut\x18\x04 \x01(\bR\x03cut\"\xbe\x04\n" +
 	"\x0eExplainedStage\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x19\n" +
 	"\basks_for\x18\x02 \x01(\tR\aasksFor\x12'\n" +

@@ -4506,15 +4506,6 @@ func (m *ExplainPipelineResponse) MarshalToSizedBufferVT(dAtA []byte) (int, erro
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if len(m.Held) > 0 {
-		for iNdEx := len(m.Held) - 1; iNdEx >= 0; iNdEx-- {
-			i -= len(m.Held[iNdEx])
-			copy(dAtA[i:], m.Held[iNdEx])
-			i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Held[iNdEx])))
-			i--
-			dAtA[i] = 0x2a
-		}
-	}
 	if m.Cut {
 		i--
 		if m.Cut {
@@ -7184,12 +7175,6 @@ func (m *ExplainPipelineResponse) SizeVT() (n int) {
 	}
 	if m.Cut {
 		n += 2
-	}
-	if len(m.Held) > 0 {
-		for _, s := range m.Held {
-			l = len(s)
-			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-		}
 	}
 	n += len(m.unknownFields)
 	return n
@@ -18532,38 +18517,6 @@ func (m *ExplainPipelineResponse) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Cut = bool(v != 0)
-		case 5:
-			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Held", wireType)
-			}
-			var stringLen uint64
-			for shift := uint(0); ; shift += 7 {
-				if shift >= 64 {
-					return protohelpers.ErrIntOverflow
-				}
-				if iNdEx >= l {
-					return io.ErrUnexpectedEOF
-				}
-				b := dAtA[iNdEx]
-				iNdEx++
-				stringLen |= uint64(b&0x7F) << shift
-				if b < 0x80 {
-					break
-				}
-			}
-			intStringLen := int(stringLen)
-			if intStringLen < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			postIndex := iNdEx + intStringLen
-			if postIndex < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			if postIndex > l {
-				return io.ErrUnexpectedEOF
-			}
-			m.Held = append(m.Held, string(dAtA[iNdEx:postIndex]))
-			iNdEx = postIndex
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
