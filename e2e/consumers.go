@@ -25,6 +25,9 @@ type ConsumerOptions struct {
 	Partitions uint32
 	// Beat is how often a member says that it is there.
 	Beat time.Duration
+	// Expire is the silence after which a member counts as gone, of which the longest
+	// that they keep is twice as long.
+	Expire time.Duration
 }
 
 // Consumers are members of groups that join, are given partitions and commit how far
@@ -169,12 +172,12 @@ func (x *consumer) run(ctx context.Context) {
 		switch x.rng.IntN(60) {
 		case 0: // its pod dies, with all that it knew, and returns
 			x.begin()
-			rest(ctx, time.Duration(x.rng.Int64N(int64(2*fleetExpire))))
+			rest(ctx, time.Duration(x.rng.Int64N(int64(2*x.k.o.Expire))))
 		case 1: // it is held up, and goes on where it was
 			x.k.mu.Lock()
 			x.k.held++
 			x.k.mu.Unlock()
-			rest(ctx, time.Duration(x.rng.Int64N(int64(2*fleetExpire))))
+			rest(ctx, time.Duration(x.rng.Int64N(int64(2*x.k.o.Expire))))
 			for range 3 {
 				x.commit(ctx)
 			}

@@ -82,7 +82,7 @@ func TestFleetUnderFaults(t *testing.T) {
 		churning.Go(func() { pipelines.change(churn, i, 3) })
 	}
 	churning.Go(func() { s.churn(churn, seed) })
-	consumers := StartConsumers(c, ConsumerOptions{Seed: seed, Groups: 3, Members: 4, Partitions: 5, Beat: fleetBeat})
+	consumers := StartConsumers(c, ConsumerOptions{Seed: seed, Groups: 3, Members: 4, Partitions: 5, Beat: fleetBeat, Expire: fleetExpire})
 	defer consumers.Stop()
 
 	strikes := strikeFleet(t, c, w, seed)
