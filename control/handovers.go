@@ -172,6 +172,9 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 	slices.SortFunc(ended, func(a, b *commandpb.EndedHandover) int {
 		return cmp.Or(cmp.Compare(a.PipelineId, b.PipelineId), cmp.Compare(a.SidecarId, b.SidecarId))
 	})
+	for _, e := range ended {
+		p.older.unconfirmed(e.PipelineId, e.SidecarId)
+	}
 	for chunk := range slices.Chunk(ended, p.c.ChunkChanges) {
 		res, err := p.submit(ctx, m, latest, &commandpb.Command{Op: &commandpb.Command_EndHandovers{
 			EndHandovers: &commandpb.EndHandovers{Ended: chunk},

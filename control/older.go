@@ -48,10 +48,7 @@ func (o *olderTables) add(m *mirror, changes []*commandpb.AssignmentChange, at t
 		if old == nil || !handsOverElsewhere(old, c) {
 			continue
 		}
-		// A handover that may end sooner than its sidecar must have heard, as when a drain
-		// has little time left, says nothing of that.
-		confirms := len(c.Releases)+len(c.SharedReleases) > 0 && c.ReleaseTimeoutMs >= uint64(o.keep.Milliseconds())
-		o.note(olderTable{table: old, until: at.Add(o.keep), confirms: confirms})
+		o.note(olderTable{table: old, until: at.Add(o.keep), confirms: len(c.Releases)+len(c.SharedReleases) > 0})
 	}
 }
 
@@ -121,17 +118,24 @@ func (o *olderTables) changed(m *mirror, changes []router.Change, own map[uint64
 // retaken notes that a handover is over because its sidecar is given back what it was to
 // let go of, and not because it has confirmed anything.
 func (o *olderTables) retaken(m *mirror, c *commandpb.AssignmentChange) {
-	tables := o.by[c.PipelineId][c.SidecarId]
-	if len(tables) == 0 {
+	if len(o.by[c.PipelineId][c.SidecarId]) == 0 {
 		return
 	}
 	releases := m.handovers[c.PipelineId][c.SidecarId].GetReleases()
 	if slices.ContainsFunc(releases, func(r *commandpb.Release) bool {
 		return slices.ContainsFunc(c.Stages, func(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId == "" && s.StageId == r.StageId })
 	}) {
-		for i := range tables {
-			tables[i].confirms = false
-		}
+		o.unconfirmed(c.PipelineId, c.SidecarId)
+	}
+}
+
+// unconfirmed notes that the handovers of a sidecar are over, or are about to be, though
+// it has confirmed nothing: it is silent, or has had its time, which may be shorter than
+// the one in which it must have heard.
+func (o *olderTables) unconfirmed(pipeline, sidecar string) {
+	tables := o.by[pipeline][sidecar]
+	for i := range tables {
+		tables[i].confirms = false
 	}
 }
 

@@ -153,6 +153,8 @@ func noCircle(t *testing.T, seed uint64) {
 	for i := range 2 {
 		r.putPipeline(fmt.Sprint("p", i), pipeline())
 	}
+	r.budget = int(seed % 2) // of moves that nothing forces, one a minute, or any number
+	away := make(map[string]bool)
 	h := &mayHold{r: r, keep: 45 * time.Second, tables: make(map[assignmentKey][]heldTable)}
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.check = h.look
@@ -160,9 +162,11 @@ func noCircle(t *testing.T, seed uint64) {
 			for end := time.Now().Add(d); time.Now().Before(end); {
 				id := sidecars[rnd.IntN(len(sidecars))]
 				for _, x := range sidecars {
-					l.Touch(x, "")
+					if !away[x] {
+						l.Touch(x, "")
+					}
 				}
-				if rnd.IntN(2) == 0 { // it beats, and the node it talks to notes what it has applied
+				if rnd.IntN(2) == 0 && !away[id] { // it beats, and the node it talks to notes what it has applied
 					r.mu.Lock()
 					h.beat(id)
 					r.mu.Unlock()
@@ -175,7 +179,7 @@ func noCircle(t *testing.T, seed uint64) {
 		beatAll(time.Minute)
 		for range 40 {
 			id := fmt.Sprint("p", rnd.IntN(2))
-			switch rnd.IntN(8) {
+			switch rnd.IntN(9) {
 			case 0, 1, 2:
 				r.putPipeline(id, pipeline())
 			case 3:
@@ -189,6 +193,10 @@ func noCircle(t *testing.T, seed uint64) {
 				who := sidecars[rnd.IntN(len(sidecars))]
 				r.drain(who, time.Duration(rnd.IntN(2))*5*time.Second, false)
 				r.do(&commandpb.Command{Op: &commandpb.Command_UndrainSidecar{UndrainSidecar: &commandpb.UndrainSidecar{SidecarId: sidecars[rnd.IntN(len(sidecars))]}}})
+			case 6: // it falls silent, or is heard of again
+				who := sidecars[rnd.IntN(len(sidecars))]
+				away[who] = !away[who]
+				beatAll(time.Duration(rnd.IntN(60)) * time.Second)
 			default:
 				r.setLeading(false)
 				pass(time.Duration(rnd.IntN(3000)) * time.Millisecond)
@@ -204,10 +212,11 @@ func noCircle(t *testing.T, seed uint64) {
 				t.Fatalf("seed %d: %s", seed, what)
 			}
 		}
+		clear(away)
 		for _, id := range sidecars {
 			r.do(&commandpb.Command{Op: &commandpb.Command_UndrainSidecar{UndrainSidecar: &commandpb.UndrainSidecar{SidecarId: id}}})
 		}
-		beatAll(5 * time.Minute)
+		beatAll(15 * time.Minute)
 		if held := r.placer.Held(""); len(held) > 0 || len(r.handovers()) > 0 {
 			t.Fatalf("seed %d: it does not come to rest: %+v, %v", seed, held, r.handovers())
 		}

@@ -17,8 +17,8 @@ const maxReplaced = 4 * maxStageAssignments
 // is left. Whom it hands over to by the new one as well is left out. It is in the
 // state since a leader that is elected now has to know of it.
 func (t *tx) replacedHops(prev *commandpb.Assignment, stages []*commandpb.StageAssignment, keepMS uint64) []*commandpb.ReplacedHop {
-	if prev == nil {
-		return nil
+	if len(prev.GetReplaced()) == 0 && (keepMS == 0 || prev.GetRevoked() || !slices.ContainsFunc(prev.GetStages(), handsOver)) {
+		return nil // most of them
 	}
 	until := make(map[string]uint64)
 	for _, h := range prev.Replaced {
@@ -28,7 +28,7 @@ func (t *tx) replacedHops(prev *commandpb.Assignment, stages []*commandpb.StageA
 	}
 	if keepMS > 0 && !prev.Revoked {
 		for _, s := range prev.Stages {
-			if s.RemoteSidecarId != "" {
+			if handsOver(s) {
 				until[s.RemoteSidecarId] = max(until[s.RemoteSidecarId], t.now+min(keepMS, maxReleaseMS))
 			}
 		}
@@ -43,6 +43,8 @@ func (t *tx) replacedHops(prev *commandpb.Assignment, stages []*commandpb.StageA
 	slices.SortFunc(out, func(a, b *commandpb.ReplacedHop) int { return strings.Compare(a.SidecarId, b.SidecarId) })
 	return out
 }
+
+func handsOver(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId != "" }
 
 // needed is true for a revocation that must not be forgotten yet: somebody waits for
 // the sidecar to let go, or it may still hand over to others.
