@@ -26,26 +26,26 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 	at := time.Now()
 	p.older.expire(at)
 	todo := make([]placement.Step, 0, len(steps))
-	putOff := make(map[string]bool)
+	held := make(map[string]Held)
 	for _, st := range steps {
 		if st.Urgency == placement.Rearrange && !p.budget.take(st.Moves, at) {
 			if info.Held == 0 {
 				w.more = at.Add(p.budget.wait(st.Moves))
 			}
 			info.Held += st.Moves
+			held[st.Pipeline] = Held{Pipeline: st.Pipeline, Moves: st.Moves, Until: at.Add(p.budget.wait(st.Moves))}
 			continue
 		}
 		holders := m.holders(st.Pipeline)
-		now, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return holders[stage].but(sidecar) })
-		deferred := now.Moves
-		now, later := m.engine.Postpone(now, func(sidecar string) []*placement.Assignment { return p.older.of(m, st.Pipeline, sidecar) })
+		free, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return holders[stage].but(sidecar) })
+		now, h := p.postpone(m, free, at)
 		info.Waiting += waiting
-		info.Unplaced += waiting + deferred - now.Moves
-		if waiting > 0 || later > 0 {
-			info.Idle += m.engine.Idle(st, now)
+		info.Unplaced += waiting + free.Moves - now.Moves
+		if waiting > 0 || h.Later > 0 {
+			info.Idle += len(m.engine.Idle(st, now))
 		}
-		if info.Later += later; later > 0 {
-			putOff[st.Pipeline] = true
+		if info.Later += h.Later; h.Later > 0 {
+			held[st.Pipeline] = h
 			next := p.older.next(st.Pipeline)
 			if len(now.Changes) > 0 && next.IsZero() {
 				next = at.Add(p.older.keep) // it waits for what is told now
@@ -56,14 +56,14 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 		}
 		todo = append(todo, now)
 	}
-	p.setPutOff(putOff)
+	p.setHeld(held)
 	changes := changesOf(todo)
 	k := 0
 	for i := range todo {
 		for j := range todo[i].Changes {
 			c := changes[k]
 			k++
-			if m.draining[c.SidecarId] || m.hasLeaving(c.SidecarId) || putOff[c.PipelineId] {
+			if m.draining[c.SidecarId] || m.hasLeaving(c.SidecarId) || held[c.PipelineId].Later > 0 {
 				c.SharedReleases = slices.DeleteFunc(slices.Clone(todo[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
 			}
 			if len(c.Releases)+len(c.SharedReleases) > 0 {
@@ -110,6 +110,9 @@ func (p *Placer) tidy(ctx context.Context, m *mirror, w *waits) error {
 	slices.SortFunc(ended, func(a, b *commandpb.EndedHandover) int {
 		return cmp.Or(cmp.Compare(a.PipelineId, b.PipelineId), cmp.Compare(a.SidecarId, b.SidecarId))
 	})
+	for _, e := range ended {
+		p.older.unconfirmed(e.PipelineId, e.SidecarId)
+	}
 	for chunk := range slices.Chunk(ended, p.c.ChunkChanges) {
 		res, err := p.submit(ctx, m, latest, &commandpb.Command{Op: &commandpb.Command_EndHandovers{
 			EndHandovers: &commandpb.EndHandovers{Ended: chunk},

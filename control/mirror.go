@@ -32,8 +32,13 @@ type mirror struct {
 	waits *waits
 	// shared are the services that sidecars have reported, once each; see slim.
 	shared map[sharedService]*commandpb.LocalService
-	// removed is told of pipelines that are gone; may be nil.
+	// replaced are the assignments, when the state was read, that say whom a sidecar may
+	// hand over to besides; for who asks at once.
+	replaced []*commandpb.Assignment
+	// removed is told of pipelines that are gone, seen of all changes once they are taken
+	// over; either may be nil.
 	removed func(pipeline string)
+	seen    func(changes []router.Change)
 }
 
 // newMirror reads v. It does not close it.
@@ -59,6 +64,11 @@ func newMirror(v *router.View) (*mirror, error) {
 		m.sidecars[s.SidecarId] = s
 		m.clock(s)
 	}
+	for _, a := range in.Assignments {
+		if len(a.Replaced) > 0 {
+			m.replaced = append(m.replaced, a)
+		}
+	}
 	m.engine = placement.NewEngine(viewOf(in))
 	for _, h := range in.Handovers {
 		m.putHandover(h)
@@ -75,6 +85,9 @@ func (m *mirror) follow(changes []router.Change, revision uint64) {
 		m.change(&changes[i])
 	}
 	m.revision = max(m.revision, revision)
+	if m.seen != nil {
+		m.seen(changes)
+	}
 }
 
 func (m *mirror) change(c *router.Change) {

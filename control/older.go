@@ -1,25 +1,31 @@
 package control
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
 	"conveyor.etl/router/placement"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
 
 // olderTables are tables that were replaced and that sidecars may still hold, since
 // they have not confirmed the new one and may have beaten last before it. They are
-// of one reign: a leader that was elected meanwhile does not know what was replaced
-// before, so that for as long as sidecars take to hear, a plan of it is safe only
-// against what is recorded. So is one after a restore.
+// of one reign. What was replaced before it the state says (Assignment.replaced), for
+// as long as sidecars take to hear, and that alone, so that a new leader also waits for
+// those who have confirmed; of a restore that happens in a reign, its leader knows all
+// tables there were before.
 type olderTables struct {
 	keep  time.Duration
-	by    map[string]map[string][]olderTable // pipeline, sidecar; the oldest first
+	by    map[string]map[string][]olderTable // pipeline, sidecar; the first to be forgotten first
 	queue []olderKey                         // by time
 }
 
-type olderKey struct{ pipeline, sidecar string }
+type olderKey struct {
+	pipeline, sidecar string
+	until             time.Time
+}
 
 type olderTable struct {
 	table *placement.Assignment
@@ -42,32 +48,94 @@ func (o *olderTables) add(m *mirror, changes []*commandpb.AssignmentChange, at t
 		if old == nil || !handsOverElsewhere(old, c) {
 			continue
 		}
-		sidecars := o.by[c.PipelineId]
-		if sidecars == nil {
-			sidecars = make(map[string][]olderTable)
-			o.by[c.PipelineId] = sidecars
+		o.note(olderTable{table: old, until: at.Add(o.keep), confirms: len(c.Releases)+len(c.SharedReleases) > 0})
+	}
+}
+
+// note takes down one table.
+func (o *olderTables) note(t olderTable) {
+	pipeline, sidecar := t.table.Pipeline, t.table.Sidecar
+	sidecars := o.by[pipeline]
+	if sidecars == nil {
+		sidecars = make(map[string][]olderTable)
+		o.by[pipeline] = sidecars
+	}
+	tables := sidecars[sidecar]
+	i, _ := slices.BinarySearchFunc(tables, t.until, func(x olderTable, at time.Time) int { return cmp.Or(x.until.Compare(at), -1) })
+	sidecars[sidecar] = slices.Insert(tables, i, t)
+	i, _ = slices.BinarySearchFunc(o.queue, t.until, func(x olderKey, at time.Time) int { return cmp.Or(x.until.Compare(at), -1) })
+	o.queue = slices.Insert(o.queue, i, olderKey{pipeline, sidecar, t.until})
+}
+
+// load takes down what the state that m was read from says was replaced before. ms is
+// the time of that state, which is never ahead of what has passed, so that nobody gets
+// less than its time.
+func (o *olderTables) load(m *mirror, ms uint64, at time.Time) {
+	for _, a := range m.replaced {
+		for _, h := range a.Replaced {
+			if h.UntilMs > ms {
+				o.note(olderTable{
+					table: &placement.Assignment{Pipeline: a.PipelineId, Sidecar: a.SidecarId, Stages: []placement.Assigned{{Remote: h.SidecarId}}},
+					until: at.Add(time.Duration(h.UntilMs-ms) * time.Millisecond),
+				})
+			}
 		}
-		sidecars[c.SidecarId] = append(sidecars[c.SidecarId], olderTable{
-			table: old, until: at.Add(o.keep), confirms: len(c.Releases)+len(c.SharedReleases) > 0,
-		})
-		o.queue = append(o.queue, olderKey{c.PipelineId, c.SidecarId})
+	}
+	m.replaced = nil
+}
+
+// restored takes down all tables of a state that was replaced by one from a backup, and
+// those that were sent to it last.
+func (o *olderTables) restored(before *mirror, sent []*commandpb.AssignmentChange, at time.Time) {
+	before.engine.EachRecorded(func(a *placement.Assignment) {
+		if slices.ContainsFunc(a.Stages, func(s placement.Assigned) bool { return s.Remote != "" }) {
+			o.note(olderTable{table: a, until: at.Add(o.keep)})
+		}
+	})
+	for _, c := range sent {
+		o.note(olderTable{table: assignmentOf(&commandpb.Assignment{PipelineId: c.PipelineId, SidecarId: c.SidecarId, Stages: c.Stages}), until: at.Add(o.keep)})
+	}
+}
+
+// changed takes down the tables that were replaced by others than the placer, such as
+// those of a pipeline that was deleted. own are the revisions of its own commands. A
+// sidecar that was removed is gone, by the word of who removed it.
+func (o *olderTables) changed(m *mirror, changes []router.Change, own map[uint64]bool, at time.Time) {
+	for i := range changes {
+		c := &changes[i]
+		old, _ := c.Prev.(*commandpb.Assignment)
+		if c.Table != router.TableAssignments || own[c.Revision] || old == nil || old.Revoked || m.sidecars[old.SidecarId] == nil {
+			continue
+		}
+		if next, _ := c.Next.(*commandpb.Assignment); next == nil || next.Revoked {
+			if slices.ContainsFunc(old.Stages, func(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId != "" }) {
+				o.note(olderTable{table: assignmentOf(old), until: at.Add(o.keep)})
+			}
+		}
 	}
 }
 
 // retaken notes that a handover is over because its sidecar is given back what it was to
 // let go of, and not because it has confirmed anything.
 func (o *olderTables) retaken(m *mirror, c *commandpb.AssignmentChange) {
-	tables := o.by[c.PipelineId][c.SidecarId]
-	if len(tables) == 0 {
+	if len(o.by[c.PipelineId][c.SidecarId]) == 0 {
 		return
 	}
 	releases := m.handovers[c.PipelineId][c.SidecarId].GetReleases()
 	if slices.ContainsFunc(releases, func(r *commandpb.Release) bool {
 		return slices.ContainsFunc(c.Stages, func(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId == "" && s.StageId == r.StageId })
 	}) {
-		for i := range tables {
-			tables[i].confirms = false
-		}
+		o.unconfirmed(c.PipelineId, c.SidecarId)
+	}
+}
+
+// unconfirmed notes that the handovers of a sidecar are over, or are about to be, though
+// it has confirmed nothing: it is silent, or has had its time, which may be shorter than
+// the one in which it must have heard.
+func (o *olderTables) unconfirmed(pipeline, sidecar string) {
+	tables := o.by[pipeline][sidecar]
+	for i := range tables {
+		tables[i].confirms = false
 	}
 }
 
@@ -83,10 +151,10 @@ func handsOverElsewhere(old *placement.Assignment, c *commandpb.AssignmentChange
 func (o *olderTables) expire(at time.Time) {
 	n := 0
 	for _, k := range o.queue {
-		tables := o.by[k.pipeline][k.sidecar]
-		if tables[0].until.After(at) {
+		if k.until.After(at) {
 			break
 		}
+		tables := o.by[k.pipeline][k.sidecar]
 		n++
 		if tables = tables[1:]; len(tables) > 0 {
 			o.by[k.pipeline][k.sidecar] = tables

@@ -1,10 +1,13 @@
 package control
 
 import (
+	"errors"
+	"slices"
 	"testing"
 	"time"
 
 	"conveyor.etl/router/router"
+	"conveyor.etl/router/router/commandpb"
 )
 
 // Goal: a pipeline whose records are to go the other way round is turned in two
@@ -25,13 +28,17 @@ func TestPipelineIsTurnedRound(t *testing.T) {
 			beat(l, time.Second, "a", "b")
 			r.expect("at once", "p", "near", "a")
 			r.expect("until a has heard", "p", "there", "")
-			if !r.placer.PutOff("p") || r.placer.PutOff("q") {
-				t.Fatal("it does not say that it is not through")
+			held := r.placer.Held("p")
+			if len(held) != 1 || held[0].Later != 1 || !slices.Equal(held[0].Stages, []string{"there"}) || !slices.Equal(held[0].Sidecars, []string{"a"}) {
+				t.Fatalf("it does not say that it is not through: %+v", held)
+			}
+			if by := time.Until(held[0].HeardBy); by > 45*time.Second || by < 40*time.Second || len(r.placer.Held("q")) > 0 {
+				t.Fatalf("a must have heard in %v; of another pipeline is held %v", by, r.placer.Held("q"))
 			}
 			then(t, r, l)
 			r.expect("then", "p", "there", "b")
-			if r.placer.PutOff("p") {
-				t.Fatal("it does not say that it is through")
+			if held := r.placer.Held(""); len(held) > 0 {
+				t.Fatalf("it does not say that it is through: %+v", held)
 			}
 			before, plans := r.table(), r.planned()
 			beat(l, 5*time.Minute, "a", "b")
@@ -79,4 +86,55 @@ func TestTurnedRoundTwice(t *testing.T) {
 		beat(l, time.Minute, "a", "b", "z")
 		r.expect("then", "p", "there", "b")
 	})
+}
+
+// Goal: what a state says was replaced counts for as long as is left by the time of that
+// state, each for itself; after a restore all tables of the state before count, and those
+// that were sent to it last. They are forgotten in the order of their times.
+func TestOlderTablesOfBefore(t *testing.T) {
+	r := newReplica(t, router.Options{})
+	defer func() {
+		if err := r.fsm.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	r.register("a", "s:transform")
+	r.register("b", "k:sink")
+	r.assign("p", "s:transform -> k:sink")
+	v := r.fsm.View()
+	m, err := newMirror(v)
+	if err := errors.Join(err, v.Close()); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	o := newOlderTables(45 * time.Second)
+	m.replaced = []*commandpb.Assignment{{PipelineId: "p", SidecarId: "a", Replaced: []*commandpb.ReplacedHop{
+		{SidecarId: "late", UntilMs: 30_000}, {SidecarId: "over", UntilMs: 10_000}, {SidecarId: "soon", UntilMs: 11_000},
+	}}}
+	holds := func(what string, want ...string) {
+		t.Helper()
+		var got []string
+		for _, x := range o.of(m, "p", "a") {
+			for _, s := range x.Stages {
+				if s.Remote != "" {
+					got = append(got, s.Remote)
+				}
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("%s a may hand over to %v, want %v", what, got, want)
+		}
+	}
+	o.load(m, 10_000, now)
+	holds("at first", "soon", "late")
+	o.restored(m, []*commandpb.AssignmentChange{{PipelineId: "p", SidecarId: "a", Stages: []*commandpb.StageAssignment{{StageId: "k", RemoteSidecarId: "sent"}}}}, now.Add(time.Second))
+	o.expire(now.Add(time.Second))
+	holds("behind the restore", "late", "b", "sent")
+	o.expire(now.Add(45 * time.Second))
+	holds("later", "b", "sent")
+	o.expire(now.Add(46 * time.Second))
+	holds("in the end")
+	if len(o.by)+len(o.queue) > 0 {
+		t.Fatalf("it remembers %v, %v", o.by, o.queue)
+	}
 }

@@ -119,23 +119,15 @@ type Placer struct {
 	// rests is since when the last plan is through; of Run's goroutine.
 	rests time.Time
 
-	mu     sync.Mutex
-	stats  PlacerStats
-	putOff map[string]bool // pipelines; replaced, never changed
-}
+	// mirror is what the plans are made from, own the revisions of the commands of the
+	// newest, and sent what was sent last and is not in the mirror yet; of Run's goroutine.
+	mirror *mirror
+	own    map[uint64]bool
+	sent   []*commandpb.AssignmentChange
 
-// PutOff reports whether changes of a pipeline wait until other sidecars have heard
-// of theirs.
-func (p *Placer) PutOff(pipeline string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.putOff[pipeline]
-}
-
-func (p *Placer) setPutOff(pipelines map[string]bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.putOff = pipelines
+	mu    sync.Mutex
+	stats PlacerStats
+	held  map[string]Held // by pipeline; replaced, never changed
 }
 
 // PlacerStats tells what placement waits for; all zero while another node leads.
@@ -176,8 +168,9 @@ func (p *Placer) Run(ctx context.Context) {
 func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
 	p.older = newOlderTables(p.c.HandoverTimeout)
-	defer p.setPutOff(nil)
-	defer p.c.Stopped() // before what is put off is forgotten: nothing is decided any more
+	defer p.setHeld(nil)
+	defer p.c.Stopped() // before what is held is forgotten: nothing is decided any more
+	defer func() { p.mirror, p.own, p.sent = nil, nil, nil }()
 	defer p.setStats(PlacerStats{})
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
@@ -197,14 +190,22 @@ func (p *Placer) reign(ctx context.Context, term uint64) {
 // what the changes concern and not a look at the whole fleet.
 func (p *Placer) follow(ctx context.Context) error {
 	v := p.c.State.View()
-	m, err := newMirror(v)
-	if closeErr := v.Close(); err == nil {
-		err = closeErr
+	if p.mirror != nil && p.mirror.epoch != v.Epoch() {
+		p.older.restored(p.mirror, p.sent, time.Now())
 	}
-	if err != nil {
+	p.mirror, p.sent = nil, nil // not two of them
+	ms, err := v.Time()
+	var m *mirror
+	if err == nil {
+		m, err = newMirror(v)
+	}
+	if err = errors.Join(err, v.Close()); err != nil {
 		return err
 	}
+	p.mirror = m
+	p.older.load(m, ms, time.Now())
 	m.removed = p.scores.forget
+	m.seen = func(changes []router.Change) { p.older.changed(m, changes, p.own, time.Now()) }
 	// The groups decide when a service has drained.
 	sub, err := p.c.State.Hub().Subscribe(m.revision, append(placementTables(), router.TableGroups)...)
 	if err != nil {
@@ -332,6 +333,7 @@ func (m *mirror) foreign(changes []router.Change, own map[uint64]bool) bool {
 // on meanwhile. It returns the revisions of its commands.
 func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, w *waits) (own map[uint64]bool, err error) {
 	own = make(map[uint64]bool)
+	p.own = own
 	for pause := p.c.Quiet; ; pause = min(2*pause, time.Second) {
 		start := time.Now()
 		// What this placer's commands did is there once they are answered: a
@@ -356,9 +358,11 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
 			p.older.add(m, chunk, time.Now())
+			p.sent = chunk
 			res, err := p.submit(ctx, m, 0, &commandpb.Command{
 				Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: &commandpb.ApplyAssignments{
 					Changes: chunk, PlannedRevision: planned, Handovers: true,
+					ReplacedMs: uint64(p.c.HandoverTimeout.Milliseconds()),
 				}},
 			})
 			if err != nil {
@@ -376,6 +380,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			if err != nil {
 				return nil, err
 			}
+			p.sent = nil
 			moved = moved || others
 		}
 		if err := p.watchClock(m, w); err != nil {

@@ -282,6 +282,7 @@ func (s *Study) catchUp() error {
 		if err = errors.Join(err, v.Close()); err != nil {
 			return err
 		}
+		m.replaced = nil
 		sub, err := s.c.State.Hub().Subscribe(m.revision, placementTables()...)
 		if errors.Is(err, router.ErrCompacted) || errors.Is(err, router.ErrFutureRevision) {
 			continue // it was replaced, or changed much, while it was read

@@ -31,15 +31,18 @@ const (
 	fleetSize      = 8 * fleetPipelines
 )
 
-// TestFleetUnderFaults: a few hundred sidecars, half of them as those in the field,
-// while leaders are killed, nodes cut off and paused for longer than a lease,
-// pipelines change and sidecars die, fall silent and return.
+// TestFleetUnderFaults: a few hundred sidecars, half of them as those in the field, and
+// the members of a few groups, while leaders are killed, nodes cut off and paused for
+// longer than a lease, pipelines change and sidecars and members die, fall silent and
+// return.
 //
 // Goal: at no revision that any node shows has an exclusive stage two owners or do
 // records go round; neither do they along the tables that sidecars of the field
 // hold at the same moment; an expired sidecar soon has nothing any more; no
 // heartbeat that a healthy node acknowledged is forgotten within a lease; the events
-// of every watch are in order, without gap or duplicate, and resumable. In the end every
+// of every watch are in order, without gap or duplicate, and resumable. Every partition of
+// a group has one owner in each generation, no commit of an owner is accepted once a later
+// generation has begun, and offsets never go back. In the end every
 // sidecar holds exactly what the newest revision says, and every pipeline is what was
 // acknowledged last.
 func TestFleetUnderFaults(t *testing.T) {
@@ -79,11 +82,15 @@ func TestFleetUnderFaults(t *testing.T) {
 		churning.Go(func() { pipelines.change(churn, i, 3) })
 	}
 	churning.Go(func() { s.churn(churn, seed) })
+	consumers := StartConsumers(c, ConsumerOptions{Seed: seed, Groups: 3, Members: 4, Partitions: 5, Beat: fleetBeat, Expire: fleetExpire})
+	defer consumers.Stop()
 
 	strikes := strikeFleet(t, c, w, seed)
 	endChurn()
 	churning.Wait()
+	consumers.Stop()
 	c.WaitServing(c.Nodes...)
+	consumers.Check()
 	s.revive()
 	for _, n := range c.Nodes {
 		eventually(t, 60*time.Second, "the fleet settles", func(ctx context.Context) error { return s.settled(ctx, n) })

@@ -29,6 +29,9 @@ type StageStatus struct {
 	// Pending says why no sidecar runs the stage and what would help; empty
 	// when one does.
 	Pending string
+	// Placed: that is only because what the planner has decided is not carried out yet.
+	// Why is not known to it.
+	Placed bool
 	// Candidates are sidecars that offer what the stage asks for, in order of
 	// ids, those that run it before others when not all can be listed.
 	Candidates []Candidate
@@ -107,6 +110,7 @@ func (e *Engine) Explain(pipeline string, q Query) []StageStatus {
 		k := x.stage(st.Stage, int32(at))
 		if len(st.Sidecars) == 0 {
 			st.Pending = l.pending(k)
+			st.Placed = st.Pending == AboutToBeAssigned
 		}
 		if q.Candidates > 0 {
 			l.candidates(st, k, q.Candidates, &left)
@@ -170,6 +174,9 @@ func (e *Engine) Waiting(pipeline string) []Waiting {
 	return out
 }
 
+// AboutToBeAssigned is why a stage runs nowhere that the planner has a place for.
+const AboutToBeAssigned = "about to be assigned"
+
 // pending says why stage i has no place.
 func (l *layout) pending(i int32) string {
 	some := l.able[i] || l.someKeeps(i)
@@ -188,7 +195,7 @@ func (l *layout) pending(i int32) string {
 	case l.circular:
 		return "every way to place the stages would hand records back to a sidecar they have passed; offer one of the services on another sidecar"
 	}
-	return "about to be assigned"
+	return AboutToBeAssigned
 }
 
 // shutOut lists the sidecars that could take stage i, were an entry stage not

@@ -36,12 +36,12 @@ func (e *Engine) Defer(st Step, busy func(stage, sidecar string) bool) (now Step
 	return now, waiting
 }
 
-// Idle counts the stages to begin in st that nobody runs once now, which Defer made
-// of it, is carried out.
-func (e *Engine) Idle(st, now Step) int {
+// Idle lists the stages to begin in st that nobody runs once now, which Defer or
+// Postpone made of it, is carried out; by id.
+func (e *Engine) Idle(st, now Step) []string {
 	p, ok := e.pipeID[st.Pipeline]
 	if !ok {
-		return 0
+		return nil
 	}
 	// Of few stages there are many changes, so that tables are looked at once.
 	wanted, runs := make(map[string]bool), make(map[string]bool)
@@ -67,13 +67,14 @@ func (e *Engine) Idle(st, now Step) int {
 			note(a.Stages)
 		}
 	}
-	n := 0
+	var idle []string
 	for id := range wanted {
 		if !runs[id] {
-			n++
+			idle = append(idle, id)
 		}
 	}
-	return n
+	slices.Sort(idle)
+	return idle
 }
 
 // confirmers lists per stage the sidecars that have to confirm in this step that they

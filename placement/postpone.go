@@ -1,12 +1,16 @@
 package placement
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
 // Postpone returns what of a step may be told now without records going round
 // between sidecars that have heard of it and others that have not. older lists the
 // tables of the step's pipeline that a sidecar may hold besides the one that is
-// recorded of it. later counts the changes that were put off. Planning again, once
-// the others have heard, gives what is left.
+// recorded of it. later counts the changes that were put off, and by are sidecars that
+// have to hear first, in order of ids. Planning again, once they have heard, gives what
+// is left, or tells of others that have to hear then.
 //
 // Who beats every ten seconds holds a table for as long after it was replaced. The
 // layout avoids what such a table and a new one could make of each other, but where
@@ -19,23 +23,23 @@ import "slices"
 // changes are put off there is one to whom no way leads from another one. A way
 // back to it would have to lead through a table that is put off, or else be one of
 // the layout itself, which has no circle either.
-func (e *Engine) Postpone(st Step, older func(sidecar string) []*Assignment) (now Step, later int) {
+func (e *Engine) Postpone(st Step, older func(sidecar string) []*Assignment) (now Step, later int, by []string) {
 	p, ok := e.pipeID[st.Pipeline]
 	if !ok || !st.hands() {
-		return st, 0
+		return st, 0, nil
 	}
 	if len(st.Changes) >= manyChanges && !e.goesRound(st, p, older) {
-		return st, 0
+		return st, 0, nil
 	}
-	off, later := e.putOff(st, p, older)
+	off, later, by := e.putOff(st, p, older)
 	if later == 0 {
-		return st, 0
+		return st, 0, nil
 	}
 	if later == len(st.Changes) {
 		// Nothing of it now, if that is for tables which will be forgotten. If it were
 		// for those that are recorded it would be for good, and be told all the same.
-		if _, rest := e.putOff(st, p, func(string) []*Assignment { return nil }); rest == later {
-			return st, 0
+		if _, rest, _ := e.putOff(st, p, func(string) []*Assignment { return nil }); rest == later {
+			return st, 0, nil
 		}
 	}
 	now = st
@@ -46,7 +50,7 @@ func (e *Engine) Postpone(st Step, older func(sidecar string) []*Assignment) (no
 			now.Moves += len(st.Changes[i].Takes)
 		}
 	}
-	return now, later
+	return now, later, by
 }
 
 // manyChanges is from where on it pays to look at all tables together first: each
@@ -91,15 +95,21 @@ func (e *Engine) goesRound(st Step, p int32, older func(sidecar string) []*Assig
 	return false
 }
 
-// putOff says of each change of st whether it has to be told later, and of how many.
-func (e *Engine) putOff(st Step, p int32, older func(sidecar string) []*Assignment) (off []bool, later int) {
-	w := ways{x: &e.pipes[p], older: older, told: make(map[string][]Assigned), seen: make(map[string]bool)}
+// putOff says of each change of st whether it has to be told later, of how many, and
+// who has to hear first: those on the ways back that lead through a table which is
+// replaced, or was, and not through one that is itself told later.
+func (e *Engine) putOff(st Step, p int32, older func(sidecar string) []*Assignment) (off []bool, later int, by []string) {
+	w := ways{
+		x: &e.pipes[p], older: older, told: make(map[string][]Assigned), seen: make(map[string]bool),
+		reached: make(map[string]string), blocks: make(map[string]bool),
+	}
 	off = make([]bool, len(st.Changes))
 	for i := range st.Changes {
 		c := &st.Changes[i]
 		for k := range c.Stages {
-			if to := c.Stages[k].Remote; to != "" && !off[i] {
-				off[i] = w.lead(to, c.Sidecar)
+			if to := c.Stages[k].Remote; to != "" && !off[i] && w.lead(to, c.Sidecar) {
+				off[i] = true
+				w.trace(&st, c.Sidecar)
 			}
 		}
 		if off[i] {
@@ -118,7 +128,18 @@ func (e *Engine) putOff(st Step, p int32, older func(sidecar string) []*Assignme
 			}
 		}
 	}
-	return off, later
+	for id, before := range w.blocks {
+		if i, changes := st.change(id); before || changes && !off[i] {
+			by = append(by, id)
+		}
+	}
+	slices.Sort(by)
+	return off, later, by
+}
+
+// change returns the place of a sidecar's change in st.
+func (st *Step) change(sidecar string) (int, bool) {
+	return slices.BinarySearchFunc(st.Changes, sidecar, func(c Change, id string) int { return strings.Compare(c.Sidecar, id) })
 }
 
 // hands is true when st makes anybody hand over to another sidecar.
@@ -135,15 +156,7 @@ func (st *Step) reliesOn(c *Change, off []bool) bool {
 		if c.Stages[k].Remote == "" {
 			continue
 		}
-		i, ok := slices.BinarySearchFunc(st.Changes, c.Stages[k].Remote, func(c Change, id string) int {
-			switch {
-			case c.Sidecar < id:
-				return -1
-			case c.Sidecar > id:
-				return 1
-			}
-			return 0
-		})
+		i, ok := st.change(c.Stages[k].Remote)
 		if ok && off[i] && slices.Contains(st.Changes[i].Takes, c.Stages[k].Stage) {
 			return true
 		}
@@ -158,11 +171,16 @@ type ways struct {
 	told  map[string][]Assigned // what this step tells
 	seen  map[string]bool
 	open  []string
+	// reached is from whom each of seen was reached last; blocks are who stands in the
+	// way by a table that is replaced (false) or was before (true).
+	reached map[string]string
+	blocks  map[string]bool
 }
 
 // lead is true when a batch that is handed to from can come to to.
 func (w *ways) lead(from, to string) bool {
 	clear(w.seen)
+	clear(w.reached)
 	w.open = append(w.open[:0], from)
 	w.seen[from] = true
 	for len(w.open) > 0 {
@@ -175,10 +193,38 @@ func (w *ways) lead(from, to string) bool {
 			if !w.seen[next] {
 				w.seen[next] = true
 				w.open = append(w.open, next)
+				if w.reached != nil {
+					w.reached[next] = id
+				}
 			}
 		}
 	}
 	return false
+}
+
+// trace notes who stands in the way that lead has just found to a sidecar: whoever
+// takes a step of it that st does not leave to it.
+func (w *ways) trace(st *Step, to string) {
+	for {
+		id, ok := w.reached[to]
+		if !ok {
+			return // the way begins here
+		}
+		handsTo := func(stages []Assigned) bool {
+			return slices.ContainsFunc(stages, func(s Assigned) bool { return s.Remote == to })
+		}
+		recorded := false
+		if at, ok := w.x.find(id); ok && !w.x.recorded[at].Revoked {
+			recorded = handsTo(w.x.recorded[at].Stages)
+		}
+		i, changes := st.change(id)
+		switch {
+		case changes && handsTo(st.Changes[i].Stages):
+		case changes || !recorded:
+			w.blocks[id] = w.blocks[id] || !recorded
+		}
+		to = id
+	}
 }
 
 // from lists to whom a sidecar may hand over, some of them twice.
@@ -212,4 +258,16 @@ func (e *Engine) Recorded(pipeline, sidecar string) *Assignment {
 		return x.recorded[at]
 	}
 	return nil
+}
+
+// EachRecorded calls fn with everything that sidecars were told last, in no order that
+// means anything.
+func (e *Engine) EachRecorded(fn func(*Assignment)) {
+	for i := range e.pipes {
+		for _, a := range e.pipes[i].recorded {
+			if !a.Revoked {
+				fn(a)
+			}
+		}
+	}
 }

@@ -29,7 +29,8 @@ func (h *heldTables) plan(t fataler) (changes int) {
 	}
 	for _, st := range h.m.engine.Plan().Steps {
 		changes += len(st.Changes)
-		now, later := h.m.engine.Postpone(st, h.older(st.Pipeline))
+		now, later, by := h.m.engine.Postpone(st, h.older(st.Pipeline))
+		h.waitsFor(t, st, now, by)
 		if later == 0 != !h.m.engine.goesRound(st, h.m.engine.pipeID[st.Pipeline], h.older(st.Pipeline)) {
 			t.Fatalf("%d changes are put off, and all tables together say otherwise", later)
 		}
@@ -48,6 +49,20 @@ func (h *heldTables) plan(t fataler) (changes int) {
 		}
 	}
 	return changes
+}
+
+// waitsFor fails when changes are put off for a sidecar that need not hear of anything:
+// it neither holds an older table nor is told to replace one.
+func (h *heldTables) waitsFor(t fataler, st, now Step, by []string) {
+	if len(by) == 0 && len(now.Changes) < len(st.Changes) {
+		t.Fatalf("changes are put off for nobody: %+v", st)
+	}
+	for _, id := range by {
+		_, told := now.change(id)
+		if !told && len(h.older(st.Pipeline)(id)) == 0 || told && len(h.older(st.Pipeline)(id)) == 0 && h.m.engine.Recorded(st.Pipeline, id) == nil {
+			t.Fatalf("changes are put off for %s, which has nothing to hear of", id)
+		}
+	}
 }
 
 func (h *heldTables) older(pipeline string) func(string) []*Assignment {
@@ -111,6 +126,11 @@ func TestPostponeTurnsRound(t *testing.T) {
 	h := &heldTables{m: m, tables: make(map[[2]string][]heldTable)}
 	h.plan(t)
 	m.putPipeline(parsePipeline(t, "p", "there:source -> near:sink"))
+	for _, st := range m.engine.Plan().Steps {
+		if _, _, by := m.engine.Postpone(st, h.older("p")); !slices.Equal(by, []string{"a"}) {
+			t.Fatalf("it waits for %v, and not for a", by)
+		}
+	}
 	h.plan(t)
 	if r := m.runs("p"); len(r["near"]) != 1 || len(r["there"]) != 0 {
 		t.Fatalf("told at once is %v", r)

@@ -70,13 +70,14 @@ func (t *tx) countRevoked(sidecar string, by int) uint64 {
 }
 
 // revoke turns an assignment into a revocation, if it is none already. prev is what
-// is stored, nil for nothing.
-func (t *tx) revoke(prev *commandpb.Assignment) {
+// is stored, nil for nothing. The sidecar may go by what is revoked for replacedMS.
+func (t *tx) revoke(prev *commandpb.Assignment, replacedMS uint64) {
 	if prev == nil || prev.Revoked {
 		return
 	}
 	next := &commandpb.Assignment{
 		SidecarId: prev.SidecarId, PipelineId: prev.PipelineId, Revoked: true, PipelineVersion: prev.PipelineVersion,
+		Replaced: t.replacedHops(prev, nil, replacedMS),
 	}
 	revoked := t.saveAssignment(prev, next)
 	ref := &commandpb.RevokedRef{SidecarId: next.SidecarId, PipelineId: next.PipelineId, Generation: next.Generation, TimeMs: t.now}
@@ -99,8 +100,8 @@ func (t *tx) forget(a *commandpb.Assignment) {
 	t.emit(TableAssignments, AssignmentKey(a.SidecarId, a.PipelineId), a, nil)
 }
 
-// purgeRevoked drops revocations that are too old or too many, up to one that
-// somebody waits for. The commands that make revocations call it, a bounded step
+// purgeRevoked drops revocations that are too old or too many, up to one that is still
+// remembered. The commands that make revocations call it, a bounded step
 // each.
 func (t *tx) purgeRevoked() {
 	c := t.clock
@@ -115,7 +116,7 @@ func (t *tx) purgeRevoked() {
 			}
 			a := t.assignment(ref.SidecarId, ref.PipelineId)
 			stands := a != nil && a.Revoked && a.Generation == ref.Generation
-			if stands && t.handover(ref.PipelineId, ref.SidecarId) != nil {
+			if stands && t.needed(a) {
 				return
 			}
 			t.remove(t.buf.sequence(prefixRevokedQueue, c.RevokedHead))
@@ -156,7 +157,7 @@ func (t *tx) applyAssignments(c *commandpb.ApplyAssignments) *commandpb.Rejectio
 	}
 	claimed := make(claims)
 	for _, ch := range c.Changes {
-		if stale[ch.PipelineId] || !t.applyChange(ch, c.Handovers, &pipeline, claimed) {
+		if stale[ch.PipelineId] || !t.applyChange(ch, c, &pipeline, claimed) {
 			t.res.Stale++
 		}
 		if t.err != nil {
@@ -284,13 +285,13 @@ func (t *tx) holds(ch *commandpb.AssignmentChange, planned uint64, pipeline *las
 	return p != nil && p.Version == ch.PipelineVersion && !newer(p.CreateRevision) && p.GetSpec().GetEnabled()
 }
 
-// applyChange records one change that holds. It reports false, and nothing is
+// applyChange records one change of c that holds. It reports false, and nothing is
 // recorded, when somebody else has yet to let go of what it gives.
-func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipeline *lastPipeline, claimed claims) bool {
+func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssignments, pipeline *lastPipeline, claimed claims) bool {
 	if ch.Revoke {
 		prev := t.assignment(ch.SidecarId, ch.PipelineId)
 		letGo, shared := released(ch, prev, nil)
-		t.revoke(prev)
+		t.revoke(prev, c.ReplacedMs)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 		claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, local(prev), nil)
 		return true
@@ -306,10 +307,13 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, handovers bool, pipelin
 	}
 	had, has := local(prev), local(next)
 	takes := slices.DeleteFunc(slices.Clone(has), func(s string) bool { return slices.Contains(had, s) })
-	if handovers && len(takes) > 0 {
+	if c.Handovers && len(takes) > 0 {
 		if pipeline.load(t, ch.PipelineId); !t.mayTake(claimed, ch.SidecarId, pipeline, takes) {
 			return false
 		}
+	}
+	if next.Replaced = t.replacedHops(prev, next.Stages, c.ReplacedMs); len(next.Replaced) > maxReplaced {
+		return false
 	}
 	letGo, shared := released(ch, prev, has)
 	t.saveAssignment(prev, next)

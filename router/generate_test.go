@@ -101,7 +101,7 @@ func (g *commands) service() *pb.Service {
 }
 
 func (g *commands) changes() *pb.ApplyAssignments {
-	a := &pb.ApplyAssignments{PlannedRevision: uint64(g.r.Intn(3)) * 100, Handovers: g.r.Intn(2) == 0}
+	a := &pb.ApplyAssignments{PlannedRevision: uint64(g.r.Intn(3)) * 100, Handovers: g.r.Intn(2) == 0, ReplacedMs: uint64(g.r.Intn(3)) * 5000}
 	for range g.r.Intn(6) {
 		a.Changes = append(a.Changes, &pb.AssignmentChange{
 			SidecarId: g.pick("sidecar", 4), PipelineId: g.pick("pipeline", 4), SidecarGeneration: uint64(1 + g.r.Intn(3)),

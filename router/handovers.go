@@ -329,8 +329,10 @@ func (t *tx) endHandover(e *commandpb.EndedHandover) bool {
 	return true
 }
 
-// drainSidecar has a sidecar lose what others can run. Draining one that drains
-// sets the new deadline; who was to leave still is, unless it is undrained.
+// drainSidecar has a sidecar lose what others can run. Of one that drains already the
+// earlier deadline stands; who was to leave still is, unless it is undrained. One that
+// is only now to leave has the time it is given now: the deadline of a drain before may
+// be long over, and to remove it at once would start elsewhere what it still runs.
 //
 // Rejections: INVALID (id), LIMIT (timeout), NOT_FOUND.
 func (t *tx) drainSidecar(c *commandpb.DrainSidecar) *commandpb.Rejection {
@@ -350,11 +352,12 @@ func (t *tx) drainSidecar(c *commandpb.DrainSidecar) *commandpb.Rejection {
 	if !prev.Draining {
 		next.Draining, next.DrainSinceMs = true, t.now
 	}
-	switch {
-	case c.TimeoutMs > 0:
-		next.DrainDeadlineMs = t.now + c.TimeoutMs
-	case !next.Leaves:
-		next.DrainDeadlineMs = 0
+	switch asked := t.now + c.TimeoutMs; {
+	case c.TimeoutMs == 0:
+	case c.Leaves && !prev.Leaves:
+		next.DrainDeadlineMs = asked
+	default:
+		next.DrainDeadlineMs = earlier(prev.DrainDeadlineMs, asked)
 	}
 	if !proto.Equal(prev, next) {
 		t.saveSidecar(prev, next)

@@ -133,7 +133,7 @@ func (t *tx) deletePipeline(c *commandpb.DeletePipeline) *commandpb.Rejection {
 				letGo = append(letGo, s)
 			}
 		}
-		t.revoke(ran)
+		t.revoke(ran, c.ReleaseTimeoutMs)
 		t.release(sidecar, c.PipelineId, letGo, nil, c.ReleaseTimeoutMs)
 	}
 	t.purgeRevoked()

@@ -29,7 +29,7 @@ func (h *revocationHeap) Pop() any {
 	return r
 }
 
-// forgetOldest drops a sidecar's oldest revocation. One that somebody waits for
+// forgetOldest drops a sidecar's oldest revocation. One that is still needed
 // stays: a node that has never spoken to the sidecar could not tell it any more.
 //
 // A command reads the revocations of a sidecar once. One that takes ten thousand
@@ -44,7 +44,7 @@ func (t *tx) forgetOldest(sidecar string) {
 		oldest := (*h)[0]
 		a := t.assignment(sidecar, oldest.pipeline)
 		stands := a != nil && a.Revoked && a.Generation == oldest.generation
-		if stands && t.handover(oldest.pipeline, sidecar) != nil {
+		if stands && t.needed(a) {
 			return
 		}
 		heap.Pop(h)

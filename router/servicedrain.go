@@ -15,8 +15,10 @@ const maxPurged = 1000
 
 // drainService marks a service as draining: it is given nothing new, keeps the
 // partitions it holds, and is removed by the leader once it has nothing left, or at
-// the deadline. Draining one that drains sets the new deadline. It is in the state
-// and not in the leader's memory, so that the next leader goes on with it.
+// the deadline, which the result holds. It is in the state and not in the leader's
+// memory, so that the next leader goes on with it. Of one that drains already the
+// earlier deadline stands: were it the newer, a client that asks again and again would
+// put the end off for ever.
 //
 // Rejections: INVALID (id, no timeout), LIMIT (timeout), FENCED (the registration is
 // another one). Draining what is not there succeeds with existed unset.
@@ -44,12 +46,21 @@ func (t *tx) drainService(c *commandpb.DrainService) *commandpb.Rejection {
 		// Never 0, which would say that it does not drain.
 		next.DrainSinceMs = max(t.now, 1)
 	}
-	next.DrainDeadlineMs = t.now + c.TimeoutMs
+	next.DrainDeadlineMs = earlier(prev.DrainDeadlineMs, t.now+c.TimeoutMs)
+	t.res.DeadlineMs = next.DrainDeadlineMs
 	if proto.Equal(prev, next) {
 		return nil
 	}
 	t.drainMemberships(c.ServiceId, true)
 	return t.saveService(prev, next)
+}
+
+// earlier returns the earlier of two deadlines, the first of which may be 0 for none.
+func earlier(stands, asked uint64) uint64 {
+	if stands == 0 {
+		return asked
+	}
+	return min(stands, asked)
 }
 
 // otherRegistration refuses what is meant for another registration than that of s.

@@ -143,7 +143,7 @@ func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Reject
 		runs = append(runs, a)
 	})
 	for _, a := range runs {
-		t.revoke(a)
+		t.revoke(a, 0) // it is gone, by the word of the caller
 	}
 	t.purgeRevoked()
 	return nil

@@ -343,7 +343,7 @@ func (a *adminAPI) GetPipeline(ctx context.Context, req *adminpb.GetPipelineRequ
 	if p == nil {
 		return &adminpb.GetPipelineResponse{Revision: v.Revision(), Epoch: v.Epoch()}, nil
 	}
-	st, err := a.newPlacementReader(ctx, v).status(p)
+	st, err := a.newPlacementReader(ctx, v, req.PipelineId).status(p)
 	if err != nil {
 		return nil, err
 	}
@@ -363,7 +363,7 @@ func (a *adminAPI) ListPipelines(ctx context.Context, req *adminpb.ListPipelines
 	}
 	defer v.Close()
 	resp := &adminpb.ListPipelinesResponse{Revision: v.Revision(), Epoch: v.Epoch()}
-	placements := a.newPlacementReader(ctx, v)
+	placements := a.newPlacementReader(ctx, v, "")
 	var inner error
 	size := 0
 	err = v.Pipelines(after, 0, func(p *commandpb.Pipeline) bool {

@@ -101,15 +101,15 @@ func (a *clusterAPI) pendingStages(ctx context.Context, v *router.View, p *comma
 		})
 		return nil
 	}
-	if a.cfg.PutOff != nil && a.cfg.PutOff(p.GetSpec().GetId()) {
-		resp.Pending = append(resp.Pending, &clusterpb.PendingStage{
-			Reason: "some sidecars are told their part once others have heard of theirs, or records could go to and fro between them",
-		})
+	for _, h := range a.held(p.GetSpec().GetId()).GetPipelines() {
+		if h.PutOff > 0 {
+			resp.Pending = append(resp.Pending, &clusterpb.PendingStage{Reason: "some sidecars are told their part later: " + putOffReason(h)})
+		}
 	}
 	if !p.GetSpec().GetEnabled() {
 		return nil
 	}
-	st, err := a.newPlacementReader(ctx, v).status(p)
+	st, err := a.newPlacementReader(ctx, v, p.GetSpec().GetId()).status(p)
 	if err != nil {
 		return err
 	}

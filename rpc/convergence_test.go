@@ -37,7 +37,12 @@ func TestConvergence(t *testing.T) {
 	putOff := ""
 	a := newAPI(t, func(c *ServerConfig) {
 		c.Planned = func() uint64 { return planned }
-		c.PutOff = func(pipeline string) bool { return pipeline == putOff }
+		c.Held = func(pipeline string) []HeldPipeline {
+			if pipeline != putOff {
+				return nil
+			}
+			return []HeldPipeline{{Pipeline: pipeline, Later: 1, Sidecars: []string{"ns/says"}, HeardBy: time.Unix(60, 0)}}
+		}
 	})
 	_, err := a.cluster.GetConvergence(a.ctx(), &clusterpb.GetConvergenceRequest{PipelineId: "p"})
 	wantCode(t, err, codes.NotFound)
@@ -52,7 +57,7 @@ func TestConvergence(t *testing.T) {
 		t.Fatalf("not placed: %v", r)
 	}
 	putOff = "p"
-	if r := a.convergence("p"); r.Converged || len(r.Pending) != 3 || r.Pending[0].StageId != "" {
+	if r := a.convergence("p"); r.Converged || len(r.Pending) != 3 || r.Pending[0].StageId != "" || !strings.Contains(r.Pending[0].Reason, "before sidecar ns/says has confirmed") {
 		t.Fatalf("put off: %v", r)
 	}
 	putOff = ""

@@ -18,12 +18,13 @@ import (
 type placementReader struct {
 	ctx   context.Context
 	v     *router.View
+	word  leaderWords
 	study PlacementStudy // nil = none, or it has no time
 	busy  bool           // study had no time
 	// reasons are those of pipeline, the last one asked about: its stages are asked
 	// about in a row.
 	pipeline string
-	reasons  map[string]string
+	reasons  map[string]plannedReason
 	offers   map[string]sidecarCount // by normalised service name
 	byType   map[commandpb.ServiceType]sidecarCount
 	sidecars int
@@ -32,8 +33,15 @@ type placementReader struct {
 // sidecarCount counts sidecars by whether they are alive.
 type sidecarCount struct{ alive, gone int }
 
-func (s *Server) newPlacementReader(ctx context.Context, v *router.View) *placementReader {
-	return &placementReader{ctx: ctx, v: v, study: s.cfg.Placement}
+// plannedReason is why a stage runs nowhere, by the planner.
+type plannedReason struct {
+	text   string
+	placed bool // it has a place
+}
+
+// newPlacementReader returns one for a pipeline, or for many when that is empty.
+func (s *Server) newPlacementReader(ctx context.Context, v *router.View, pipeline string) *placementReader {
+	return &placementReader{ctx: ctx, v: v, study: s.cfg.Placement, word: leaderWords{s: s, ctx: ctx, pipeline: pipeline}}
 }
 
 // status describes one pipeline of the view.
@@ -68,6 +76,7 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 	for _, stage := range p.GetSpec().GetStages() {
 		placed := &adminpb.StagePlacement{StageId: stage.Id, SidecarIds: runs[stage.Id]}
 		slices.Sort(placed.SidecarIds)
+		var silent []*commandpb.Sidecar
 		for _, id := range placed.SidecarIds {
 			s, err := r.v.Sidecar(id)
 			if err != nil {
@@ -76,14 +85,18 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 			if s.GetDraining() {
 				placed.Draining = append(placed.Draining, id)
 			}
+			if isSilent(s) {
+				placed.Silent, silent = append(placed.Silent, id), append(silent, s)
+			}
+		}
+		if len(silent) == len(placed.SidecarIds) {
+			placed.SilentReason = silentReason(silent)
 		}
 		for _, h := range releasing[stage.Id] {
 			placed.Releasing = append(placed.Releasing, h.SidecarId)
 		}
-		if len(placed.SidecarIds) == 0 && len(placed.Releasing) > 0 && st.Enabled {
-			placed.PendingReason = handoverReason(releasing[stage.Id], stage.Id)
-		} else if len(placed.SidecarIds) == 0 {
-			if placed.PendingReason, err = r.pending(p, stage); err != nil {
+		if len(placed.SidecarIds) == 0 {
+			if placed.PendingReason, err = r.pending(p, stage, releasing[stage.Id]); err != nil {
 				return nil, err
 			}
 		}
@@ -106,7 +119,8 @@ func releasingOf(v *router.View, pipeline string) (map[string][]*commandpb.Hando
 	return out, err
 }
 
-// handoverReason says whom a stage waits for, and how long at most.
+// handoverReason says whom a stage waits for, and how long at most. It does not say that
+// anybody is given it then: that is the planner's to say.
 func handoverReason(from []*commandpb.Handover, stage string) string {
 	h := from[0]
 	var until uint64
@@ -117,17 +131,24 @@ func handoverReason(from []*commandpb.Handover, stage string) string {
 			}
 		}
 	}
-	return fmt.Sprintf("sidecar %s was told to let go of it and has not confirmed that; another one is given it when it has, or at %s",
-		h.SidecarId, time.UnixMilli(int64(until)).UTC().Format(time.RFC3339))
+	who := "sidecar " + h.SidecarId + " was told"
+	if n := len(from) - 1; n > 0 {
+		who = fmt.Sprintf("sidecar %s and %d more were told", h.SidecarId, n)
+	}
+	return fmt.Sprintf("%s to let go of it and has not confirmed that; nobody else is given it before, or before %s", who, clock(time.UnixMilli(int64(until))))
 }
 
-// pending says in a sentence why nobody runs a stage.
-func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage) (string, error) {
+// pending says in a sentence why nobody runs a stage. releasing are the handovers it
+// waits for.
+func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage, releasing []*commandpb.Handover) (string, error) {
 	if !p.GetSpec().GetEnabled() {
 		return "the pipeline is disabled", nil
 	}
-	if reason := r.explained(p.GetSpec().GetId(), stage.GetId()); reason != "" {
-		return reason, nil
+	if planned := r.explained(p.GetSpec().GetId(), stage.GetId()); planned.text != "" {
+		return pendingReason(p, stage.GetId(), planned, releasing, &r.word), nil
+	}
+	if len(releasing) > 0 {
+		return handoverReason(releasing, stage.GetId()), nil
 	}
 	if r.busy {
 		return "no sidecar runs it; this node is too busy to find out why: ask again", nil
@@ -151,21 +172,21 @@ func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage)
 	return fmt.Sprintf("no sidecar offers service %q", name), nil
 }
 
-// explained is what the planner says of a stage; "" when it says nothing. Without
+// explained is what the planner says of a stage; no text when it says nothing. Without
 // time for that a listing goes on without the reasons, rather than fail.
-func (r *placementReader) explained(pipeline, stage string) string {
+func (r *placementReader) explained(pipeline, stage string) plannedReason {
 	if r.study == nil {
-		return ""
+		return plannedReason{}
 	}
 	if r.reasons == nil || r.pipeline != pipeline {
 		stages, _, err := r.study.Explain(r.ctx, pipeline, placement.Query{})
 		if err != nil {
 			r.study, r.busy = nil, true
-			return ""
+			return plannedReason{}
 		}
-		r.pipeline, r.reasons = pipeline, make(map[string]string, len(stages))
+		r.pipeline, r.reasons = pipeline, make(map[string]plannedReason, len(stages))
 		for _, st := range stages {
-			r.reasons[st.Stage] = st.Pending
+			r.reasons[st.Stage] = plannedReason{st.Pending, st.Placed}
 		}
 	}
 	return r.reasons[stage]

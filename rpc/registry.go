@@ -162,7 +162,7 @@ func (a *registryAPI) drainService(ctx context.Context, req *registrypb.Deregist
 	}
 	resp := &registrypb.DeregisterResponse{Success: true, Existed: res.GetExisted(), Revision: res.GetRevision()}
 	if res.GetExisted() {
-		resp.Draining, resp.RemovedBy = true, timestampMs(res.GetTimeMs()+timeout)
+		resp.Draining, resp.RemovedBy = true, timestampMs(res.GetDeadlineMs())
 	}
 	return resp, nil
 }

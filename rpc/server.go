@@ -114,9 +114,12 @@ type ServerConfig struct {
 	// Optional: without it RegisterSidecar waits for assignments alone.
 	PlannedChanged func() <-chan struct{}
 
-	// PutOff reports whether changes of a pipeline are decided that are only told once
-	// others have been heard of, while this node leads; it must not block. Optional.
-	PutOff func(pipeline string) bool
+	// Held returns what placement holds back of a pipeline, or of all when that is empty,
+	// by id, while this node leads; HeldExpiries how many sidecars would be expired if not
+	// too many had fallen silent at once, and until when they are not. Neither may block;
+	// both are optional.
+	Held         func(pipeline string) []HeldPipeline
+	HeldExpiries func() (n int, until time.Time)
 
 	// Waiting returns what placement waits for while this node leads; it must not
 	// block. Optional.

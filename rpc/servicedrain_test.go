@@ -92,6 +92,13 @@ func TestGracefulDeregistration(t *testing.T) {
 	if resp := deregister(&registrypb.DeregisterRequest{Graceful: true}); !resp.RemovedBy.AsTime().Equal(a.clock.Now().Add(defaultServiceDrain)) {
 		t.Fatal(resp)
 	}
+	by := a.clock.Now().Add(defaultServiceDrain)
+	for range 3 { // asked again and again, it goes no later, and the answer says so
+		a.clock.advance(time.Second)
+		if resp := deregister(&registrypb.DeregisterRequest{Graceful: true, DrainTimeout: durationpb.New(time.Hour)}); !resp.Draining || !resp.RemovedBy.AsTime().Equal(by) {
+			t.Fatalf("it is removed by %v, which was to be %v", resp.RemovedBy.AsTime(), by)
+		}
+	}
 	for _, d := range []time.Duration{-1, maxDrain + time.Second} {
 		_, err := a.registry.Deregister(a.ctx(), &registrypb.DeregisterRequest{ServiceId: "svc", Graceful: true, DrainTimeout: durationpb.New(d)})
 		wantCode(t, err, codes.InvalidArgument)

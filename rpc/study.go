@@ -92,7 +92,8 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	case len(stages) == 0 && req.StageId != "":
 		return nil, errAbsent("pipeline "+req.PipelineId, fmt.Sprintf("pipeline %q has no stage %q", req.PipelineId, req.StageId))
 	}
-	if err := a.waitingFor(req.PipelineId, stages); err != nil {
+	silent, err := a.waitingFor(ctx, req.PipelineId, stages)
+	if err != nil {
 		return nil, err
 	}
 	a.reader.SetHeader(ctx, at.Revision, at.Epoch)
@@ -100,6 +101,7 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	size := 0
 	for i := range stages {
 		st := explainedStage(&stages[i], limit)
+		st.SilentReason = silent[st.StageId]
 		if n := proto.Size(st); size+n <= studyAnswerBytes {
 			size += n
 		} else {
@@ -110,29 +112,44 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	return resp, nil
 }
 
-// waitingFor says of stages that run nowhere which sidecar has yet to let go of them,
-// as GetPipeline does. Handovers are of the state, and the planner does not know them.
-func (a *clusterAPI) waitingFor(pipeline string, stages []placement.StageStatus) error {
-	idle := func(s *placement.StageStatus) bool { return len(s.Sidecars) == 0 && s.Pending != "" }
-	if !slices.ContainsFunc(stages, func(s placement.StageStatus) bool { return idle(&s) }) {
-		return nil
-	}
+// waitingFor says of stages that run nowhere what else they wait for, as GetPipeline
+// does: handovers are of the state, and what is held back is the leader's to know; the
+// planner knows neither. Of stages that only silent sidecars run it returns why these
+// keep them.
+func (a *clusterAPI) waitingFor(ctx context.Context, pipeline string, stages []placement.StageStatus) (silent map[string]string, err error) {
 	v := a.cfg.State.View()
 	defer v.Close()
 	p, err := v.Pipeline(pipeline)
 	if err != nil || !p.GetSpec().GetEnabled() {
-		return err
+		return nil, err
 	}
 	releasing, err := releasingOf(v, pipeline)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	word := leaderWords{s: a.Server, ctx: ctx, pipeline: pipeline}
+	silent = make(map[string]string)
 	for i := range stages {
-		if s := &stages[i]; idle(s) && len(releasing[s.Stage]) > 0 {
-			s.Pending = handoverReason(releasing[s.Stage], s.Stage)
+		s := &stages[i]
+		if len(s.Sidecars) == 0 && s.Pending != "" {
+			s.Pending = pendingReason(p, s.Stage, plannedReason{s.Pending, s.Placed}, releasing[s.Stage], &word)
+			continue
 		}
+		var by []*commandpb.Sidecar
+		for _, id := range s.Sidecars {
+			sc, err := v.Sidecar(id)
+			if err != nil {
+				return nil, err
+			}
+			if !isSilent(sc) {
+				by = nil
+				break
+			}
+			by = append(by, sc)
+		}
+		silent[s.Stage] = silentReason(by)
 	}
-	return nil
+	return silent, nil
 }
 
 // errAbsent refuses a call about something that does not exist.

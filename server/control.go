@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"conveyor.etl/router/control"
+	"conveyor.etl/router/rpc"
 )
 
 // controlLoops are what this node does while it leads.
@@ -69,6 +70,14 @@ func (s *Server) handoverTimeout() time.Duration {
 func (s *Server) waiting() (heldMoves, handovers, draining int) {
 	st := s.control.placer.Stats()
 	return st.Held, st.Handovers, st.Draining
+}
+
+// held is what placement holds back, as the API has it.
+func (s *Server) held(pipeline string) (out []rpc.HeldPipeline) {
+	for _, h := range s.control.placer.Held(pipeline) {
+		out = append(out, rpc.HeldPipeline(h))
+	}
+	return out
 }
 
 // start runs the loops until ctx is done.

@@ -282,7 +282,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Waiting: s.waiting, HandoverTimeout: s.handoverTimeout(),
 		ClientAddr: s.transport.ClientAddr, Reachable: s.reachable, Placement: s.study,
 		PipelineQuality: control.PipelineQuality, Moved: s.moved,
-		Planned: s.control.planned.get, PlannedChanged: s.control.planned.next, PutOff: s.control.placer.PutOff,
+		Planned: s.control.planned.get, PlannedChanged: s.control.planned.next, Held: s.held, HeldExpiries: s.control.liveness.HeldExpiries,
 		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,
 		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,

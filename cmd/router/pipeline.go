@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -54,13 +55,14 @@ reads; the figures are its status, which apply ignores.`,
 				if a.format != output.Table {
 					return output.Document(a.stdout, a.format, shownPipeline{reply.GetConfig(), statusOf(reply.GetStatus(), quality)})
 				}
-				return printPipeline(a, reply.GetConfig(), reply.GetStatus(), quality)
+				return printPipeline(a, reply.GetConfig(), reply.GetStatus(), quality, pipelineHolds(ctx, c, args[0]))
 			})
 		},
 	}
 }
 
-func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus, quality *clusterpb.GetPlacementQualityResponse) error {
+func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus, quality *clusterpb.GetPlacementQualityResponse, holds *clusterpb.GetPlacementHoldsResponse) error {
+	silent := slices.ContainsFunc(st.GetPlacements(), func(pl *adminpb.StagePlacement) bool { return pl.GetSilentReason() != "" })
 	head := &output.Grid{}
 	head.Add("ID", p.GetId())
 	if p.GetDescription() != "" {
@@ -71,6 +73,9 @@ func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus
 	head.Add("UPDATED", when(st.GetUpdatedAt()))
 	if quality != nil {
 		head.Add("PLACEMENT", qualityLine(quality))
+	}
+	for _, line := range heldLines(holds, silent) {
+		head.Add("HELD BACK", line)
 	}
 	if err := head.Write(a.stdout); err != nil {
 		return err
@@ -95,6 +100,9 @@ func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus
 			}
 			if r := placed[s.GetId()].GetReleasing(); len(r) > 0 {
 				where += " (waits for " + strings.Join(r, ",") + ")"
+			}
+			if why := placed[s.GetId()].GetSilentReason(); why != "" {
+				where += " (silent: " + why + ")"
 			}
 		}
 		stages.Add(s.GetId(), short(s.GetStageType().String(), "STAGE_TYPE_"),

@@ -61,6 +61,9 @@ func printExplained(w io.Writer, st *clusterpb.ExplainedStage) error {
 	if st.GetPendingReason() != "" {
 		fmt.Fprintf(w, "  waits: %s\n", output.Clean(st.GetPendingReason()))
 	}
+	if st.GetSilentReason() != "" {
+		fmt.Fprintf(w, "  silent: %s\n", output.Clean(st.GetSilentReason()))
+	}
 	fmt.Fprintf(w, "  offered by %s, not by %d\n", count(st.GetOffering(), "sidecar", "sidecars"), st.GetStrangers())
 	if st.GetUnexamined() {
 		fmt.Fprintln(w, "  so many sidecars offer what the stages ask for that those of this one were not looked at: ask with --stage")

@@ -25,7 +25,9 @@ func newSidecarDrainCommand(a *app) *cobra.Command {
 		Long: `Take from a sidecar what others can run, and give it nothing more, until it is
 undrained. A stage that must not run twice is first taken from it, and given to
 another sidecar when this one has confirmed that it let go of it, counts as gone, or
-is out of time. What nobody else can run stays with it.`,
+is out of time. What nobody else can run stays with it. Of a sidecar that drains already
+the earlier deadline stands, unless it is only now to be removed: undrain it to give it
+more time.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {

@@ -870,7 +870,8 @@ func (x *DeregisterService) GetDrainedOnly() bool {
 	return false
 }
 
-// DrainService gives a service nothing new, until it is removed.
+// DrainService gives a service nothing new, until it is removed. Of one that drains
+// already the earlier deadline stands.
 type DrainService struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ServiceId      string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
@@ -2238,10 +2239,12 @@ func (x *TransitionSidecar) GetGraceMs() uint64 {
 // DrainSidecar takes from a sidecar what others can run, and gives it nothing
 // more.
 type DrainSidecar struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
-	TimeoutMs     uint64                 `protobuf:"varint,2,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"` // from now, how long it is waited for; 0 = as for any other release
-	Leaves        bool                   `protobuf:"varint,3,opt,name=leaves,proto3" json:"leaves,omitempty"`                        // remove it once it runs nothing, or at the deadline
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	// From now, how long it is waited for; 0 = as for any other release. Of one that
+	// drains already the earlier deadline stands, unless it is only now to leave.
+	TimeoutMs     uint64 `protobuf:"varint,2,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	Leaves        bool   `protobuf:"varint,3,opt,name=leaves,proto3" json:"leaves,omitempty"` // remove it once it runs nothing, or at the deadline
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2467,7 +2470,10 @@ type ApplyAssignments struct {
 	// A change that gives a sidecar a stage which another has yet to let go of is
 	// stale, and so is one that would let more sidecars run an entry stage than its
 	// parallelism says.
-	Handovers     bool `protobuf:"varint,3,opt,name=handovers,proto3" json:"handovers,omitempty"`
+	Handovers bool `protobuf:"varint,3,opt,name=handovers,proto3" json:"handovers,omitempty"`
+	// For how long a sidecar may go by a table after it was replaced: so long the
+	// assignment says to whom it handed over by it. 0 = it does not.
+	ReplacedMs    uint64 `protobuf:"varint,4,opt,name=replaced_ms,json=replacedMs,proto3" json:"replaced_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2521,6 +2527,13 @@ func (x *ApplyAssignments) GetHandovers() bool {
 		return x.Handovers
 	}
 	return false
+}
+
+func (x *ApplyAssignments) GetReplacedMs() uint64 {
+	if x != nil {
+		return x.ReplacedMs
+	}
+	return 0
 }
 
 type AssignmentChange struct {
@@ -3118,6 +3131,7 @@ type Result struct {
 	Watermark       *Watermark             `protobuf:"bytes,13,opt,name=watermark,proto3" json:"watermark,omitempty"`                                     // the source's global watermark after the command
 	RepeatedRequest bool                   `protobuf:"varint,14,opt,name=repeated_request,json=repeatedRequest,proto3" json:"repeated_request,omitempty"` // answered from the record of an earlier command with this request id
 	Epoch           uint64                 `protobuf:"varint,15,opt,name=epoch,proto3" json:"epoch,omitempty"`                                            // restore epoch after the command
+	DeadlineMs      uint64                 `protobuf:"varint,16,opt,name=deadline_ms,json=deadlineMs,proto3" json:"deadline_ms,omitempty"`                // of the drain of the service concerned
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -3253,6 +3267,13 @@ func (x *Result) GetRepeatedRequest() bool {
 func (x *Result) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Result) GetDeadlineMs() uint64 {
+	if x != nil {
+		return x.DeadlineMs
 	}
 	return 0
 }
@@ -3601,11 +3622,13 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\vpipeline_id\x18\x02 \x01(\tR\n" +
 	"pipelineId\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12/\n" +
-	"\x03end\x18\x04 \x01(\x0e2\x1d.conveyor.command.HandoverEndR\x03end\"\x99\x01\n" +
+	"\x03end\x18\x04 \x01(\x0e2\x1d.conveyor.command.HandoverEndR\x03end\"\xba\x01\n" +
 	"\x10ApplyAssignments\x12<\n" +
 	"\achanges\x18\x01 \x03(\v2\".conveyor.command.AssignmentChangeR\achanges\x12)\n" +
 	"\x10planned_revision\x18\x02 \x01(\x04R\x0fplannedRevision\x12\x1c\n" +
-	"\thandovers\x18\x03 \x01(\bR\thandovers\"\x99\x03\n" +
+	"\thandovers\x18\x03 \x01(\bR\thandovers\x12\x1f\n" +
+	"\vreplaced_ms\x18\x04 \x01(\x04R\n" +
+	"replacedMs\"\x99\x03\n" +
 	"\x10AssignmentChange\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
@@ -3648,7 +3671,7 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\"K\n" +
 	"\x0eAbandonRestore\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xf6\x03\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x97\x04\n" +
 	"\x06Result\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x129\n" +
 	"\trejection\x18\x02 \x01(\v2\x1b.conveyor.command.RejectionR\trejection\x12\x18\n" +
@@ -3669,7 +3692,9 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x05stale\x18\f \x01(\rR\x05stale\x129\n" +
 	"\twatermark\x18\r \x01(\v2\x1b.conveyor.command.WatermarkR\twatermark\x12)\n" +
 	"\x10repeated_request\x18\x0e \x01(\bR\x0frepeatedRequest\x12\x14\n" +
-	"\x05epoch\x18\x0f \x01(\x04R\x05epoch\"\xa3\x01\n" +
+	"\x05epoch\x18\x0f \x01(\x04R\x05epoch\x12\x1f\n" +
+	"\vdeadline_ms\x18\x10 \x01(\x04R\n" +
+	"deadlineMs\"\xa3\x01\n" +
 	"\tRejection\x12*\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x16.conveyor.command.CodeR\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +

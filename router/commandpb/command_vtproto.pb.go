@@ -2532,6 +2532,11 @@ func (m *ApplyAssignments) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ReplacedMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ReplacedMs))
+		i--
+		dAtA[i] = 0x20
+	}
 	if m.Handovers {
 		i--
 		if m.Handovers {
@@ -3104,6 +3109,13 @@ func (m *Result) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.DeadlineMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.DeadlineMs))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0x80
 	}
 	if m.Epoch != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Epoch))
@@ -4475,6 +4487,9 @@ func (m *ApplyAssignments) SizeVT() (n int) {
 	if m.Handovers {
 		n += 2
 	}
+	if m.ReplacedMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ReplacedMs))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -4739,6 +4754,9 @@ func (m *Result) SizeVT() (n int) {
 	}
 	if m.Epoch != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.Epoch))
+	}
+	if m.DeadlineMs != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.DeadlineMs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -10024,6 +10042,25 @@ func (m *ApplyAssignments) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Handovers = bool(v != 0)
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ReplacedMs", wireType)
+			}
+			m.ReplacedMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ReplacedMs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -11728,6 +11765,25 @@ func (m *Result) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.Epoch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 16:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field DeadlineMs", wireType)
+			}
+			m.DeadlineMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.DeadlineMs |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

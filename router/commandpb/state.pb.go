@@ -1903,8 +1903,12 @@ type Assignment struct {
 	PipelineVersion uint64                 `protobuf:"varint,7,opt,name=pipeline_version,json=pipelineVersion,proto3" json:"pipeline_version,omitempty"`
 	ModRevision     uint64                 `protobuf:"varint,8,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
 	ChangedAtMs     uint64                 `protobuf:"varint,9,opt,name=changed_at_ms,json=changedAtMs,proto3" json:"changed_at_ms,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// To whom it handed over by tables before this one, and does not by this one, while
+	// the sidecar may still go by these; by sidecar id. Those whose time is over go with
+	// the next change.
+	Replaced      []*ReplacedHop `protobuf:"bytes,10,rep,name=replaced,proto3" json:"replaced,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
@@ -2000,6 +2004,65 @@ func (x *Assignment) GetChangedAtMs() uint64 {
 	return 0
 }
 
+func (x *Assignment) GetReplaced() []*ReplacedHop {
+	if x != nil {
+		return x.Replaced
+	}
+	return nil
+}
+
+type ReplacedHop struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	UntilMs       uint64                 `protobuf:"varint,2,opt,name=until_ms,json=untilMs,proto3" json:"until_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplacedHop) Reset() {
+	*x = ReplacedHop{}
+	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplacedHop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplacedHop) ProtoMessage() {}
+
+func (x *ReplacedHop) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplacedHop.ProtoReflect.Descriptor instead.
+func (*ReplacedHop) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReplacedHop) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *ReplacedHop) GetUntilMs() uint64 {
+	if x != nil {
+		return x.UntilMs
+	}
+	return 0
+}
+
 // Handover lists what a sidecar has been told to let go of and is not known to
 // have let go of. Nobody else is given these stages while it is there.
 type Handover struct {
@@ -2015,7 +2078,7 @@ type Handover struct {
 
 func (x *Handover) Reset() {
 	*x = Handover{}
-	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	mi := &file_conveyor_command_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2027,7 +2090,7 @@ func (x *Handover) String() string {
 func (*Handover) ProtoMessage() {}
 
 func (x *Handover) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	mi := &file_conveyor_command_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2040,7 +2103,7 @@ func (x *Handover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Handover.ProtoReflect.Descriptor instead.
 func (*Handover) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Handover) GetPipelineId() string {
@@ -2090,7 +2153,7 @@ type Release struct {
 
 func (x *Release) Reset() {
 	*x = Release{}
-	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	mi := &file_conveyor_command_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2165,7 @@ func (x *Release) String() string {
 func (*Release) ProtoMessage() {}
 
 func (x *Release) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	mi := &file_conveyor_command_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2178,7 @@ func (x *Release) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Release.ProtoReflect.Descriptor instead.
 func (*Release) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{18}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Release) GetStageId() string {
@@ -2159,7 +2222,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_conveyor_command_state_proto_msgTypes[19]
+	mi := &file_conveyor_command_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2234,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[19]
+	mi := &file_conveyor_command_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2247,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{19}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GroupMember) GetServiceId() string {
@@ -2237,7 +2300,7 @@ type Group struct {
 
 func (x *Group) Reset() {
 	*x = Group{}
-	mi := &file_conveyor_command_state_proto_msgTypes[20]
+	mi := &file_conveyor_command_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2249,7 +2312,7 @@ func (x *Group) String() string {
 func (*Group) ProtoMessage() {}
 
 func (x *Group) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[20]
+	mi := &file_conveyor_command_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2262,7 +2325,7 @@ func (x *Group) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Group.ProtoReflect.Descriptor instead.
 func (*Group) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{20}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Group) GetGroupId() string {
@@ -2325,7 +2388,7 @@ type Offset struct {
 
 func (x *Offset) Reset() {
 	*x = Offset{}
-	mi := &file_conveyor_command_state_proto_msgTypes[21]
+	mi := &file_conveyor_command_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2400,7 @@ func (x *Offset) String() string {
 func (*Offset) ProtoMessage() {}
 
 func (x *Offset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[21]
+	mi := &file_conveyor_command_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2413,7 @@ func (x *Offset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Offset.ProtoReflect.Descriptor instead.
 func (*Offset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Offset) GetOffset() uint64 {
@@ -2387,7 +2450,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_conveyor_command_state_proto_msgTypes[22]
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2399,7 +2462,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[22]
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2412,7 +2475,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Watermark) GetSourceId() string {
@@ -2461,7 +2524,7 @@ type SourceOffset struct {
 
 func (x *SourceOffset) Reset() {
 	*x = SourceOffset{}
-	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2473,7 +2536,7 @@ func (x *SourceOffset) String() string {
 func (*SourceOffset) ProtoMessage() {}
 
 func (x *SourceOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2486,7 +2549,7 @@ func (x *SourceOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceOffset.ProtoReflect.Descriptor instead.
 func (*SourceOffset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SourceOffset) GetSourceId() string {
@@ -2524,7 +2587,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2536,7 +2599,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2549,7 +2612,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Checkpoint) GetServiceId() string {
@@ -2619,7 +2682,7 @@ type Clock struct {
 
 func (x *Clock) Reset() {
 	*x = Clock{}
-	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2631,7 +2694,7 @@ func (x *Clock) String() string {
 func (*Clock) ProtoMessage() {}
 
 func (x *Clock) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2644,7 +2707,7 @@ func (x *Clock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Clock.ProtoReflect.Descriptor instead.
 func (*Clock) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Clock) GetRevision() uint64 {
@@ -2749,7 +2812,7 @@ type RequestRef struct {
 
 func (x *RequestRef) Reset() {
 	*x = RequestRef{}
-	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2761,7 +2824,7 @@ func (x *RequestRef) String() string {
 func (*RequestRef) ProtoMessage() {}
 
 func (x *RequestRef) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2774,7 +2837,7 @@ func (x *RequestRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestRef.ProtoReflect.Descriptor instead.
 func (*RequestRef) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RequestRef) GetRequestId() string {
@@ -2804,7 +2867,7 @@ type RevokedRef struct {
 
 func (x *RevokedRef) Reset() {
 	*x = RevokedRef{}
-	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2816,7 +2879,7 @@ func (x *RevokedRef) String() string {
 func (*RevokedRef) ProtoMessage() {}
 
 func (x *RevokedRef) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2829,7 +2892,7 @@ func (x *RevokedRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokedRef.ProtoReflect.Descriptor instead.
 func (*RevokedRef) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RevokedRef) GetSidecarId() string {
@@ -2871,7 +2934,7 @@ type GroupPast struct {
 
 func (x *GroupPast) Reset() {
 	*x = GroupPast{}
-	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +2946,7 @@ func (x *GroupPast) String() string {
 func (*GroupPast) ProtoMessage() {}
 
 func (x *GroupPast) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +2959,7 @@ func (x *GroupPast) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupPast.ProtoReflect.Descriptor instead.
 func (*GroupPast) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GroupPast) GetGeneration() uint64 {
@@ -2935,7 +2998,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	mi := &file_conveyor_command_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2947,7 +3010,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	mi := &file_conveyor_command_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2960,7 +3023,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Operation) GetOperationId() string {
@@ -3112,7 +3175,7 @@ type RestoreSource struct {
 
 func (x *RestoreSource) Reset() {
 	*x = RestoreSource{}
-	mi := &file_conveyor_command_state_proto_msgTypes[30]
+	mi := &file_conveyor_command_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3124,7 +3187,7 @@ func (x *RestoreSource) String() string {
 func (*RestoreSource) ProtoMessage() {}
 
 func (x *RestoreSource) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[30]
+	mi := &file_conveyor_command_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3137,7 +3200,7 @@ func (x *RestoreSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSource.ProtoReflect.Descriptor instead.
 func (*RestoreSource) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{30}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RestoreSource) GetClusterId() uint64 {
@@ -3210,7 +3273,7 @@ type RestoreStage struct {
 
 func (x *RestoreStage) Reset() {
 	*x = RestoreStage{}
-	mi := &file_conveyor_command_state_proto_msgTypes[31]
+	mi := &file_conveyor_command_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3222,7 +3285,7 @@ func (x *RestoreStage) String() string {
 func (*RestoreStage) ProtoMessage() {}
 
 func (x *RestoreStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[31]
+	mi := &file_conveyor_command_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3235,7 +3298,7 @@ func (x *RestoreStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreStage.ProtoReflect.Descriptor instead.
 func (*RestoreStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{31}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RestoreStage) GetOperationId() string {
@@ -3463,7 +3526,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12%\n" +
 	"\x0elocal_endpoint\x18\x02 \x01(\tR\rlocalEndpoint\x12*\n" +
 	"\x11remote_sidecar_id\x18\x03 \x01(\tR\x0fremoteSidecarId\x12'\n" +
-	"\x0fremote_endpoint\x18\x04 \x01(\tR\x0eremoteEndpoint\"\xda\x02\n" +
+	"\x0fremote_endpoint\x18\x04 \x01(\tR\x0eremoteEndpoint\"\x95\x03\n" +
 	"\n" +
 	"Assignment\x12\x1d\n" +
 	"\n" +
@@ -3478,7 +3541,13 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"generation\x12)\n" +
 	"\x10pipeline_version\x18\a \x01(\x04R\x0fpipelineVersion\x12!\n" +
 	"\fmod_revision\x18\b \x01(\x04R\vmodRevision\x12\"\n" +
-	"\rchanged_at_ms\x18\t \x01(\x04R\vchangedAtMs\"\xcd\x01\n" +
+	"\rchanged_at_ms\x18\t \x01(\x04R\vchangedAtMs\x129\n" +
+	"\breplaced\x18\n" +
+	" \x03(\v2\x1d.conveyor.command.ReplacedHopR\breplaced\"G\n" +
+	"\vReplacedHop\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x19\n" +
+	"\buntil_ms\x18\x02 \x01(\x04R\auntilMs\"\xcd\x01\n" +
 	"\bHandover\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x1d\n" +
@@ -3670,7 +3739,7 @@ func file_conveyor_command_state_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_state_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_conveyor_command_state_proto_goTypes = []any{
 	(ServiceType)(0),        // 0: conveyor.command.ServiceType
 	(HealthStatus)(0),       // 1: conveyor.command.HealthStatus
@@ -3697,36 +3766,37 @@ var file_conveyor_command_state_proto_goTypes = []any{
 	(*Sidecar)(nil),         // 22: conveyor.command.Sidecar
 	(*StageAssignment)(nil), // 23: conveyor.command.StageAssignment
 	(*Assignment)(nil),      // 24: conveyor.command.Assignment
-	(*Handover)(nil),        // 25: conveyor.command.Handover
-	(*Release)(nil),         // 26: conveyor.command.Release
-	(*GroupMember)(nil),     // 27: conveyor.command.GroupMember
-	(*Group)(nil),           // 28: conveyor.command.Group
-	(*Offset)(nil),          // 29: conveyor.command.Offset
-	(*Watermark)(nil),       // 30: conveyor.command.Watermark
-	(*SourceOffset)(nil),    // 31: conveyor.command.SourceOffset
-	(*Checkpoint)(nil),      // 32: conveyor.command.Checkpoint
-	(*Clock)(nil),           // 33: conveyor.command.Clock
-	(*RequestRef)(nil),      // 34: conveyor.command.RequestRef
-	(*RevokedRef)(nil),      // 35: conveyor.command.RevokedRef
-	(*GroupPast)(nil),       // 36: conveyor.command.GroupPast
-	(*Operation)(nil),       // 37: conveyor.command.Operation
-	(*RestoreSource)(nil),   // 38: conveyor.command.RestoreSource
-	(*RestoreStage)(nil),    // 39: conveyor.command.RestoreStage
-	nil,                     // 40: conveyor.command.Health.ComponentsEntry
-	nil,                     // 41: conveyor.command.Service.LabelsEntry
-	nil,                     // 42: conveyor.command.ServiceSelector.LabelsEntry
-	nil,                     // 43: conveyor.command.PipelineSpec.MetadataEntry
+	(*ReplacedHop)(nil),     // 25: conveyor.command.ReplacedHop
+	(*Handover)(nil),        // 26: conveyor.command.Handover
+	(*Release)(nil),         // 27: conveyor.command.Release
+	(*GroupMember)(nil),     // 28: conveyor.command.GroupMember
+	(*Group)(nil),           // 29: conveyor.command.Group
+	(*Offset)(nil),          // 30: conveyor.command.Offset
+	(*Watermark)(nil),       // 31: conveyor.command.Watermark
+	(*SourceOffset)(nil),    // 32: conveyor.command.SourceOffset
+	(*Checkpoint)(nil),      // 33: conveyor.command.Checkpoint
+	(*Clock)(nil),           // 34: conveyor.command.Clock
+	(*RequestRef)(nil),      // 35: conveyor.command.RequestRef
+	(*RevokedRef)(nil),      // 36: conveyor.command.RevokedRef
+	(*GroupPast)(nil),       // 37: conveyor.command.GroupPast
+	(*Operation)(nil),       // 38: conveyor.command.Operation
+	(*RestoreSource)(nil),   // 39: conveyor.command.RestoreSource
+	(*RestoreStage)(nil),    // 40: conveyor.command.RestoreStage
+	nil,                     // 41: conveyor.command.Health.ComponentsEntry
+	nil,                     // 42: conveyor.command.Service.LabelsEntry
+	nil,                     // 43: conveyor.command.ServiceSelector.LabelsEntry
+	nil,                     // 44: conveyor.command.PipelineSpec.MetadataEntry
 }
 var file_conveyor_command_state_proto_depIdxs = []int32{
 	1,  // 0: conveyor.command.ComponentHealth.status:type_name -> conveyor.command.HealthStatus
 	1,  // 1: conveyor.command.Health.status:type_name -> conveyor.command.HealthStatus
-	40, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
+	41, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
 	0,  // 3: conveyor.command.Service.type:type_name -> conveyor.command.ServiceType
 	8,  // 4: conveyor.command.Service.endpoint:type_name -> conveyor.command.Endpoint
-	41, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
+	42, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
 	10, // 6: conveyor.command.Service.health:type_name -> conveyor.command.Health
 	2,  // 7: conveyor.command.Service.state:type_name -> conveyor.command.ServiceState
-	42, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
+	43, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
 	4,  // 9: conveyor.command.ServiceSelector.load_balance:type_name -> conveyor.command.LoadBalance
 	15, // 10: conveyor.command.ConditionList.conditions:type_name -> conveyor.command.Condition
 	13, // 11: conveyor.command.Condition.metadata_match:type_name -> conveyor.command.MetadataMatch
@@ -3740,25 +3810,26 @@ var file_conveyor_command_state_proto_depIdxs = []int32{
 	15, // 19: conveyor.command.Edge.condition:type_name -> conveyor.command.Condition
 	17, // 20: conveyor.command.PipelineSpec.stages:type_name -> conveyor.command.Stage
 	18, // 21: conveyor.command.PipelineSpec.edges:type_name -> conveyor.command.Edge
-	43, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
+	44, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
 	19, // 23: conveyor.command.Pipeline.spec:type_name -> conveyor.command.PipelineSpec
 	0,  // 24: conveyor.command.LocalService.type:type_name -> conveyor.command.ServiceType
 	21, // 25: conveyor.command.Sidecar.services:type_name -> conveyor.command.LocalService
 	5,  // 26: conveyor.command.Sidecar.state:type_name -> conveyor.command.SidecarState
 	23, // 27: conveyor.command.Assignment.stages:type_name -> conveyor.command.StageAssignment
-	26, // 28: conveyor.command.Handover.releases:type_name -> conveyor.command.Release
-	27, // 29: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
-	31, // 30: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	6,  // 31: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
-	33, // 32: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
-	38, // 33: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
-	7,  // 34: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
-	9,  // 35: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	25, // 28: conveyor.command.Assignment.replaced:type_name -> conveyor.command.ReplacedHop
+	27, // 29: conveyor.command.Handover.releases:type_name -> conveyor.command.Release
+	28, // 30: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
+	32, // 31: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	6,  // 32: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
+	34, // 33: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
+	39, // 34: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
+	7,  // 35: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
+	9,  // 36: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_state_proto_init() }
@@ -3781,7 +3852,7 @@ func file_conveyor_command_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_state_proto_rawDesc), len(file_conveyor_command_state_proto_rawDesc)),
 			NumEnums:      8,
-			NumMessages:   36,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

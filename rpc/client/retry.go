@@ -34,7 +34,7 @@ func kindOf(method string) callKind {
 		"GetStateHash", "ListSidecars", "GetSidecar", "ListGroups", "GetGroup",
 		"ListMembers", "ListOperations", "GetOperation", "WaitOperation", "CheckState",
 		"GetStateMetadata", "ListSnapshots", "GetConvergence", "AwaitPlanned",
-		"ExplainPipeline", "PlanPipelines", "WhatIf", "GetPlacementQuality",
+		"ExplainPipeline", "PlanPipelines", "WhatIf", "GetPlacementQuality", "GetPlacementHolds",
 		// A node that asks again is known by the id of its directory.
 		"JoinMember",
 		// A heartbeat says the same however often it is said.

@@ -2540,6 +2540,10 @@ type StagePlacement struct {
 	PendingReason string                 `protobuf:"bytes,3,opt,name=pending_reason,json=pendingReason,proto3" json:"pending_reason,omitempty"` // empty when the stage is served
 	Draining      []string               `protobuf:"bytes,4,rep,name=draining,proto3" json:"draining,omitempty"`                                // of sidecar_ids, those that drain
 	Releasing     []string               `protobuf:"bytes,5,rep,name=releasing,proto3" json:"releasing,omitempty"`                              // sidecars that have yet to let go of it
+	// Of sidecar_ids, those that miss heartbeats, or have expired and keep the stage for a
+	// while all the same; and, when there are no others, why they keep it and until when.
+	Silent        []string `protobuf:"bytes,6,rep,name=silent,proto3" json:"silent,omitempty"`
+	SilentReason  string   `protobuf:"bytes,7,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2607,6 +2611,20 @@ func (x *StagePlacement) GetReleasing() []string {
 		return x.Releasing
 	}
 	return nil
+}
+
+func (x *StagePlacement) GetSilent() []string {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+func (x *StagePlacement) GetSilentReason() string {
+	if x != nil {
+		return x.SilentReason
+	}
+	return ""
 }
 
 var File_conveyor_etl_router_proto protoreflect.FileDescriptor
@@ -2833,14 +2851,16 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\ametrics\x18\x01 \x03(\v24.conveyor_etl.router.GetMetricsResponse.MetricsEntryR\ametrics\x1a:\n" +
 	"\fMetricsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xad\x01\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xea\x01\n" +
 	"\x0eStagePlacement\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x1f\n" +
 	"\vsidecar_ids\x18\x02 \x03(\tR\n" +
 	"sidecarIds\x12%\n" +
 	"\x0epending_reason\x18\x03 \x01(\tR\rpendingReason\x12\x1a\n" +
 	"\bdraining\x18\x04 \x03(\tR\bdraining\x12\x1c\n" +
-	"\treleasing\x18\x05 \x03(\tR\treleasing*m\n" +
+	"\treleasing\x18\x05 \x03(\tR\treleasing\x12\x16\n" +
+	"\x06silent\x18\x06 \x03(\tR\x06silent\x12#\n" +
+	"\rsilent_reason\x18\a \x01(\tR\fsilentReason*m\n" +
 	"\tStageType\x12\x1a\n" +
 	"\x16STAGE_TYPE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11STAGE_TYPE_SOURCE\x10\x01\x12\x18\n" +

@@ -3083,7 +3083,8 @@ type DeregisterSidecarRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
 	// Drain it first and remove it when it runs nothing more, or drain_timeout_ms
-	// have passed. The answer does not wait for that.
+	// have passed. The answer does not wait for that. Asked again, the earlier of the
+	// deadlines stands.
 	Graceful       bool   `protobuf:"varint,2,opt,name=graceful,proto3" json:"graceful,omitempty"`
 	DrainTimeoutMs uint64 `protobuf:"varint,3,opt,name=drain_timeout_ms,json=drainTimeoutMs,proto3" json:"drain_timeout_ms,omitempty"` // 0 = 5 minutes; at most a day
 	unknownFields  protoimpl.UnknownFields
@@ -3205,7 +3206,9 @@ type DrainSidecarRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
 	// How long it is waited for in all: what it has not let go of then is given to
-	// others nevertheless. 0 = as for any other release; at most a day.
+	// others nevertheless. 0 = as for any other release; at most a day. Of one that
+	// drains already the earlier deadline stands, unless it is only now to be removed;
+	// undrain it to give it more time.
 	DeadlineMs    uint64 `protobuf:"varint,2,opt,name=deadline_ms,json=deadlineMs,proto3" json:"deadline_ms,omitempty"`
 	Remove        bool   `protobuf:"varint,3,opt,name=remove,proto3" json:"remove,omitempty"` // once it runs nothing more, or at the deadline (0 = 5 minutes)
 	unknownFields protoimpl.UnknownFields
@@ -4675,6 +4678,234 @@ func (x *GetPlacementQualityResponse) GetEpoch() uint64 {
 	return 0
 }
 
+type GetPlacementHoldsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"` // empty = all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPlacementHoldsRequest) Reset() {
+	*x = GetPlacementHoldsRequest{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPlacementHoldsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPlacementHoldsRequest) ProtoMessage() {}
+
+func (x *GetPlacementHoldsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPlacementHoldsRequest.ProtoReflect.Descriptor instead.
+func (*GetPlacementHoldsRequest) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *GetPlacementHoldsRequest) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+type GetPlacementHoldsResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	PlannedRevision uint64                 `protobuf:"varint,1,opt,name=planned_revision,json=plannedRevision,proto3" json:"planned_revision,omitempty"` // the last plan was made from it; 0 = the leader has made none yet
+	Pipelines       []*HeldPipeline        `protobuf:"bytes,2,rep,name=pipelines,proto3" json:"pipelines,omitempty"`                                     // by id
+	Cut             bool                   `protobuf:"varint,3,opt,name=cut,proto3" json:"cut,omitempty"`                                                // there are more, left out to keep the answer small
+	// Sidecars that have been silent for longer than their lease and are not expired
+	// yet, since too many fell silent at once, and from when on they are, slowly.
+	ExpiriesHeld      uint32                 `protobuf:"varint,4,opt,name=expiries_held,json=expiriesHeld,proto3" json:"expiries_held,omitempty"`
+	ExpiriesHeldUntil *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expiries_held_until,json=expiriesHeldUntil,proto3" json:"expiries_held_until,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *GetPlacementHoldsResponse) Reset() {
+	*x = GetPlacementHoldsResponse{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPlacementHoldsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPlacementHoldsResponse) ProtoMessage() {}
+
+func (x *GetPlacementHoldsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPlacementHoldsResponse.ProtoReflect.Descriptor instead.
+func (*GetPlacementHoldsResponse) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *GetPlacementHoldsResponse) GetPlannedRevision() uint64 {
+	if x != nil {
+		return x.PlannedRevision
+	}
+	return 0
+}
+
+func (x *GetPlacementHoldsResponse) GetPipelines() []*HeldPipeline {
+	if x != nil {
+		return x.Pipelines
+	}
+	return nil
+}
+
+func (x *GetPlacementHoldsResponse) GetCut() bool {
+	if x != nil {
+		return x.Cut
+	}
+	return false
+}
+
+func (x *GetPlacementHoldsResponse) GetExpiriesHeld() uint32 {
+	if x != nil {
+		return x.ExpiriesHeld
+	}
+	return 0
+}
+
+func (x *GetPlacementHoldsResponse) GetExpiriesHeldUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiriesHeldUntil
+	}
+	return nil
+}
+
+// HeldPipeline is what the leader's last plan of a pipeline holds back. Times are of
+// the leader's clock.
+type HeldPipeline struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	PipelineId string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	// Changes that are told once sidecars have heard of theirs, since records could go
+	// round before; the stages that nobody runs until then; some of these sidecars, and
+	// how many they are; and when they must have heard.
+	PutOff        uint32                 `protobuf:"varint,2,opt,name=put_off,json=putOff,proto3" json:"put_off,omitempty"`
+	StageIds      []string               `protobuf:"bytes,3,rep,name=stage_ids,json=stageIds,proto3" json:"stage_ids,omitempty"`
+	WaitsFor      []string               `protobuf:"bytes,4,rep,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	WaitsForTotal uint32                 `protobuf:"varint,5,opt,name=waits_for_total,json=waitsForTotal,proto3" json:"waits_for_total,omitempty"`
+	HeardBy       *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=heard_by,json=heardBy,proto3" json:"heard_by,omitempty"`
+	// Stages whose move waits for the movement budget, and when that may allow it.
+	HeldMoves     uint32                 `protobuf:"varint,7,opt,name=held_moves,json=heldMoves,proto3" json:"held_moves,omitempty"`
+	HeldUntil     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=held_until,json=heldUntil,proto3" json:"held_until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldPipeline) Reset() {
+	*x = HeldPipeline{}
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldPipeline) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldPipeline) ProtoMessage() {}
+
+func (x *HeldPipeline) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldPipeline.ProtoReflect.Descriptor instead.
+func (*HeldPipeline) Descriptor() ([]byte, []int) {
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *HeldPipeline) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *HeldPipeline) GetPutOff() uint32 {
+	if x != nil {
+		return x.PutOff
+	}
+	return 0
+}
+
+func (x *HeldPipeline) GetStageIds() []string {
+	if x != nil {
+		return x.StageIds
+	}
+	return nil
+}
+
+func (x *HeldPipeline) GetWaitsFor() []string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return nil
+}
+
+func (x *HeldPipeline) GetWaitsForTotal() uint32 {
+	if x != nil {
+		return x.WaitsForTotal
+	}
+	return 0
+}
+
+func (x *HeldPipeline) GetHeardBy() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HeardBy
+	}
+	return nil
+}
+
+func (x *HeldPipeline) GetHeldMoves() uint32 {
+	if x != nil {
+		return x.HeldMoves
+	}
+	return 0
+}
+
+func (x *HeldPipeline) GetHeldUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HeldUntil
+	}
+	return nil
+}
+
 type ExplainPipelineRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PipelineId    string                 `protobuf:"bytes,1,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
@@ -4686,7 +4917,7 @@ type ExplainPipelineRequest struct {
 
 func (x *ExplainPipelineRequest) Reset() {
 	*x = ExplainPipelineRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4698,7 +4929,7 @@ func (x *ExplainPipelineRequest) String() string {
 func (*ExplainPipelineRequest) ProtoMessage() {}
 
 func (x *ExplainPipelineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[68]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4711,7 +4942,7 @@ func (x *ExplainPipelineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPipelineRequest.ProtoReflect.Descriptor instead.
 func (*ExplainPipelineRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{68}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ExplainPipelineRequest) GetPipelineId() string {
@@ -4747,7 +4978,7 @@ type ExplainPipelineResponse struct {
 
 func (x *ExplainPipelineResponse) Reset() {
 	*x = ExplainPipelineResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4759,7 +4990,7 @@ func (x *ExplainPipelineResponse) String() string {
 func (*ExplainPipelineResponse) ProtoMessage() {}
 
 func (x *ExplainPipelineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[69]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4772,7 +5003,7 @@ func (x *ExplainPipelineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainPipelineResponse.ProtoReflect.Descriptor instead.
 func (*ExplainPipelineResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{69}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ExplainPipelineResponse) GetRevision() uint64 {
@@ -4820,13 +5051,14 @@ type ExplainedStage struct {
 	Unexamined    bool            `protobuf:"varint,11,opt,name=unexamined,proto3" json:"unexamined,omitempty"`            // too many candidates in all: ask for this stage alone
 	NextHops      []*NextHop      `protobuf:"bytes,12,rep,name=next_hops,json=nextHops,proto3" json:"next_hops,omitempty"` // limited
 	NextHopsTotal uint32          `protobuf:"varint,13,opt,name=next_hops_total,json=nextHopsTotal,proto3" json:"next_hops_total,omitempty"`
+	SilentReason  string          `protobuf:"bytes,14,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"` // see StagePlacement
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExplainedStage) Reset() {
 	*x = ExplainedStage{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4838,7 +5070,7 @@ func (x *ExplainedStage) String() string {
 func (*ExplainedStage) ProtoMessage() {}
 
 func (x *ExplainedStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[70]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4851,7 +5083,7 @@ func (x *ExplainedStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainedStage.ProtoReflect.Descriptor instead.
 func (*ExplainedStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{70}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ExplainedStage) GetStageId() string {
@@ -4945,6 +5177,13 @@ func (x *ExplainedStage) GetNextHopsTotal() uint32 {
 	return 0
 }
 
+func (x *ExplainedStage) GetSilentReason() string {
+	if x != nil {
+		return x.SilentReason
+	}
+	return ""
+}
+
 type StageCandidate struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
@@ -4961,7 +5200,7 @@ type StageCandidate struct {
 
 func (x *StageCandidate) Reset() {
 	*x = StageCandidate{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4973,7 +5212,7 @@ func (x *StageCandidate) String() string {
 func (*StageCandidate) ProtoMessage() {}
 
 func (x *StageCandidate) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[71]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4986,7 +5225,7 @@ func (x *StageCandidate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageCandidate.ProtoReflect.Descriptor instead.
 func (*StageCandidate) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{71}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *StageCandidate) GetSidecarId() string {
@@ -5041,7 +5280,7 @@ type VerdictCount struct {
 
 func (x *VerdictCount) Reset() {
 	*x = VerdictCount{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5053,7 +5292,7 @@ func (x *VerdictCount) String() string {
 func (*VerdictCount) ProtoMessage() {}
 
 func (x *VerdictCount) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[72]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5066,7 +5305,7 @@ func (x *VerdictCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerdictCount.ProtoReflect.Descriptor instead.
 func (*VerdictCount) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{72}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *VerdictCount) GetVerdict() string {
@@ -5096,7 +5335,7 @@ type NextHop struct {
 
 func (x *NextHop) Reset() {
 	*x = NextHop{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5108,7 +5347,7 @@ func (x *NextHop) String() string {
 func (*NextHop) ProtoMessage() {}
 
 func (x *NextHop) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[73]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5121,7 +5360,7 @@ func (x *NextHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
 func (*NextHop) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{73}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *NextHop) GetFromSidecarId() string {
@@ -5169,7 +5408,7 @@ type PlanPipelinesRequest struct {
 
 func (x *PlanPipelinesRequest) Reset() {
 	*x = PlanPipelinesRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5181,7 +5420,7 @@ func (x *PlanPipelinesRequest) String() string {
 func (*PlanPipelinesRequest) ProtoMessage() {}
 
 func (x *PlanPipelinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[74]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5194,7 +5433,7 @@ func (x *PlanPipelinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanPipelinesRequest.ProtoReflect.Descriptor instead.
 func (*PlanPipelinesRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{74}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PlanPipelinesRequest) GetPipelines() []*adminpb.PipelineConfig {
@@ -5223,7 +5462,7 @@ type PlanPipelinesResponse struct {
 
 func (x *PlanPipelinesResponse) Reset() {
 	*x = PlanPipelinesResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5235,7 +5474,7 @@ func (x *PlanPipelinesResponse) String() string {
 func (*PlanPipelinesResponse) ProtoMessage() {}
 
 func (x *PlanPipelinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[75]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5248,7 +5487,7 @@ func (x *PlanPipelinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanPipelinesResponse.ProtoReflect.Descriptor instead.
 func (*PlanPipelinesResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{75}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *PlanPipelinesResponse) GetRevision() uint64 {
@@ -5291,7 +5530,7 @@ type PlannedPipeline struct {
 
 func (x *PlannedPipeline) Reset() {
 	*x = PlannedPipeline{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5303,7 +5542,7 @@ func (x *PlannedPipeline) String() string {
 func (*PlannedPipeline) ProtoMessage() {}
 
 func (x *PlannedPipeline) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[76]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5316,7 +5555,7 @@ func (x *PlannedPipeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlannedPipeline.ProtoReflect.Descriptor instead.
 func (*PlannedPipeline) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{76}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *PlannedPipeline) GetPipelineId() string {
@@ -5368,7 +5607,7 @@ type PlacementOutlook struct {
 
 func (x *PlacementOutlook) Reset() {
 	*x = PlacementOutlook{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5380,7 +5619,7 @@ func (x *PlacementOutlook) String() string {
 func (*PlacementOutlook) ProtoMessage() {}
 
 func (x *PlacementOutlook) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[77]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5393,7 +5632,7 @@ func (x *PlacementOutlook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementOutlook.ProtoReflect.Descriptor instead.
 func (*PlacementOutlook) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{77}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *PlacementOutlook) GetMoves() uint32 {
@@ -5479,7 +5718,7 @@ type StageChange struct {
 
 func (x *StageChange) Reset() {
 	*x = StageChange{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5491,7 +5730,7 @@ func (x *StageChange) String() string {
 func (*StageChange) ProtoMessage() {}
 
 func (x *StageChange) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[78]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5504,7 +5743,7 @@ func (x *StageChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageChange.ProtoReflect.Descriptor instead.
 func (*StageChange) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{78}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *StageChange) GetPipelineId() string {
@@ -5553,7 +5792,7 @@ type WaitingStage struct {
 
 func (x *WaitingStage) Reset() {
 	*x = WaitingStage{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5565,7 +5804,7 @@ func (x *WaitingStage) String() string {
 func (*WaitingStage) ProtoMessage() {}
 
 func (x *WaitingStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[79]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5578,7 +5817,7 @@ func (x *WaitingStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitingStage.ProtoReflect.Descriptor instead.
 func (*WaitingStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{79}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *WaitingStage) GetPipelineId() string {
@@ -5613,7 +5852,7 @@ type WhatIfRequest struct {
 
 func (x *WhatIfRequest) Reset() {
 	*x = WhatIfRequest{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[80]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5625,7 +5864,7 @@ func (x *WhatIfRequest) String() string {
 func (*WhatIfRequest) ProtoMessage() {}
 
 func (x *WhatIfRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[80]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5638,7 +5877,7 @@ func (x *WhatIfRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhatIfRequest.ProtoReflect.Descriptor instead.
 func (*WhatIfRequest) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{80}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *WhatIfRequest) GetLoseSidecars() []string {
@@ -5674,7 +5913,7 @@ type WhatIfResponse struct {
 
 func (x *WhatIfResponse) Reset() {
 	*x = WhatIfResponse{}
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[81]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5686,7 +5925,7 @@ func (x *WhatIfResponse) String() string {
 func (*WhatIfResponse) ProtoMessage() {}
 
 func (x *WhatIfResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_etl_cluster_proto_msgTypes[81]
+	mi := &file_conveyor_etl_cluster_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5699,7 +5938,7 @@ func (x *WhatIfResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhatIfResponse.ProtoReflect.Descriptor instead.
 func (*WhatIfResponse) Descriptor() ([]byte, []int) {
-	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{81}
+	return file_conveyor_etl_cluster_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *WhatIfResponse) GetRevision() uint64 {
@@ -6101,7 +6340,28 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\aquality\x18\x01 \x01(\v2&.conveyor_etl.cluster.PlacementQualityR\aquality\x12<\n" +
 	"\tlast_plan\x18\x02 \x01(\v2\x1f.conveyor_etl.cluster.PlanMovesR\blastPlan\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12\x14\n" +
-	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\"j\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\";\n" +
+	"\x18GetPlacementHoldsRequest\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\"\x8b\x02\n" +
+	"\x19GetPlacementHoldsResponse\x12)\n" +
+	"\x10planned_revision\x18\x01 \x01(\x04R\x0fplannedRevision\x12@\n" +
+	"\tpipelines\x18\x02 \x03(\v2\".conveyor_etl.cluster.HeldPipelineR\tpipelines\x12\x10\n" +
+	"\x03cut\x18\x03 \x01(\bR\x03cut\x12#\n" +
+	"\rexpiries_held\x18\x04 \x01(\rR\fexpiriesHeld\x12J\n" +
+	"\x13expiries_held_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x11expiriesHeldUntil\"\xbb\x02\n" +
+	"\fHeldPipeline\x12\x1f\n" +
+	"\vpipeline_id\x18\x01 \x01(\tR\n" +
+	"pipelineId\x12\x17\n" +
+	"\aput_off\x18\x02 \x01(\rR\x06putOff\x12\x1b\n" +
+	"\tstage_ids\x18\x03 \x03(\tR\bstageIds\x12\x1b\n" +
+	"\twaits_for\x18\x04 \x03(\tR\bwaitsFor\x12&\n" +
+	"\x0fwaits_for_total\x18\x05 \x01(\rR\rwaitsForTotal\x125\n" +
+	"\bheard_by\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aheardBy\x12\x1d\n" +
+	"\n" +
+	"held_moves\x18\a \x01(\rR\theldMoves\x129\n" +
+	"\n" +
+	"held_until\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\theldUntil\"j\n" +
 	"\x16ExplainPipelineRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x19\n" +
@@ -6111,7 +6371,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12<\n" +
 	"\x06stages\x18\x03 \x03(\v2$.conveyor_etl.cluster.ExplainedStageR\x06stages\x12\x10\n" +
-	"\x03cut\x18\x04 \x01(\bR\x03cut\"\x99\x04\n" +
+	"\x03cut\x18\x04 \x01(\bR\x03cut\"\xbe\x04\n" +
 	"\x0eExplainedStage\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x19\n" +
 	"\basks_for\x18\x02 \x01(\tR\aasksFor\x12'\n" +
@@ -6131,7 +6391,8 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"unexamined\x18\v \x01(\bR\n" +
 	"unexamined\x12:\n" +
 	"\tnext_hops\x18\f \x03(\v2\x1d.conveyor_etl.cluster.NextHopR\bnextHops\x12&\n" +
-	"\x0fnext_hops_total\x18\r \x01(\rR\rnextHopsTotal\"\xb5\x01\n" +
+	"\x0fnext_hops_total\x18\r \x01(\rR\rnextHopsTotal\x12#\n" +
+	"\rsilent_reason\x18\x0e \x01(\tR\fsilentReason\"\xb5\x01\n" +
 	"\x0eStageCandidate\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12%\n" +
@@ -6219,7 +6480,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x15SIDECAR_STATE_SUSPECT\x10\x02\x12\x19\n" +
 	"\x15SIDECAR_STATE_EXPIRED\x10\x032b\n" +
 	"\aCommits\x12W\n" +
-	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\x85\x18\n" +
+	"\x06Commit\x12#.conveyor_etl.cluster.CommitRequest\x1a$.conveyor_etl.cluster.CommitResponse(\x010\x012\xfb\x18\n" +
 	"\aCluster\x12k\n" +
 	"\x0eTransferLeader\x12+.conveyor_etl.cluster.TransferLeaderRequest\x1a,.conveyor_etl.cluster.TransferLeaderResponse\x12e\n" +
 	"\fGetStateHash\x12).conveyor_etl.cluster.GetStateHashRequest\x1a*.conveyor_etl.cluster.GetStateHashResponse\x12e\n" +
@@ -6238,7 +6499,8 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x0fExplainPipeline\x12,.conveyor_etl.cluster.ExplainPipelineRequest\x1a-.conveyor_etl.cluster.ExplainPipelineResponse\x12h\n" +
 	"\rPlanPipelines\x12*.conveyor_etl.cluster.PlanPipelinesRequest\x1a+.conveyor_etl.cluster.PlanPipelinesResponse\x12S\n" +
 	"\x06WhatIf\x12#.conveyor_etl.cluster.WhatIfRequest\x1a$.conveyor_etl.cluster.WhatIfResponse\x12z\n" +
-	"\x13GetPlacementQuality\x120.conveyor_etl.cluster.GetPlacementQualityRequest\x1a1.conveyor_etl.cluster.GetPlacementQualityResponse\x12^\n" +
+	"\x13GetPlacementQuality\x120.conveyor_etl.cluster.GetPlacementQualityRequest\x1a1.conveyor_etl.cluster.GetPlacementQualityResponse\x12t\n" +
+	"\x11GetPlacementHolds\x12..conveyor_etl.cluster.GetPlacementHoldsRequest\x1a/.conveyor_etl.cluster.GetPlacementHoldsResponse\x12^\n" +
 	"\fWatchChanges\x12).conveyor_etl.cluster.WatchChangesRequest\x1a!.conveyor_etl.cluster.ChangeEvent0\x01\x12b\n" +
 	"\vListMembers\x12(.conveyor_etl.cluster.ListMembersRequest\x1a).conveyor_etl.cluster.ListMembersResponse\x12_\n" +
 	"\n" +
@@ -6269,7 +6531,7 @@ func file_conveyor_etl_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_etl_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 83)
+var file_conveyor_etl_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 86)
 var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(OperationState)(0),                  // 0: conveyor_etl.cluster.OperationState
 	(Outcome)(0),                         // 1: conveyor_etl.cluster.Outcome
@@ -6342,26 +6604,29 @@ var file_conveyor_etl_cluster_proto_goTypes = []any{
 	(*PlanMoves)(nil),                    // 68: conveyor_etl.cluster.PlanMoves
 	(*GetPlacementQualityRequest)(nil),   // 69: conveyor_etl.cluster.GetPlacementQualityRequest
 	(*GetPlacementQualityResponse)(nil),  // 70: conveyor_etl.cluster.GetPlacementQualityResponse
-	(*ExplainPipelineRequest)(nil),       // 71: conveyor_etl.cluster.ExplainPipelineRequest
-	(*ExplainPipelineResponse)(nil),      // 72: conveyor_etl.cluster.ExplainPipelineResponse
-	(*ExplainedStage)(nil),               // 73: conveyor_etl.cluster.ExplainedStage
-	(*StageCandidate)(nil),               // 74: conveyor_etl.cluster.StageCandidate
-	(*VerdictCount)(nil),                 // 75: conveyor_etl.cluster.VerdictCount
-	(*NextHop)(nil),                      // 76: conveyor_etl.cluster.NextHop
-	(*PlanPipelinesRequest)(nil),         // 77: conveyor_etl.cluster.PlanPipelinesRequest
-	(*PlanPipelinesResponse)(nil),        // 78: conveyor_etl.cluster.PlanPipelinesResponse
-	(*PlannedPipeline)(nil),              // 79: conveyor_etl.cluster.PlannedPipeline
-	(*PlacementOutlook)(nil),             // 80: conveyor_etl.cluster.PlacementOutlook
-	(*StageChange)(nil),                  // 81: conveyor_etl.cluster.StageChange
-	(*WaitingStage)(nil),                 // 82: conveyor_etl.cluster.WaitingStage
-	(*WhatIfRequest)(nil),                // 83: conveyor_etl.cluster.WhatIfRequest
-	(*WhatIfResponse)(nil),               // 84: conveyor_etl.cluster.WhatIfResponse
-	nil,                                  // 85: conveyor_etl.cluster.MemberState.HashesEntry
-	(*timestamppb.Timestamp)(nil),        // 86: google.protobuf.Timestamp
-	(*commonpb.Watermark)(nil),           // 87: conveyor_etl.common.Watermark
-	(*sidecarpb.LocalService)(nil),       // 88: conveyor_etl.sidecar.LocalService
-	(*sidecarpb.PipelineAssignment)(nil), // 89: conveyor_etl.sidecar.PipelineAssignment
-	(*adminpb.PipelineConfig)(nil),       // 90: conveyor_etl.router.PipelineConfig
+	(*GetPlacementHoldsRequest)(nil),     // 71: conveyor_etl.cluster.GetPlacementHoldsRequest
+	(*GetPlacementHoldsResponse)(nil),    // 72: conveyor_etl.cluster.GetPlacementHoldsResponse
+	(*HeldPipeline)(nil),                 // 73: conveyor_etl.cluster.HeldPipeline
+	(*ExplainPipelineRequest)(nil),       // 74: conveyor_etl.cluster.ExplainPipelineRequest
+	(*ExplainPipelineResponse)(nil),      // 75: conveyor_etl.cluster.ExplainPipelineResponse
+	(*ExplainedStage)(nil),               // 76: conveyor_etl.cluster.ExplainedStage
+	(*StageCandidate)(nil),               // 77: conveyor_etl.cluster.StageCandidate
+	(*VerdictCount)(nil),                 // 78: conveyor_etl.cluster.VerdictCount
+	(*NextHop)(nil),                      // 79: conveyor_etl.cluster.NextHop
+	(*PlanPipelinesRequest)(nil),         // 80: conveyor_etl.cluster.PlanPipelinesRequest
+	(*PlanPipelinesResponse)(nil),        // 81: conveyor_etl.cluster.PlanPipelinesResponse
+	(*PlannedPipeline)(nil),              // 82: conveyor_etl.cluster.PlannedPipeline
+	(*PlacementOutlook)(nil),             // 83: conveyor_etl.cluster.PlacementOutlook
+	(*StageChange)(nil),                  // 84: conveyor_etl.cluster.StageChange
+	(*WaitingStage)(nil),                 // 85: conveyor_etl.cluster.WaitingStage
+	(*WhatIfRequest)(nil),                // 86: conveyor_etl.cluster.WhatIfRequest
+	(*WhatIfResponse)(nil),               // 87: conveyor_etl.cluster.WhatIfResponse
+	nil,                                  // 88: conveyor_etl.cluster.MemberState.HashesEntry
+	(*timestamppb.Timestamp)(nil),        // 89: google.protobuf.Timestamp
+	(*commonpb.Watermark)(nil),           // 90: conveyor_etl.common.Watermark
+	(*sidecarpb.LocalService)(nil),       // 91: conveyor_etl.sidecar.LocalService
+	(*sidecarpb.PipelineAssignment)(nil), // 92: conveyor_etl.sidecar.PipelineAssignment
+	(*adminpb.PipelineConfig)(nil),       // 93: conveyor_etl.router.PipelineConfig
 }
 var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	3,  // 0: conveyor_etl.cluster.ListMembersResponse.members:type_name -> conveyor_etl.cluster.Member
@@ -6370,33 +6635,33 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	16, // 3: conveyor_etl.cluster.ReplaceMemberResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	15, // 4: conveyor_etl.cluster.ReplaceMemberResponse.checks:type_name -> conveyor_etl.cluster.PreflightCheck
 	0,  // 5: conveyor_etl.cluster.Operation.state:type_name -> conveyor_etl.cluster.OperationState
-	86, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
-	86, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
-	86, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
+	89, // 6: conveyor_etl.cluster.Operation.started_at:type_name -> google.protobuf.Timestamp
+	89, // 7: conveyor_etl.cluster.Operation.updated_at:type_name -> google.protobuf.Timestamp
+	89, // 8: conveyor_etl.cluster.Operation.ended_at:type_name -> google.protobuf.Timestamp
 	16, // 9: conveyor_etl.cluster.ListOperationsResponse.operations:type_name -> conveyor_etl.cluster.Operation
 	16, // 10: conveyor_etl.cluster.UndoRestoreResponse.operation:type_name -> conveyor_etl.cluster.Operation
 	26, // 11: conveyor_etl.cluster.CheckStateResponse.members:type_name -> conveyor_etl.cluster.MemberState
-	85, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
+	88, // 12: conveyor_etl.cluster.MemberState.hashes:type_name -> conveyor_etl.cluster.MemberState.HashesEntry
 	28, // 13: conveyor_etl.cluster.CommitRequest.ops:type_name -> conveyor_etl.cluster.CommitOp
 	29, // 14: conveyor_etl.cluster.CommitOp.offset:type_name -> conveyor_etl.cluster.OffsetCommit
 	30, // 15: conveyor_etl.cluster.CommitOp.group_offset:type_name -> conveyor_etl.cluster.GroupOffsetCommit
 	31, // 16: conveyor_etl.cluster.CommitOp.watermark:type_name -> conveyor_etl.cluster.WatermarkCommit
 	32, // 17: conveyor_etl.cluster.CommitOp.checkpoint:type_name -> conveyor_etl.cluster.CheckpointCommit
-	86, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	86, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
-	87, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
+	89, // 18: conveyor_etl.cluster.OffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	89, // 19: conveyor_etl.cluster.GroupOffsetCommit.timestamp:type_name -> google.protobuf.Timestamp
+	90, // 20: conveyor_etl.cluster.WatermarkCommit.watermark:type_name -> conveyor_etl.common.Watermark
 	34, // 21: conveyor_etl.cluster.CommitResponse.results:type_name -> conveyor_etl.cluster.CommitResult
 	1,  // 22: conveyor_etl.cluster.CommitResult.outcome:type_name -> conveyor_etl.cluster.Outcome
-	88, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
+	91, // 23: conveyor_etl.cluster.SidecarInfo.local_services:type_name -> conveyor_etl.sidecar.LocalService
 	2,  // 24: conveyor_etl.cluster.SidecarInfo.state:type_name -> conveyor_etl.cluster.SidecarState
-	86, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
-	86, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
-	89, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
-	86, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
+	89, // 25: conveyor_etl.cluster.SidecarInfo.registered_at:type_name -> google.protobuf.Timestamp
+	89, // 26: conveyor_etl.cluster.SidecarInfo.state_changed_at:type_name -> google.protobuf.Timestamp
+	92, // 27: conveyor_etl.cluster.SidecarInfo.assignments:type_name -> conveyor_etl.sidecar.PipelineAssignment
+	89, // 28: conveyor_etl.cluster.SidecarInfo.drain_deadline:type_name -> google.protobuf.Timestamp
 	40, // 29: conveyor_etl.cluster.SidecarInfo.releases:type_name -> conveyor_etl.cluster.PendingRelease
-	86, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
-	86, // 31: conveyor_etl.cluster.SidecarInfo.drain_since:type_name -> google.protobuf.Timestamp
-	86, // 32: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
+	89, // 30: conveyor_etl.cluster.SidecarInfo.grace_until:type_name -> google.protobuf.Timestamp
+	89, // 31: conveyor_etl.cluster.SidecarInfo.drain_since:type_name -> google.protobuf.Timestamp
+	89, // 32: conveyor_etl.cluster.PendingRelease.deadline:type_name -> google.protobuf.Timestamp
 	39, // 33: conveyor_etl.cluster.ListSidecarsResponse.sidecars:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 34: conveyor_etl.cluster.GetSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
 	39, // 35: conveyor_etl.cluster.DrainSidecarResponse.sidecar:type_name -> conveyor_etl.cluster.SidecarInfo
@@ -6408,85 +6673,91 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	62, // 41: conveyor_etl.cluster.GetConvergenceResponse.pending:type_name -> conveyor_etl.cluster.PendingStage
 	67, // 42: conveyor_etl.cluster.GetPlacementQualityResponse.quality:type_name -> conveyor_etl.cluster.PlacementQuality
 	68, // 43: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
-	73, // 44: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
-	74, // 45: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
-	75, // 46: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
-	76, // 47: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
-	90, // 48: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
-	79, // 49: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
-	80, // 50: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	81, // 51: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
-	82, // 52: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
-	67, // 53: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
-	67, // 54: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
-	80, // 55: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	27, // 56: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	35, // 57: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	37, // 58: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	41, // 59: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	43, // 60: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	45, // 61: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	47, // 62: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
-	49, // 63: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
-	53, // 64: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	55, // 65: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	59, // 66: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
-	63, // 67: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
-	64, // 68: conveyor_etl.cluster.Cluster.AwaitPlanned:input_type -> conveyor_etl.cluster.AwaitPlannedRequest
-	71, // 69: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
-	77, // 70: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
-	83, // 71: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
-	69, // 72: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
-	57, // 73: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 74: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 75: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 76: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 77: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 78: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 79: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 80: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 81: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 82: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 83: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 84: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 85: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 86: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 87: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 88: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 89: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	42, // 90: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	44, // 91: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	46, // 92: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	48, // 93: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
-	50, // 94: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
-	54, // 95: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	56, // 96: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	60, // 97: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
-	66, // 98: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
-	65, // 99: conveyor_etl.cluster.Cluster.AwaitPlanned:output_type -> conveyor_etl.cluster.AwaitPlannedResponse
-	72, // 100: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
-	78, // 101: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
-	84, // 102: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
-	70, // 103: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
-	58, // 104: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 105: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 106: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 107: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 108: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 109: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 110: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 111: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 112: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 113: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 114: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 115: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 116: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 117: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	87, // [87:118] is the sub-list for method output_type
-	56, // [56:87] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	73, // 44: conveyor_etl.cluster.GetPlacementHoldsResponse.pipelines:type_name -> conveyor_etl.cluster.HeldPipeline
+	89, // 45: conveyor_etl.cluster.GetPlacementHoldsResponse.expiries_held_until:type_name -> google.protobuf.Timestamp
+	89, // 46: conveyor_etl.cluster.HeldPipeline.heard_by:type_name -> google.protobuf.Timestamp
+	89, // 47: conveyor_etl.cluster.HeldPipeline.held_until:type_name -> google.protobuf.Timestamp
+	76, // 48: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
+	77, // 49: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
+	78, // 50: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
+	79, // 51: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
+	93, // 52: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
+	82, // 53: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
+	83, // 54: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	84, // 55: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
+	85, // 56: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
+	67, // 57: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
+	67, // 58: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
+	83, // 59: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	27, // 60: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 61: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 62: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	41, // 63: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	43, // 64: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	45, // 65: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	47, // 66: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
+	49, // 67: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
+	53, // 68: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	55, // 69: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	59, // 70: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
+	63, // 71: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
+	64, // 72: conveyor_etl.cluster.Cluster.AwaitPlanned:input_type -> conveyor_etl.cluster.AwaitPlannedRequest
+	74, // 73: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
+	80, // 74: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
+	86, // 75: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
+	69, // 76: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
+	71, // 77: conveyor_etl.cluster.Cluster.GetPlacementHolds:input_type -> conveyor_etl.cluster.GetPlacementHoldsRequest
+	57, // 78: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 79: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 80: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 81: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 82: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 83: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 84: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 85: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 86: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 87: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 88: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 89: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 90: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 91: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 92: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 93: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 94: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	42, // 95: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	44, // 96: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	46, // 97: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	48, // 98: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
+	50, // 99: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
+	54, // 100: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	56, // 101: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	60, // 102: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	66, // 103: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	65, // 104: conveyor_etl.cluster.Cluster.AwaitPlanned:output_type -> conveyor_etl.cluster.AwaitPlannedResponse
+	75, // 105: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
+	81, // 106: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
+	87, // 107: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
+	70, // 108: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
+	72, // 109: conveyor_etl.cluster.Cluster.GetPlacementHolds:output_type -> conveyor_etl.cluster.GetPlacementHoldsResponse
+	58, // 110: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 111: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 112: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 113: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 114: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 115: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 116: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 117: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 118: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 119: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 120: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 121: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 122: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 123: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	92, // [92:124] is the sub-list for method output_type
+	60, // [60:92] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }
@@ -6509,7 +6780,7 @@ func file_conveyor_etl_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_etl_cluster_proto_rawDesc), len(file_conveyor_etl_cluster_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   83,
+			NumMessages:   86,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -143,6 +143,7 @@ const (
 	Cluster_PlanPipelines_FullMethodName       = "/conveyor_etl.cluster.Cluster/PlanPipelines"
 	Cluster_WhatIf_FullMethodName              = "/conveyor_etl.cluster.Cluster/WhatIf"
 	Cluster_GetPlacementQuality_FullMethodName = "/conveyor_etl.cluster.Cluster/GetPlacementQuality"
+	Cluster_GetPlacementHolds_FullMethodName   = "/conveyor_etl.cluster.Cluster/GetPlacementHolds"
 	Cluster_WatchChanges_FullMethodName        = "/conveyor_etl.cluster.Cluster/WatchChanges"
 	Cluster_ListMembers_FullMethodName         = "/conveyor_etl.cluster.Cluster/ListMembers"
 	Cluster_JoinMember_FullMethodName          = "/conveyor_etl.cluster.Cluster/JoinMember"
@@ -199,6 +200,9 @@ type ClusterClient interface {
 	WhatIf(ctx context.Context, in *WhatIfRequest, opts ...grpc.CallOption) (*WhatIfResponse, error)
 	// GetPlacementQuality says how good it is where the stages run.
 	GetPlacementQuality(ctx context.Context, in *GetPlacementQualityRequest, opts ...grpc.CallOption) (*GetPlacementQualityResponse, error)
+	// GetPlacementHolds says what the leader holds back, which no state shows. Other
+	// nodes pass the call on.
+	GetPlacementHolds(ctx context.Context, in *GetPlacementHoldsRequest, opts ...grpc.CallOption) (*GetPlacementHoldsResponse, error)
 	// WatchChanges streams what happens in the cluster, for people and tools.
 	WatchChanges(ctx context.Context, in *WatchChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChangeEvent], error)
 	// Membership. Changes work on every node and are made one at a time.
@@ -405,6 +409,16 @@ func (c *clusterClient) GetPlacementQuality(ctx context.Context, in *GetPlacemen
 	return out, nil
 }
 
+func (c *clusterClient) GetPlacementHolds(ctx context.Context, in *GetPlacementHoldsRequest, opts ...grpc.CallOption) (*GetPlacementHoldsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetPlacementHoldsResponse)
+	err := c.cc.Invoke(ctx, Cluster_GetPlacementHolds_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *clusterClient) WatchChanges(ctx context.Context, in *WatchChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ChangeEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Cluster_ServiceDesc.Streams[1], Cluster_WatchChanges_FullMethodName, cOpts...)
@@ -594,6 +608,9 @@ type ClusterServer interface {
 	WhatIf(context.Context, *WhatIfRequest) (*WhatIfResponse, error)
 	// GetPlacementQuality says how good it is where the stages run.
 	GetPlacementQuality(context.Context, *GetPlacementQualityRequest) (*GetPlacementQualityResponse, error)
+	// GetPlacementHolds says what the leader holds back, which no state shows. Other
+	// nodes pass the call on.
+	GetPlacementHolds(context.Context, *GetPlacementHoldsRequest) (*GetPlacementHoldsResponse, error)
 	// WatchChanges streams what happens in the cluster, for people and tools.
 	WatchChanges(*WatchChangesRequest, grpc.ServerStreamingServer[ChangeEvent]) error
 	// Membership. Changes work on every node and are made one at a time.
@@ -678,6 +695,9 @@ func (UnimplementedClusterServer) WhatIf(context.Context, *WhatIfRequest) (*What
 }
 func (UnimplementedClusterServer) GetPlacementQuality(context.Context, *GetPlacementQualityRequest) (*GetPlacementQualityResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetPlacementQuality not implemented")
+}
+func (UnimplementedClusterServer) GetPlacementHolds(context.Context, *GetPlacementHoldsRequest) (*GetPlacementHoldsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetPlacementHolds not implemented")
 }
 func (UnimplementedClusterServer) WatchChanges(*WatchChangesRequest, grpc.ServerStreamingServer[ChangeEvent]) error {
 	return status.Error(codes.Unimplemented, "method WatchChanges not implemented")
@@ -1023,6 +1043,24 @@ func _Cluster_GetPlacementQuality_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Cluster_GetPlacementHolds_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetPlacementHoldsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClusterServer).GetPlacementHolds(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Cluster_GetPlacementHolds_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClusterServer).GetPlacementHolds(ctx, req.(*GetPlacementHoldsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Cluster_WatchChanges_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(WatchChangesRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -1334,6 +1372,10 @@ var Cluster_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetPlacementQuality",
 			Handler:    _Cluster_GetPlacementQuality_Handler,
+		},
+		{
+			MethodName: "GetPlacementHolds",
+			Handler:    _Cluster_GetPlacementHolds_Handler,
 		},
 		{
 			MethodName: "ListMembers",

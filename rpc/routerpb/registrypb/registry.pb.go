@@ -322,7 +322,8 @@ func (x *RegisterResponse) GetRevision() uint64 {
 // DeregisterRequest takes a service out, at once or, with graceful, in peace: it is given nothing new, shown as
 // unhealthy, and told to drain with its heartbeats. It stays registered, keeps the partitions that it holds until it
 // leaves their groups, and is removed once it holds none and no stage runs on it, when drain_timeout is over, or when it
-// is deregistered without graceful. Registering again takes it back.
+// is deregistered without graceful. Registering again takes it back. Asked again while it drains, the earlier of the
+// deadlines stands.
 type DeregisterRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ServiceId      string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
