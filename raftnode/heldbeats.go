@@ -28,7 +28,7 @@ import (
 // With a round now and then all are asked: there is little to gain, and the first of
 // two answers comes earlier than a certain one.
 //
-// It belongs to the loop.
+// It belongs to the loop, whose ticks come late when it is held up.
 type heldBeats struct {
 	msgs map[uint64]*raftpb.Message
 	// question is the context of the newest round of this leadership; answered are
@@ -72,10 +72,10 @@ func (l *loop) holdBeat(m *raftpb.Message) bool {
 	return true
 }
 
-// noteBeat takes down m, an answer that raft has accepted.
+// noteBeat takes down m, a message that raft has not refused.
 func (l *loop) noteBeat(m *raftpb.Message) {
 	b := &l.beats
-	if m.GetType() != raftpb.MsgHeartbeatResp || len(b.question) == 0 || !bytes.Equal(b.question, m.GetContext()) ||
+	if m.GetType() != raftpb.MsgHeartbeatResp || m.GetTerm() != l.term || len(b.question) == 0 || !bytes.Equal(b.question, m.GetContext()) ||
 		slices.Contains(b.answered, m.GetFrom()) || !slices.Contains(l.confState.GetVoters(), m.GetFrom()) {
 		return
 	}
@@ -107,5 +107,14 @@ func (b *heldBeats) tick() []*raftpb.Message {
 	return out
 }
 
-// drop forgets everything: leadership, or who votes, has changed.
+// members takes note of a change of members: whoever was asked may not count any more.
+// What is held still leaves with the next tick, or a read whose one asked follower was
+// removed would wait for the next heartbeat.
+func (b *heldBeats) members(now *raftpb.ConfState) {
+	b.swift, b.answered = nil, nil
+	ids := idsOf(now)
+	maps.DeleteFunc(b.msgs, func(id uint64, _ *raftpb.Message) bool { return !slices.Contains(ids, id) })
+}
+
+// drop forgets everything: leadership has changed.
 func (b *heldBeats) drop() { *b = heldBeats{before: b.before, rounds: b.rounds} }

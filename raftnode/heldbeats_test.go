@@ -100,6 +100,58 @@ func TestCrowdedRoundsOutliveTheAskedFollower(t *testing.T) {
 	g.crowd(h, 10) // all of them without a tick
 }
 
+// A change of members in the middle of a round: whether the one asked is removed, or does
+// not answer, the others are asked with the next tick.
+func TestCrowdedReadOutlivesAChangeOfMembers(t *testing.T) {
+	for name, change := range map[string]func(swift uint64) Change{
+		"removed": func(swift uint64) Change { return Change{Kind: Remove, ID: swift} },
+		"another": func(uint64) Change { return Change{Kind: AddLearner, ID: 9, Addr: "x:1"} },
+	} {
+		for _, size := range []uint64{3, 5} {
+			g := newGroup(t, nil, []uint64{1, 2, 3, 4, 5}[:size]...)
+			h := g.elect(1)
+			g.tick()
+			g.crowd(h, 10)
+			gone := h.loop.beats.swift[0]
+			cl := h.change(change(gone))
+			g.drop = func(m *raftpb.Message) bool {
+				return m.GetType() == raftpb.MsgHeartbeat && m.GetTo() == gone && len(m.GetContext()) > 0
+			}
+			c := h.read()
+			g.settle()
+			if o, ok := cl.poll(); !ok || o.err != nil {
+				t.Fatalf("%s, %d nodes: %v %v", name, size, ok, o.err)
+			}
+			g.tick()
+			h.mustRead(c, 0)
+		}
+	}
+}
+
+// What a follower said in an earlier term makes it none to ask.
+func TestCrowdedReadsIgnoreOldAnswers(t *testing.T) {
+	g := newGroup(t, nil, 1, 2, 3)
+	h := g.elect(1)
+	g.tick()
+	g.crowd(h, 10)
+	swift := h.loop.beats.swift[0]
+	other := 2 + 3 - swift
+	var question *raftpb.Message
+	g.drop = func(m *raftpb.Message) bool {
+		if m.GetType() == raftpb.MsgHeartbeat && m.GetTo() == swift && len(m.GetContext()) > 0 {
+			question = m
+		}
+		return question != nil
+	}
+	h.read()
+	g.settle()
+	h.step(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &other, To: &h.id, Term: new(h.loop.term - 1), Context: question.GetContext()})
+	g.settle()
+	if now := h.loop.beats.swift; len(now) != 1 || now[0] != swift {
+		t.Errorf("%v is asked instead of %d, by an answer of an earlier term", now, swift)
+	}
+}
+
 // A change of members, or of the leader, begins anew: who is asked may not count any
 // more.
 func TestCrowdedRoundsFollowTheMembership(t *testing.T) {

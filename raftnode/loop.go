@@ -172,6 +172,8 @@ func (l *loop) stepPeer(it *peerItem) {
 		l.stepSnapshot(it)
 		return
 	case raftpb.MsgReadIndex:
+		term := m.GetTerm()
+		m.Term = nil // raft knows it without
 		// Raft itself is asked: it may have stepped down earlier in this turn.
 		if l.rn.BasicStatus().RaftState != raft.StateLeader {
 			// Raft would pass it on to the leader in the asker's name. The next
@@ -184,6 +186,9 @@ func (l *loop) stepPeer(it *peerItem) {
 			if len(l.heldReads) < 1024 {
 				l.heldReads = append(l.heldReads, m)
 			}
+			return
+		}
+		if l.answerReader(m, term) {
 			return
 		}
 	}
@@ -366,6 +371,9 @@ func (l *loop) drain() {
 					if !l.holdBeat(m) {
 						out = append(out, m)
 					}
+				case raftpb.MsgReadIndex:
+					m.Term = new(l.rn.BasicStatus().GetTerm()) // see answerReader
+					out = append(out, m)
 				case raftpb.MsgReadIndexResp:
 					if news := l.commits.takeFor(m.GetTo()); news != nil {
 						behind = append(behind, news)

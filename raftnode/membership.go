@@ -310,6 +310,6 @@ func (l *loop) applyConfChange(index uint64, cc *raftpb.ConfChangeV2) *raftpb.Co
 	was := l.confState
 	l.confState = cloneConfState(l.rn.ApplyConfChange(cc))
 	l.contacts.members(was, l.confState)
-	l.beats.drop()
+	l.beats.members(l.confState)
 	return cloneConfState(l.confState)
 }

@@ -3,9 +3,11 @@ package raftnode
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
 )
 
 // readBatch is callers whose index one ReadIndex request will establish.
@@ -78,6 +80,42 @@ func (l *loop) serveReads() {
 // than the log, the answer would hide acknowledged commands.
 func (l *loop) canAsk() bool {
 	return l.leader != 0 && (!l.leading() || l.termCommitted())
+}
+
+// answerReader answers m, a follower's request for the index of a read, if that
+// request proves that nobody else leads; term is that of the follower when it left. It
+// is for a leader that has committed in its term.
+//
+// What a round of heartbeats would find out is whether a majority was still in this
+// term after the readers came. This node is, and so was whoever asks, which says so in
+// its request. Where the two are a majority, any other leader was elected later by one
+// of them, and has committed nothing that was acknowledged before. So a linearizable
+// read through a follower of three costs one message each way, where raft would have
+// two more follow, and two come back. That the term need not be durable, neither
+// there nor here, is the same for heartbeats.
+//
+// The index is raft's own, not what was handed out of it: that may be older than what
+// was acknowledged.
+func (l *loop) answerReader(m *raftpb.Message, term uint64) bool {
+	need, simple := l.needed()
+	if need > 1 || !simple || !slices.Contains(l.confState.GetVoters(), m.GetFrom()) {
+		return false
+	}
+	// So that news of a commit which is part of the answer are on their way, or held.
+	l.drain()
+	st := l.rn.BasicStatus()
+	if term == 0 || term != st.GetTerm() || st.RaftState != raft.StateLeader {
+		return false
+	}
+	out := []*raftpb.Message{{
+		Type: raftpb.MsgReadIndexResp.Enum(), To: m.From, From: new(l.cfg.ID), Term: new(term),
+		Index: new(st.GetCommit()), Entries: m.GetEntries(),
+	}}
+	if news := l.commits.takeFor(m.GetFrom()); news != nil {
+		out = append(out, news)
+	}
+	l.tr.Send(out)
+	return true
 }
 
 // readsDue reports whether serveReads would ask now.

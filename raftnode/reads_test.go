@@ -179,3 +179,83 @@ func TestLoneLeaderCommitsBeforeReading(t *testing.T) {
 		t.Fatal("the peer's read was forgotten")
 	}
 }
+
+// sent counts the messages between the nodes by kind, as they are delivered. What drop
+// says of them is still done.
+func (g *group) sent() map[raftpb.MessageType]int {
+	n := map[raftpb.MessageType]int{}
+	drop := g.drop
+	g.drop = func(m *raftpb.Message) bool {
+		n[m.GetType()]++
+		return drop != nil && drop(m)
+	}
+	return n
+}
+
+// Where the asker and the leader are a majority the question is the proof: a read
+// through a follower of three takes one message each way.
+func TestFollowersQuestionIsProofEnough(t *testing.T) {
+	g := newGroup(t, nil, 1, 2, 3)
+	h := g.elect(1)
+	p := h.propose("x")
+	g.settle()
+	p.mustBe(t, true, nil)
+	sent := g.sent()
+	c := g.nodes[2].read()
+	g.settle()
+	g.nodes[2].mustRead(c, p.res.Index)
+	if sent[raftpb.MsgReadIndex] != 1 || sent[raftpb.MsgReadIndexResp] != 1 || sent[raftpb.MsgHeartbeat] != 0 {
+		t.Errorf("a read through a follower took %v", sent)
+	}
+	// Nobody else has to be there for it.
+	g.drop = func(m *raftpb.Message) bool { return m.GetTo() == 3 || m.GetFrom() == 3 }
+	c = g.nodes[2].read()
+	g.settle()
+	g.nodes[2].mustRead(c, p.res.Index)
+}
+
+// A question proves nothing when it comes of a node that does not count, of too few, or
+// of another term: then the others are asked.
+func TestFollowersQuestionIsNoProof(t *testing.T) {
+	t.Run("five", func(t *testing.T) {
+		g := newGroup(t, nil, 1, 2, 3, 4, 5)
+		g.elect(1)
+		g.drop = func(m *raftpb.Message) bool { return m.GetTo() > 2 || m.GetFrom() > 2 }
+		c := g.nodes[2].read()
+		g.settle()
+		if o, ok := c.poll(); ok {
+			t.Errorf("two of five answered a read: %+v", o)
+		}
+	})
+	t.Run("learner", func(t *testing.T) {
+		g := newGroup(t, nil, 1, 2, 3)
+		h := g.elect(1)
+		g.nodes[4] = newHarness(t, 4, nil)
+		g.mustChange(h, Change{Kind: AddLearner, ID: 4, Addr: "4"})
+		g.drop = func(m *raftpb.Message) bool { return m.GetTo() == 2 || m.GetTo() == 3 }
+		h.step(&raftpb.Message{Type: raftpb.MsgReadIndex.Enum(), From: new(uint64(4)), To: new(uint64(1)),
+			Term: new(h.loop.term), Entries: []*raftpb.Entry{{Data: []byte("ctx")}}})
+		sent := g.sent()
+		g.settle()
+		if sent[raftpb.MsgReadIndexResp] != 0 {
+			t.Error("a learner's question was proof enough")
+		}
+	})
+	t.Run("other terms", func(t *testing.T) {
+		g := newGroup(t, nil, 1, 2, 3)
+		h := g.elect(1)
+		for _, term := range []uint64{0, h.loop.term - 1, h.loop.term + 1} {
+			g.drop = func(m *raftpb.Message) bool { return m.GetTo() != 1 && m.GetType() == raftpb.MsgHeartbeat }
+			h.step(&raftpb.Message{Type: raftpb.MsgReadIndex.Enum(), From: new(uint64(2)), To: new(uint64(1)),
+				Term: new(term), Entries: []*raftpb.Entry{{Data: []byte("ctx")}}})
+			sent := g.sent()
+			g.settle()
+			if sent[raftpb.MsgReadIndexResp] != 0 {
+				t.Errorf("term %d: the question was proof enough for a leader of term %d", term, h.loop.term)
+			}
+			if sent[raftpb.MsgHeartbeat] == 0 {
+				t.Errorf("term %d: nobody was asked", term)
+			}
+		}
+	})
+}

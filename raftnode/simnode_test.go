@@ -100,7 +100,7 @@ func (n *simNode) start() {
 	s.oracle.restored(n, &n.machine.mem, "its own disk")
 	n.fs = errorfs.Wrap(n.files, errorfs.InjectorFunc(n.fileOp))
 	clock := simClock{n}
-	images, err := snap.OpenStore(n.fs, "images", snap.Options{Now: clock.Now, MaxPartials: 4})
+	images, err := snap.OpenStore(n.fs, "images", snap.Options{Now: clock.Now, MaxPartials: 4, Inline: true})
 	if n.doomed != "" {
 		return
 	}

@@ -70,10 +70,13 @@ func (t *tx) countRevoked(sidecar string, by int) uint64 {
 }
 
 // revoke turns an assignment into a revocation, if it is none already. prev is what
-// is stored, nil for nothing. The sidecar may go by what is revoked for replacedMS.
-func (t *tx) revoke(prev *commandpb.Assignment, replacedMS uint64) {
+// is stored, nil for nothing. The sidecar may go by what is revoked for replacedMS. It
+// reports whether the sidecar has more revocations than are remembered: then the caller
+// has to call forgetOldest, once what the sidecar has to let go of is recorded. Before,
+// the one to go might be this very one, and nobody could tell it any more.
+func (t *tx) revoke(prev *commandpb.Assignment, replacedMS uint64) (many bool) {
 	if prev == nil || prev.Revoked {
-		return
+		return false
 	}
 	next := &commandpb.Assignment{
 		SidecarId: prev.SidecarId, PipelineId: prev.PipelineId, Revoked: true, PipelineVersion: prev.PipelineVersion,
@@ -87,9 +90,7 @@ func (t *tx) revoke(prev *commandpb.Assignment, replacedMS uint64) {
 	if h := t.revocations[next.SidecarId]; h != nil {
 		heap.Push(h, revocation{next.Generation, next.PipelineId})
 	}
-	if revoked > maxRevokedPerSidecar {
-		t.forgetOldest(next.SidecarId)
-	}
+	return revoked > maxRevokedPerSidecar
 }
 
 // forget removes a revocation.
@@ -291,8 +292,11 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 	if ch.Revoke {
 		prev := t.assignment(ch.SidecarId, ch.PipelineId)
 		letGo, shared := released(ch, prev, nil)
-		t.revoke(prev, c.ReplacedMs)
+		many := t.revoke(prev, c.ReplacedMs)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
+		if many {
+			t.forgetOldest(ch.SidecarId)
+		}
 		claimed.note(t, ch.PipelineId, ch.SidecarId, letGo, local(prev), nil)
 		return true
 	}

@@ -133,8 +133,11 @@ func (t *tx) deletePipeline(c *commandpb.DeletePipeline) *commandpb.Rejection {
 				letGo = append(letGo, s)
 			}
 		}
-		t.revoke(ran, c.ReleaseTimeoutMs)
+		many := t.revoke(ran, c.ReleaseTimeoutMs)
 		t.release(sidecar, c.PipelineId, letGo, nil, c.ReleaseTimeoutMs)
+		if many {
+			t.forgetOldest(sidecar)
+		}
 	}
 	t.purgeRevoked()
 	return nil

@@ -78,8 +78,8 @@ func TestOldestRevocationIsForgotten(t *testing.T) {
 				if wait {
 					c.Releases, c.ReleaseTimeoutMs = []string{"in"}, 1000
 				}
-				revoke(c.SidecarId, c.PipelineId, revision)
 				waits[k] = waits[k] || wait
+				revoke(c.SidecarId, c.PipelineId, revision)
 			} else {
 				c.Stages = []*commandpb.StageAssignment{{StageId: "in"}}
 				switch {
@@ -137,6 +137,53 @@ func BenchmarkDeregisterMany(b *testing.B) {
 				}
 				b.StartTimer()
 				do(b, s, `deregister_sidecar { sidecar_id: "s" }`)
+			}
+		})
+	}
+}
+
+// TestRevocationIsKeptForItsHandover: of many revocations in one command none is
+// forgotten that a sidecar has yet to let go by, whatever order they come in: a node that
+// has never spoken to the sidecar could not tell it, and would give the stage to another
+// one at the deadline, while it goes on.
+func TestRevocationIsKeptForItsHandover(t *testing.T) {
+	for name, order := range map[string]func(i, n int) int{
+		"ascending": func(i, _ int) int { return i }, "descending": func(i, n int) int { return n - 1 - i },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := openMem(t)
+			const n = maxRevokedPerSidecar + 3
+			do(t, s, `register_sidecar { sidecar { sidecar_id: "s" endpoint: "a:1" } }`)
+			give, take := &commandpb.ApplyAssignments{Handovers: true}, &commandpb.ApplyAssignments{Handovers: true}
+			for i := range n {
+				id := fmt.Sprintf("p%03d", order(i, n))
+				do(t, s, fmt.Sprintf(`put_pipeline { spec { id: %q enabled: true stages { id: "in" type: STAGE_TYPE_SOURCE parallelism: 1 } } }`, id))
+				change := func() *commandpb.AssignmentChange {
+					return &commandpb.AssignmentChange{SidecarId: "s", PipelineId: id, SidecarGeneration: 1, PipelineVersion: 1}
+				}
+				a, b := change(), change()
+				a.Stages = []*commandpb.StageAssignment{{StageId: "in"}}
+				b.Revoke, b.Releases, b.ReleaseTimeoutMs = true, []string{"in"}, 60_000
+				give.Changes, take.Changes = append(give.Changes, a), append(take.Changes, b)
+			}
+			for _, c := range []*commandpb.ApplyAssignments{give, take} {
+				if res := apply(t, s, &commandpb.Command{Op: &commandpb.Command_ApplyAssignments{ApplyAssignments: c}})[0]; res.Rejection != nil || res.Stale > 0 {
+					t.Fatal(text(res))
+				}
+			}
+			v := s.View()
+			defer v.Close()
+			revoked := 0
+			noError(t, v.AllAssignments(func(a *commandpb.Assignment) bool {
+				h, err := v.Handover(a.PipelineId, "s")
+				noError(t, err)
+				if a.Revoked && h != nil {
+					revoked++
+				}
+				return true
+			}))
+			if revoked != n {
+				t.Errorf("of %d stages to let go of the state still tells of %d", n, revoked)
 			}
 		})
 	}

@@ -143,7 +143,9 @@ func (t *tx) deregisterSidecar(c *commandpb.DeregisterSidecar) *commandpb.Reject
 		runs = append(runs, a)
 	})
 	for _, a := range runs {
-		t.revoke(a, 0) // it is gone, by the word of the caller
+		if t.revoke(a, 0) { // it is gone, by the word of the caller
+			t.forgetOldest(c.SidecarId)
+		}
 	}
 	t.purgeRevoked()
 	return nil

@@ -174,11 +174,11 @@ func heldReason(p *commandpb.Pipeline, stage, planned string, said *clusterpb.Ge
 // putOffReason says whom changes that are put off wait for, and how long at most.
 func putOffReason(h *clusterpb.HeldPipeline) string {
 	const why = "records could go round between sidecars that have heard of a change and others that have not"
-	if h.WaitsForTotal == 0 || h.HeardBy == nil {
+	if len(h.WaitsFor) == 0 || h.HeardBy == nil {
 		return why + "; it is told in parts"
 	}
 	who := "sidecar " + h.WaitsFor[0] + " has"
-	if n := h.WaitsForTotal - 1; n > 0 {
+	if n := int64(h.WaitsForTotal) - 1; n > 0 {
 		who = fmt.Sprintf("sidecar %s and %d more have", h.WaitsFor[0], n)
 	}
 	return fmt.Sprintf("%s: nothing more is told before %s confirmed what was told before, or must have heard of it, which is by %s", why, who, clock(h.HeardBy.AsTime()))

@@ -38,48 +38,71 @@ func (p *pushViews) begin() {
 
 func (p *pushViews) end() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	var last *pushView
 	if p.busy--; p.busy == 0 {
-		p.forgetLocked()
+		last = p.forgetLocked()
 	}
+	p.mu.Unlock()
+	last.closed()
 }
 
 // take returns a view that shows at least all that was applied, and published, when it
 // was called. Close gives it back.
 func (p *pushViews) take() *pushView {
+	v, last := p.takeLocked()
+	last.closed()
+	return v
+}
+
+func (p *pushViews) takeLocked() (taken, last *pushView) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	// In this order: a restore between the two is told by the epoch.
 	revision, epoch := p.state.Revision(), p.state.Epoch()
 	if v := p.cur; v != nil && v.Epoch() == epoch && v.Revision() >= revision {
 		v.refs++
-		return v
+		return v, nil
 	}
-	p.forgetLocked()
+	last = p.forgetLocked()
 	v := &pushView{View: p.state.View(), of: p, refs: 1}
 	if p.busy > 0 {
 		v.refs++
 		p.cur = v
 	}
-	return v
+	return v, last
 }
 
-func (p *pushViews) forgetLocked() {
-	if v := p.cur; v != nil {
-		p.cur = nil
-		v.closeLocked()
+// forgetLocked drops the cached view. What it returns has to be closed, without the
+// mutex: it may be the last to hold a database that was replaced, which is then closed
+// and removed, for a second or more.
+func (p *pushViews) forgetLocked() (last *pushView) {
+	v := p.cur
+	p.cur = nil
+	if v != nil && v.dropLocked() {
+		return v
 	}
+	return nil
 }
 
 // Close gives the view back. Unlike that of a View it must be called once.
 func (v *pushView) Close() {
 	v.of.mu.Lock()
-	defer v.of.mu.Unlock()
-	v.closeLocked()
+	last := v.dropLocked()
+	v.of.mu.Unlock()
+	if last {
+		v.closed()
+	}
 }
 
-func (v *pushView) closeLocked() {
-	if v.refs--; v.refs == 0 {
+// dropLocked reports whether nobody holds v any more.
+func (v *pushView) dropLocked() bool {
+	v.refs--
+	return v.refs == 0
+}
+
+// closed closes a view that nobody holds; v may be nil.
+func (v *pushView) closed() {
+	if v != nil {
 		_ = v.View.Close() // of a snapshot; it reports what still reads from it, and nobody does
 	}
 }

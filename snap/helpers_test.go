@@ -109,7 +109,7 @@ func hookFS(fs vfs.FS, hook func(op errorfs.Op) error) posixFS {
 func testOptions() Options {
 	var ticks atomic.Int64
 	// Tests count operations, and let certain ones fail.
-	return Options{Now: func() time.Time { return time.Unix(1_700_000_000+ticks.Add(1), 0) }, inline: true}
+	return Options{Now: func() time.Time { return time.Unix(1_700_000_000+ticks.Add(1), 0) }, Inline: true}
 }
 
 func mustOpenStore(t testing.TB, fs vfs.FS, dir string, o Options) *Store {

@@ -46,8 +46,9 @@ type Options struct {
 	// holds up every other fsync there, the raft log's included. Default 512 KiB.
 	WriteBackBytes int64
 
-	// inline makes a Receiver do everything by turns; tests count operations.
-	inline bool
+	// Inline makes a Receiver do everything by turns, on the goroutine of its caller:
+	// for tests that count operations, and for simulations.
+	Inline bool
 }
 
 // EnsureDefaults fills every zero value and returns o.

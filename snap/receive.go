@@ -130,7 +130,7 @@ func (s *Store) Receive(id string, size int64) (*Receiver, error) {
 		size:    size,
 		dir:     s.partialDir(id),
 		partial: p,
-		side:    aside{inline: s.opts.inline},
+		side:    aside{inline: s.opts.Inline},
 	}
 	r.imageDir = s.fs.PathJoin(r.dir, receivedImage)
 	if err := r.begin(); err != nil {

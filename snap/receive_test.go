@@ -233,7 +233,7 @@ func failedSync(t *testing.T, inline bool) {
 		return nil
 	})
 	o := testOptions()
-	o.SyncBytes, o.inline = 300, inline
+	o.SyncBytes, o.Inline = 300, inline
 	s := mustOpenStore(t, fs, imageDir, o)
 	for _, failRemoves := range []bool{false, true, false} {
 		w, err := s.Receive(r.Info().ID, r.Size())

@@ -24,9 +24,10 @@ type Conn struct {
 
 	running sync.WaitGroup // goroutines of all links
 
-	mu     sync.Mutex
-	links  []*link // those not dead, as far as is known; the last one takes calls
-	closed bool
+	mu      sync.Mutex
+	links   []*link       // those not dead, as far as is known; the last one takes calls
+	dialing chan struct{} // closed when the dial that is under way ends; nil = none is
+	closed  bool
 }
 
 var _ grpc.ClientConnInterface = (*Conn)(nil)
@@ -50,29 +51,56 @@ func (c *Conn) Close() error {
 
 var errClosed = status.Error(codes.Canceled, "unary: the connection was closed by its owner")
 
-// established returns a link that works, as far as is known.
+// established returns a link that works, as far as is known. Of many callers one
+// dials, with its own context; the others wait for that, as long as theirs last.
 func (c *Conn) established(ctx context.Context) (*link, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return nil, errClosed
+	for {
+		c.mu.Lock()
+		if c.closed {
+			c.mu.Unlock()
+			return nil, errClosed
+		}
+		if n := len(c.links); n > 0 && c.links[n-1].usable() {
+			defer c.mu.Unlock()
+			return c.links[n-1], nil
+		}
+		under := c.dialing
+		if under == nil {
+			ended := make(chan struct{})
+			c.dialing = ended
+			c.mu.Unlock()
+			return c.dial(ctx, ended)
+		}
+		c.mu.Unlock()
+		select {
+		case <-under:
+		case <-ctx.Done():
+			return nil, status.FromContextError(ctx.Err()).Err()
+		}
 	}
-	if n := len(c.links); n > 0 && c.links[n-1].usable() {
-		return c.links[n-1], nil
-	}
-	c.links = slices.DeleteFunc(c.links, (*link).ended)
-	// Others wait for the same dial; nobody could call without it.
+}
+
+// dial makes a new link and closes ended.
+func (c *Conn) dial(ctx context.Context, ended chan struct{}) (*link, error) {
 	var d net.Dialer
 	nc, err := d.DialContext(ctx, "tcp", c.addr)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.dialing = nil
+	close(ended)
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, "unary: "+err.Error())
+	}
+	if c.closed {
+		_ = nc.Close() // nothing was sent
+		return nil, errClosed
 	}
 	l, err := newLink(nc, c.addr, &c.running)
 	if err != nil {
 		_ = nc.Close() // the dial has failed already
 		return nil, status.Error(codes.Unavailable, "unary: "+err.Error())
 	}
-	c.links = append(c.links, l)
+	c.links = append(slices.DeleteFunc(c.links, (*link).ended), l)
 	return l, nil
 }
 

@@ -349,6 +349,20 @@ func TestNoGRPC(t *testing.T) {
 	wantCode(t, err, codes.Unavailable, "refused")
 }
 
+// TestWaitForADial: who waits for another's dial waits as long as it has time itself.
+func TestWaitForADial(t *testing.T) {
+	c := NewConn("127.0.0.1:1")
+	c.dialing = make(chan struct{}) // one that does not end
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	_, err := invoke(ctx, c, nil)
+	wantCode(t, err, codes.DeadlineExceeded, "")
+	close(c.dialing)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestUnsupported: what a Conn cannot do it says instead of doing half of it.
 func TestUnsupported(t *testing.T) {
 	_, address := serve(t, "", echo)
