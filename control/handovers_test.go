@@ -31,6 +31,12 @@ func (r *replica) applied(id string) {
 // confirmed says that a sidecar has applied all up to a revision.
 func (r *replica) confirmed(id string, revision uint64) {
 	r.t.Helper()
+	r.do(r.confirmation(id, revision))
+}
+
+// confirmation is the command that says so.
+func (r *replica) confirmation(id string, revision uint64) *commandpb.Command {
+	r.t.Helper()
 	c := &commandpb.EndHandovers{}
 	for _, h := range r.handovers() {
 		if h.SidecarId == id {
@@ -39,7 +45,7 @@ func (r *replica) confirmed(id string, revision uint64) {
 			})
 		}
 	}
-	r.do(&commandpb.Command{Op: &commandpb.Command_EndHandovers{EndHandovers: c}})
+	return &commandpb.Command{Op: &commandpb.Command_EndHandovers{EndHandovers: c}}
 }
 
 func (r *replica) handovers() []*commandpb.Handover {
