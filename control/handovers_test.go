@@ -25,15 +25,27 @@ func (r *replica) drain(id string, timeout time.Duration, leaves bool) {
 // applied says that a sidecar has applied all there is.
 func (r *replica) applied(id string) {
 	r.t.Helper()
+	r.confirmed(id, r.fsm.Revision())
+}
+
+// confirmed says that a sidecar has applied all up to a revision.
+func (r *replica) confirmed(id string, revision uint64) {
+	r.t.Helper()
+	r.do(r.confirmation(id, revision))
+}
+
+// confirmation is the command that says so.
+func (r *replica) confirmation(id string, revision uint64) *commandpb.Command {
+	r.t.Helper()
 	c := &commandpb.EndHandovers{}
 	for _, h := range r.handovers() {
 		if h.SidecarId == id {
 			c.Ended = append(c.Ended, &commandpb.EndedHandover{
-				SidecarId: id, PipelineId: h.PipelineId, Revision: r.fsm.Revision(), End: commandpb.HandoverEnd_HANDOVER_END_APPLIED,
+				SidecarId: id, PipelineId: h.PipelineId, Revision: revision, End: commandpb.HandoverEnd_HANDOVER_END_APPLIED,
 			})
 		}
 	}
-	r.do(&commandpb.Command{Op: &commandpb.Command_EndHandovers{EndHandovers: c}})
+	return &commandpb.Command{Op: &commandpb.Command_EndHandovers{EndHandovers: c}}
 }
 
 func (r *replica) handovers() []*commandpb.Handover {

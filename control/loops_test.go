@@ -30,14 +30,16 @@ type replica struct {
 	lead    raftnode.Leadership
 	changed chan struct{}
 	plans   int
-	refuse  error         // next submissions fail with it
-	before  func()        // runs once before the next submission
-	closed  chan struct{} // made outside of the bubble
-	check   func()        // runs after each command
-	most    map[[2]string]int
-	placer  *Placer       // of inBubble
-	budget  int           // its moves per minute; 0 = no bound
-	jump    time.Duration // by how much its time of day is set
+	refuse  error  // next submissions fail with it
+	before  func() // runs once before the next submission
+	// first and last are in the entry of the next plan, before and after it.
+	first, last []*commandpb.Command
+	closed      chan struct{} // made outside of the bubble
+	check       func()        // runs after each command
+	most        map[[2]string]int
+	placer      *Placer       // of inBubble
+	budget      int           // its moves per minute; 0 = no bound
+	jump        time.Duration // by how much its time of day is set
 }
 
 // newReplica opens an empty state. Pebble's own goroutines would never let the
@@ -95,13 +97,21 @@ func (r *replica) setLeading(leading bool) {
 }
 
 func (r *replica) apply(cmd *commandpb.Command) (*commandpb.Result, error) {
-	raw, err := cmd.MarshalVT()
-	if err != nil {
-		return nil, err
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := router.Entry{Index: r.fsm.Applied().Index + 1, Term: max(r.lead.Term, 1), Commands: [][]byte{raw}, Local: true}
+	all, at := []*commandpb.Command{cmd}, 0
+	if cmd.GetApplyAssignments() != nil {
+		all, at = slices.Concat(r.first, all, r.last), len(r.first)
+		r.first, r.last = nil, nil
+	}
+	e := router.Entry{Index: r.fsm.Applied().Index + 1, Term: max(r.lead.Term, 1), Local: true}
+	for _, c := range all {
+		raw, err := c.MarshalVT()
+		if err != nil {
+			return nil, err
+		}
+		e.Commands = append(e.Commands, raw)
+	}
 	res, err := r.fsm.Apply([]router.Entry{e})
 	if err != nil {
 		return nil, err
@@ -109,7 +119,7 @@ func (r *replica) apply(cmd *commandpb.Command) (*commandpb.Result, error) {
 	if r.check != nil {
 		r.check()
 	}
-	return res[0][0], nil
+	return res[0][at], nil
 }
 
 func (r *replica) Submit(ctx context.Context, cmd *commandpb.Command) (*commandpb.Result, error) {

@@ -30,8 +30,8 @@ type olderKey struct {
 type olderTable struct {
 	table *placement.Assignment
 	until time.Time
-	// confirms: a handover was left behind in the state, and with its end the sidecar
-	// holds the table no more.
+	// confirms: the sidecar was told to let go of something when the table was replaced,
+	// or since, and with the end of that handover it holds the table no more.
 	confirms bool
 }
 
@@ -48,7 +48,7 @@ func (o *olderTables) add(m *mirror, changes []*commandpb.AssignmentChange, at t
 		if old == nil || !handsOverElsewhere(old, c) {
 			continue
 		}
-		o.note(olderTable{table: old, until: at.Add(o.keep), confirms: len(c.Releases)+len(c.SharedReleases) > 0})
+		o.note(olderTable{table: old, until: at.Add(o.keep)})
 	}
 }
 
@@ -97,23 +97,51 @@ func (o *olderTables) restored(before *mirror, sent []*commandpb.AssignmentChang
 	}
 }
 
-// changed takes down the tables that were replaced by others than the placer, such as
-// those of a pipeline that was deleted. own are the revisions of its own commands. A
-// sidecar that was removed is gone, by the word of who removed it.
-func (o *olderTables) changed(m *mirror, changes []router.Change, own map[uint64]bool, at time.Time) {
+// changed takes over what has become of tables. sent is what the placer has sent and
+// not seen the outcome of before.
+//
+// It takes down tables that were replaced by others than the placer, such as those of a
+// pipeline that was deleted, or by a command that it had given up. By the revision they
+// would not be told from its own: one entry of the log holds commands of many. A sidecar
+// that was removed is gone, by the word of who removed it.
+//
+// That a sidecar is waited for is taken from the state, and not from having asked for it:
+// of one that is expired, or was when the command came, nothing is left behind that could
+// be confirmed, and it may be heard of again with the table it had.
+func (o *olderTables) changed(m *mirror, changes []router.Change, sent []*commandpb.AssignmentChange, at time.Time) {
+	var own map[string]bool // by key, whether it is a revocation
 	for i := range changes {
 		c := &changes[i]
-		old, _ := c.Prev.(*commandpb.Assignment)
-		if c.Table != router.TableAssignments || own[c.Revision] || old == nil || old.Revoked || m.sidecars[old.SidecarId] == nil {
-			continue
-		}
-		if next, _ := c.Next.(*commandpb.Assignment); next == nil || next.Revoked {
-			if slices.ContainsFunc(old.Stages, func(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId != "" }) {
+		switch c.Table {
+		case router.TableAssignments:
+			old, _ := c.Prev.(*commandpb.Assignment)
+			if old == nil || old.Revoked || m.sidecars[old.SidecarId] == nil || !slices.ContainsFunc(old.Stages, handsOver) {
+				continue
+			}
+			if own == nil {
+				own = make(map[string]bool, len(sent))
+				for _, s := range sent {
+					own[router.AssignmentKey(s.SidecarId, s.PipelineId)] = s.Revoke
+				}
+			}
+			next, _ := c.Next.(*commandpb.Assignment)
+			if revoke, was := own[c.Key]; !was || revoke != (next == nil || next.Revoked) {
 				o.note(olderTable{table: assignmentOf(old), until: at.Add(o.keep)})
+			}
+		case router.TableHandovers:
+			h, _ := c.Next.(*commandpb.Handover)
+			if !slices.ContainsFunc(h.GetReleases(), func(r *commandpb.Release) bool { return r.Revision == c.Revision }) {
+				continue
+			}
+			tables := o.by[h.PipelineId][h.SidecarId]
+			for i := range tables {
+				tables[i].confirms = true
 			}
 		}
 	}
 }
+
+func handsOver(s *commandpb.StageAssignment) bool { return s.RemoteSidecarId != "" }
 
 // retaken notes that a handover is over because its sidecar is given back what it was to
 // let go of, and not because it has confirmed anything.

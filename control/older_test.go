@@ -88,6 +88,83 @@ func TestTurnedRoundTwice(t *testing.T) {
 	})
 }
 
+// handingOver runs test where a hands records of p over to b, and everybody has heard of it.
+func handingOver(t *testing.T, test func(t *testing.T, r *replica, l *Liveness)) {
+	r := newReplica(t, router.Options{})
+	r.register("a", "here:source", "near:sink")
+	r.register("b", "there:source", "far:sink")
+	r.putPipeline("p", "here:source -> far:sink")
+	r.inBubble(func(t *testing.T, l *Liveness) {
+		r.setLeading(true)
+		beat(l, 2*time.Minute, "a", "b")
+		r.expect("at first", "p", "here", "a")
+		test(t, r, l)
+	})
+}
+
+// Goal: a sidecar that is expired when a plan comes that it is to confirm leaves nothing
+// behind that could be confirmed, and when it is heard of again it has not heard of it.
+func TestExpiredConfirmsNothing(t *testing.T) {
+	handingOver(t, func(t *testing.T, r *replica, l *Liveness) {
+		expire := func() {
+			r.do(&commandpb.Command{TimeMs: uint64(time.Now().UnixMilli()), Op: &commandpb.Command_TransitionSidecar{
+				TransitionSidecar: &commandpb.TransitionSidecar{SidecarId: "a", State: commandpb.SidecarState_SIDECAR_STATE_EXPIRED, GraceMs: 60_000},
+			}})
+		}
+		expire()
+		beat(l, 2*time.Minute, "a", "b") // the next time it keeps what it has for a while
+		r.before = expire
+		r.putPipeline("p", "there:source -> near:sink")
+		beat(l, 30*time.Second, "a", "b")
+		r.expect("at once", "p", "near", "a")
+		r.expect("until a has heard", "p", "there", "")
+		beat(l, 20*time.Second, "a", "b")
+		r.expect("then", "p", "there", "b")
+	})
+}
+
+// Goal: a pipeline that is deleted in the very entry of the log that holds a plan is not
+// taken for a part of that plan: who handed over by its tables may still do so, until it
+// has confirmed that it was deleted, or must have heard.
+func TestDeletedInTheEntryOfAPlan(t *testing.T) {
+	for _, confirms := range []bool{true, false} {
+		handingOver(t, func(t *testing.T, r *replica, l *Liveness) {
+			r.last = []*commandpb.Command{
+				{TimeMs: uint64(time.Now().UnixMilli()), Op: &commandpb.Command_DeletePipeline{
+					DeletePipeline: &commandpb.DeletePipeline{PipelineId: "p", ReleaseTimeoutMs: 45_000},
+				}},
+				{Op: &commandpb.Command_PutPipeline{PutPipeline: &commandpb.PutPipeline{Spec: parsePipeline(t, "p", "there:source -> near:sink")}}},
+			}
+			r.putPipeline("q", "here:source -> near:sink")
+			beat(l, 30*time.Second, "a", "b")
+			r.expect("of the plan", "q", "here", "a")
+			r.expect("until a has heard", "p", "there", "")
+			if confirms {
+				r.applied("a")
+				beat(l, time.Second, "a", "b")
+			} else {
+				beat(l, 20*time.Second, "a", "b")
+			}
+			r.expect("then", "p", "there", "b")
+		})
+	}
+}
+
+// Goal: what a sidecar confirms in the very entry of the log that holds a plan is heard,
+// and who waits for it does not wait any longer.
+func TestConfirmedInTheEntryOfAPlan(t *testing.T) {
+	handingOver(t, func(t *testing.T, r *replica, l *Liveness) {
+		r.putPipeline("p", "there:source -> near:sink")
+		beat(l, time.Second, "a", "b")
+		r.expect("until a has heard", "p", "there", "")
+		r.last = []*commandpb.Command{r.confirmation("a", r.fsm.Revision())}
+		r.putPipeline("q", "here:source -> near:sink")
+		beat(l, time.Second, "a", "b")
+		r.expect("of the plan", "q", "here", "a")
+		r.expect("then", "p", "there", "b")
+	})
+}
+
 // Goal: what a state says was replaced counts for as long as is left by the time of that
 // state, each for itself; after a restore all tables of the state before count, and those
 // that were sent to it last. They are forgotten in the order of their times.

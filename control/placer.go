@@ -119,10 +119,9 @@ type Placer struct {
 	// rests is since when the last plan is through; of Run's goroutine.
 	rests time.Time
 
-	// mirror is what the plans are made from, own the revisions of the commands of the
-	// newest, and sent what was sent last and is not in the mirror yet; of Run's goroutine.
+	// mirror is what the plans are made from, and sent what was sent last and is not in
+	// the mirror yet; of Run's goroutine.
 	mirror *mirror
-	own    map[uint64]bool
 	sent   []*commandpb.AssignmentChange
 
 	mu    sync.Mutex
@@ -170,7 +169,7 @@ func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.older = newOlderTables(p.c.HandoverTimeout)
 	defer p.setHeld(nil)
 	defer p.c.Stopped() // before what is held is forgotten: nothing is decided any more
-	defer func() { p.mirror, p.own, p.sent = nil, nil, nil }()
+	defer func() { p.mirror, p.sent = nil, nil }()
 	defer p.setStats(PlacerStats{})
 	if !caughtUp(ctx, p.c.Node, p.c.Retry) {
 		return
@@ -205,7 +204,7 @@ func (p *Placer) follow(ctx context.Context) error {
 	p.mirror = m
 	p.older.load(m, ms, time.Now())
 	m.removed = p.scores.forget
-	m.seen = func(changes []router.Change) { p.older.changed(m, changes, p.own, time.Now()) }
+	m.seen = func(changes []router.Change) { p.older.changed(m, changes, p.sent, time.Now()) }
 	// The groups decide when a service has drained.
 	sub, err := p.c.State.Hub().Subscribe(m.revision, append(placementTables(), router.TableGroups)...)
 	if err != nil {
@@ -322,18 +321,26 @@ func (m *mirror) foreign(changes []router.Change, own map[uint64]bool) bool {
 			}
 			continue
 		}
-		if c.Table != router.TableAssignments && c.Table != router.TableHandovers || !own[c.Revision] {
+		if c.Table != router.TableAssignments && c.Table != router.TableHandovers || !own[c.Revision] || ends(c) {
 			return true
 		}
 	}
 	return false
 }
 
+// ends is true when c ends releases of a handover. The revision does not tell whose doing
+// that is, since one entry of the log holds commands of many, and what was confirmed may be
+// what a stage waits for. A placer that takes back releases of its own plans once more.
+func ends(c *router.Change) bool {
+	prev, _ := c.Prev.(*commandpb.Handover)
+	next, _ := c.Next.(*commandpb.Handover)
+	return len(prev.GetReleases()) > len(next.GetReleases())
+}
+
 // plan makes the assignments what they should be, and again if the state moved
 // on meanwhile. It returns the revisions of its commands.
 func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, w *waits) (own map[uint64]bool, err error) {
 	own = make(map[uint64]bool)
-	p.own = own
 	for pause := p.c.Quiet; ; pause = min(2*pause, time.Second) {
 		start := time.Now()
 		// What this placer's commands did is there once they are answered: a
@@ -371,7 +378,9 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			if r := res.GetRejection(); r != nil {
 				return nil, errors.New("the state refused a plan: " + r.Reason)
 			}
-			own[res.GetRevision()] = true
+			if res.GetChanged() { // otherwise it is the revision of somebody else
+				own[res.GetRevision()] = true
+			}
 			info.Stale += int(res.GetStale())
 			// A large plan is more than what is kept for subscribers. Whoever took its
 			// changes over only at the end would have lost its place by then, and
