@@ -96,6 +96,38 @@ func TestDriveCounts(t *testing.T) {
 	})
 }
 
+// TestDriveCountsWhatHasNoAnswer: a call that is never answered fails, and shows in the
+// latencies; one that is just under way in the end does not.
+func TestDriveCountsWhatHasNoAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hung := func(ctx context.Context) (int, error) { <-ctx.Done(); return 0, ctx.Err() }
+		quick := func(ctx context.Context) (int, error) { pass(300 * time.Millisecond); return 1, ctx.Err() }
+		m, err := Drive(t.Context(), DriveConfig{Callers: []Call{quick, hung}, Duration: 10 * time.Second})
+		if err != nil || m.Errors != 1 || m.Unanswered != 1 || m.Calls < 32 || m.Max() < 9*time.Second || !strings.Contains(m.LastError, "no answer") {
+			t.Errorf("%+v %v", m, err)
+		}
+		if _, err := Drive(t.Context(), DriveConfig{Callers: []Call{hung}, Duration: time.Second}); !errors.Is(err, ErrAllFailed) {
+			t.Errorf("nothing was answered: %v", err)
+		}
+	})
+}
+
+// TestDriveCountsWhatWasNotSent: at a rate that the callers cannot keep up with, the
+// calls that nobody was free for are counted.
+func TestDriveCountsWhatWasNotSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow := func(ctx context.Context) (int, error) { pass(time.Second); return 1, nil }
+		m, err := Drive(t.Context(), DriveConfig{Callers: []Call{slow, slow}, Rate: 100, Duration: 10 * time.Second})
+		if err != nil || m.Unsent < 970 || m.Unsent > 990 {
+			t.Errorf("%+v %v", m, err)
+		}
+		m, err = Drive(t.Context(), DriveConfig{Callers: []Call{slow, slow}, Rate: 1, Duration: 10 * time.Second})
+		if err != nil || m.Unsent != 0 {
+			t.Errorf("at a rate that is kept: %+v %v", m, err)
+		}
+	})
+}
+
 // store is a server of the two services that loads call.
 type store struct {
 	checkpointpb.UnimplementedCheckpointServiceServer
@@ -104,6 +136,8 @@ type store struct {
 	data map[string][]byte
 	ops  atomic.Int64
 	fail string // a service id that is refused
+	// breakAfter is how many requests a stream takes before it breaks; 0 = any number.
+	breakAfter int
 }
 
 func (s *store) SaveCheckpoint(ctx context.Context, r *checkpointpb.SaveCheckpointRequest) (*checkpointpb.SaveCheckpointResponse, error) {
@@ -125,7 +159,10 @@ func (s *store) GetCheckpoint(ctx context.Context, r *checkpointpb.GetCheckpoint
 }
 
 func (s *store) Commit(stream grpc.BidiStreamingServer[clusterpb.CommitRequest, clusterpb.CommitResponse]) error {
-	for {
+	for n := 0; ; n++ {
+		if s.breakAfter > 0 && n == s.breakAfter {
+			return status.Error(codes.Unavailable, "going away")
+		}
 		r, err := stream.Recv()
 		if err != nil {
 			return nil
@@ -230,6 +267,17 @@ func TestRun(t *testing.T) {
 	c.Mix = []Share{{OpOffset, 1}}
 	if _, err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "no leader") {
 		t.Fatalf("a cluster that refuses everything: %v", err)
+	}
+}
+
+// TestStreamsBreak: a stream that breaks is made anew, what was under way on it has
+// failed, and the run goes on.
+func TestStreamsBreak(t *testing.T) {
+	s, addr := serve(t)
+	s.breakAfter = 50
+	r, err := Run(t.Context(), Config{Endpoints: []string{addr}, Streams: 2, InFlight: 4, Keys: 100, Duration: 200 * time.Millisecond})
+	if err != nil || r.Commands < 100 || r.Errors == 0 || !strings.Contains(r.LastError, "going away") {
+		t.Fatalf("%+v %v", r, err)
 	}
 }
 

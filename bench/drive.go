@@ -40,7 +40,12 @@ type Measurement struct {
 	Commands  int64
 	Errors    int64
 	LastError string
-	Latency   *hdrhistogram.Histogram // per call, microseconds
+	// Unanswered of the errors are calls under way in the end that had waited for long;
+	// their age is in Latency, as the least that they would have taken.
+	Unanswered int64
+	// Unsent are calls of an open loop that were due, for which no caller was free.
+	Unsent  int64
+	Latency *hdrhistogram.Histogram // per call, microseconds
 }
 
 // Throughput returns commands per second.
@@ -76,6 +81,8 @@ type recorder struct {
 	commands  int64
 	errors    int64
 	lastError error
+	// left are the ages of what was under way in the end.
+	left []time.Duration
 }
 
 func (r *recorder) record(d time.Duration, commands int, err error) {
@@ -102,18 +109,26 @@ func Drive(ctx context.Context, c DriveConfig) (*Measurement, error) {
 	if len(c.Callers) == 0 || c.Duration <= 0 {
 		return nil, errors.New("bench: a drive needs callers and a duration")
 	}
+	return measure(ctx, len(c.Callers), c, func(ctx context.Context, i int, p *phases, s *schedule, r *recorder) {
+		drive(ctx, p, s, c.Callers[i], r)
+	})
+}
+
+// measure has n of run work side by side until the drive is over, and merges what they
+// recorded.
+func measure(ctx context.Context, n int, c DriveConfig, run func(context.Context, int, *phases, *schedule, *recorder)) (*Measurement, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var p phases
 	start := time.Now()
 	schedule := newSchedule(c.Rate, start)
 
-	recorders := make([]*recorder, len(c.Callers))
+	recorders := make([]*recorder, n)
 	var running sync.WaitGroup
-	for i, call := range c.Callers {
+	for i := range n {
 		r := &recorder{latency: NewHistogram()}
 		recorders[i] = r
-		running.Go(func() { drive(ctx, &p, schedule, call, r) })
+		running.Go(func() { run(ctx, i, &p, schedule, r) })
 	}
 	wait := func(d time.Duration) {
 		t := time.NewTimer(d)
@@ -135,22 +150,28 @@ func Drive(ctx context.Context, c DriveConfig) (*Measurement, error) {
 	if c.Ended != nil {
 		c.Ended()
 	}
+	unsent := schedule.unsent(begin.Add(took), took)
 	interrupted := ctx.Err()
 	cancel()
 	running.Wait()
 	if interrupted != nil {
 		return nil, interrupted
 	}
-	m := merge(recorders)
-	m.Took = took
+	m := merge(recorders, c.Duration)
+	m.Took, m.Unsent = took, unsent
 	if m.Calls == 0 && m.Errors > 0 {
 		return m, fmt.Errorf("%w: all %d, the last one with: %s", ErrAllFailed, m.Errors, m.LastError)
 	}
 	return m, nil
 }
 
-func merge(recorders []*recorder) *Measurement {
+// overdue is how long a call must have been under way in the end to count as one that
+// is not answered: of those who are answered all the time each has one under way, too.
+const overdue = time.Second
+
+func merge(recorders []*recorder, duration time.Duration) *Measurement {
 	m := &Measurement{Latency: NewHistogram()}
+	oldest := time.Duration(0)
 	for _, r := range recorders {
 		m.Latency.Merge(r.latency)
 		m.Calls += r.calls
@@ -159,6 +180,16 @@ func merge(recorders []*recorder) *Measurement {
 		if r.lastError != nil {
 			m.LastError = r.lastError.Error()
 		}
+		for _, age := range r.left {
+			if age >= min(overdue, duration/2) {
+				m.Unanswered++
+				oldest = max(oldest, age)
+				_ = m.Latency.RecordValue(min(age.Microseconds(), maxLatency.Microseconds())) // it is in range
+			}
+		}
+	}
+	if m.Errors += m.Unanswered; m.Unanswered > 0 && m.LastError == "" {
+		m.LastError = fmt.Sprintf("no answer for %v, until the end", oldest.Round(time.Millisecond))
 	}
 	return m
 }
@@ -184,6 +215,7 @@ func drive(ctx context.Context, p *phases, s *schedule, call Call, r *recorder) 
 		}
 		n, err := call(ctx)
 		if ctx.Err() != nil {
+			r.left = append(r.left, time.Since(due))
 			return
 		}
 		if p.measured.Load() {
@@ -216,6 +248,18 @@ func newSchedule(rate float64, start time.Time) *schedule {
 		return nil
 	}
 	return &schedule{start: start, every: float64(time.Second) / rate}
+}
+
+// unsent returns how many calls were due in the time before end and have not been sent
+// by then. s may be nil.
+func (s *schedule) unsent(end time.Time, before time.Duration) int64 {
+	if s == nil {
+		return 0
+	}
+	due := int64(float64(end.Sub(s.start))/s.every) + 1
+	all := int64(float64(before) / s.every)
+	// The last tickets belong to callers that wait for the time of their call.
+	return min(max(0, due-s.ticket.Load()), all)
 }
 
 // next waits until a call is due and returns when it was. It does not wait for

@@ -12,8 +12,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/bench/unary"
 	"conveyor.etl/router/rpc/routerpb/checkpointpb"
@@ -133,6 +135,9 @@ func (c *Config) Validate() error {
 		}
 		if c.Rate > 0 {
 			bad("a rate is for calls; streams send as fast as they are answered")
+		}
+		if c.Deadline > 0 {
+			bad("a deadline is for calls; a stream has none")
 		}
 		for _, s := range c.Mix {
 			if s.Op == OpRead || s.Op == OpStale {
@@ -407,7 +412,11 @@ func fillStream(ctx context.Context, client clusterpb.CommitsClient, inFlight in
 		for _, r := range reply.GetResults() {
 			open--
 			if r.GetOutcome() != clusterpb.Outcome_OUTCOME_DONE {
-				return fmt.Errorf("bench: fill: %v: %s", r.GetOutcome(), r.GetMessage())
+				code := codes.Code(r.GetCode())
+				if code == codes.OK {
+					code = codes.Unknown
+				}
+				return status.Errorf(code, "bench: fill: %s", r.GetMessage())
 			}
 		}
 	}

@@ -11,13 +11,17 @@ import (
 
 // Report is the outcome of one run, as printed and as JSON.
 type Report struct {
-	Config     Config  `json:"config"`
-	Loop       string  `json:"loop"` // "closed", "open" or "stream"
-	Seconds    float64 `json:"seconds"`
-	Commands   int64   `json:"commands"`
-	Calls      int64   `json:"calls"`
-	Errors     int64   `json:"errors"`
-	LastError  string  `json:"last_error,omitempty"`
+	Config    Config  `json:"config"`
+	Loop      string  `json:"loop"` // "closed", "open" or "stream"
+	Seconds   float64 `json:"seconds"`
+	Commands  int64   `json:"commands"`
+	Calls     int64   `json:"calls"`
+	Errors    int64   `json:"errors"`
+	LastError string  `json:"last_error,omitempty"`
+	// Unanswered of the errors had no answer when the run ended, after a second or more.
+	Unanswered int64 `json:"unanswered,omitempty"`
+	// Unsent calls of an open loop were due and had no free client.
+	Unsent     int64   `json:"unsent,omitempty"`
 	Throughput float64 `json:"commands_per_second"`
 	// Latencies of calls, in milliseconds.
 	P50  float64 `json:"p50_ms"`
@@ -36,7 +40,7 @@ type Report struct {
 func newReport(c *Config, m *Measurement, cpu *cpuMeter) *Report {
 	r := &Report{
 		Config: *c, Loop: "closed", Seconds: m.Took.Seconds(),
-		Commands: m.Commands, Calls: m.Calls, Errors: m.Errors, LastError: m.LastError,
+		Commands: m.Commands, Calls: m.Calls, Errors: m.Errors, LastError: m.LastError, Unanswered: m.Unanswered, Unsent: m.Unsent,
 		Throughput: m.Throughput(),
 		P50:        Millis(m.Percentile(50)), P95: Millis(m.Percentile(95)), P99: Millis(m.Percentile(99)),
 		P999: Millis(m.Percentile(99.9)), Max: Millis(m.Max()), Mean: m.Latency.Mean() / 1000,
@@ -85,7 +89,10 @@ func (r *Report) Text(w io.Writer) error {
 	fmt.Fprintf(&b, "throughput  %.0f commands/s (%d in %.1f s)\n", r.Throughput, r.Commands, r.Seconds)
 	fmt.Fprintf(&b, "latency     p50 %.2f ms   p95 %.2f ms   p99 %.2f ms   p99.9 %.2f ms   max %.2f ms\n", r.P50, r.P95, r.P99, r.P999, r.Max)
 	if r.Errors > 0 {
-		fmt.Fprintf(&b, "errors      %d, the last one: %s\n", r.Errors, r.LastError)
+		fmt.Fprintf(&b, "errors      %d, %d of them without an answer in the end; the last one: %s\n", r.Errors, r.Unanswered, r.LastError)
+	}
+	if r.Unsent > 0 {
+		fmt.Fprintf(&b, "not sent    %d calls that were due: every client waited for an answer; the cluster, or --clients, is too slow for this rate\n", r.Unsent)
 	}
 	if len(r.ServerCPU) > 0 {
 		var each []string

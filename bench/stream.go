@@ -21,13 +21,44 @@ type streamLoad struct {
 	rng      *source
 }
 
-// run sends until ctx is done and records what is answered while measured.
-func (l *streamLoad) run(ctx context.Context, p *phases, r *recorder) error {
+// run keeps a stream busy until ctx is done. When it breaks, what was under way on it
+// has failed, and after a pause there is another one.
+func (l *streamLoad) run(ctx context.Context, p *phases, r *recorder) {
+	for pause := minPause; ; pause = min(2*pause, maxPause) {
+		before := r.calls
+		open, err := l.stream(ctx, p, r)
+		if ctx.Err() != nil {
+			for _, at := range open {
+				r.left = append(r.left, time.Since(at))
+			}
+			return
+		}
+		if p.measured.Load() {
+			for range max(1, len(open)) {
+				r.record(0, 0, err)
+			}
+		}
+		if r.calls > before {
+			pause = minPause
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+// stream sends until ctx is done or the stream breaks, and records what is answered
+// while measured. It returns since when what was not answered is under way.
+func (l *streamLoad) stream(ctx context.Context, p *phases, r *recorder) (open map[uint64]time.Time, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := l.client.Commit(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var mu sync.Mutex
 	sent := make(map[uint64]time.Time, l.inFlight)
@@ -36,10 +67,7 @@ func (l *streamLoad) run(ctx context.Context, p *phases, r *recorder) error {
 		free <- struct{}{}
 	}
 	failed := make(chan error, 1)
-	var receiver sync.WaitGroup
-	defer receiver.Wait()
-	defer cancel()
-	receiver.Go(func() {
+	go func() {
 		failed <- l.receive(stream, p, r, func(id uint64) (time.Time, bool) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -47,14 +75,12 @@ func (l *streamLoad) run(ctx context.Context, p *phases, r *recorder) error {
 			delete(sent, id)
 			return at, ok
 		}, free)
-	})
+	}()
 	for id := uint64(1); ; id++ {
 		select {
 		case <-free:
-		case err := <-failed:
-			return err
-		case <-ctx.Done():
-			return nil
+		case err := <-failed: // as it does when ctx ends, too
+			return sent, err
 		}
 		req := &clusterpb.CommitRequest{Id: id, Ops: make([]*clusterpb.CommitOp, l.batch)}
 		for i := range req.Ops {
@@ -64,13 +90,12 @@ func (l *streamLoad) run(ctx context.Context, p *phases, r *recorder) error {
 		sent[id] = time.Now()
 		mu.Unlock()
 		if err := stream.Send(req); err != nil {
-			if ctx.Err() != nil {
-				return nil
+			if err != io.EOF { // otherwise the receiver learns why
+				cancel()
+				<-failed
+				return sent, err
 			}
-			if err == io.EOF { // the receiver learns why
-				return <-failed
-			}
-			return err
+			return sent, <-failed
 		}
 	}
 }
@@ -103,54 +128,7 @@ func (l *streamLoad) receive(stream clusterpb.Commits_CommitClient, p *phases, r
 
 // driveStreams is Drive for streams.
 func driveStreams(ctx context.Context, loads []*streamLoad, c DriveConfig) (*Measurement, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var p phases
-	recorders := make([]*recorder, len(loads))
-	failed := make(chan error, len(loads))
-	var running sync.WaitGroup
-	for i, l := range loads {
-		r := &recorder{latency: NewHistogram()}
-		recorders[i] = r
-		running.Go(func() {
-			if err := l.run(ctx, &p, r); err != nil && ctx.Err() == nil {
-				failed <- err
-			}
-		})
-	}
-	wait := func(d time.Duration) error {
-		t := time.NewTimer(d)
-		defer t.Stop()
-		select {
-		case <-t.C:
-			return nil
-		case err := <-failed:
-			return fmt.Errorf("bench: a stream broke: %w", err)
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	err := wait(c.Warmup)
-	var took time.Duration
-	if err == nil {
-		if c.Started != nil {
-			c.Started()
-		}
-		begin := time.Now()
-		p.measured.Store(true)
-		err = wait(c.Duration)
-		p.measured.Store(false)
-		took = time.Since(begin)
-		if c.Ended != nil {
-			c.Ended()
-		}
-	}
-	cancel()
-	running.Wait()
-	if err != nil {
-		return nil, err
-	}
-	m := merge(recorders)
-	m.Took = took
-	return m, nil
+	return measure(ctx, len(loads), c, func(ctx context.Context, i int, p *phases, _ *schedule, r *recorder) {
+		loads[i].run(ctx, p, r)
+	})
 }

@@ -132,6 +132,10 @@ func (ob *observer) look(ctx context.Context) {
 		case next.leader != 0:
 			ob.events.add("node %d leads, term %d", next.leader, next.term)
 		case old.leader != 0:
+			if len(next.nodes) == 0 {
+				ob.events.add("no node answers")
+				break
+			}
 			ob.events.add("no node leads: writes wait, %d of %d nodes answer", len(next.nodes), ob.o.Nodes)
 		}
 	}

@@ -362,7 +362,34 @@ func (t *tx) drainSidecar(c *commandpb.DrainSidecar) *commandpb.Rejection {
 	if !proto.Equal(prev, next) {
 		t.saveSidecar(prev, next)
 	}
+	if next.DrainDeadlineMs != prev.DrainDeadlineMs {
+		t.hasten(c.SidecarId, next.DrainDeadlineMs)
+	}
 	return nil
+}
+
+// hasten has no release of a sidecar last beyond a deadline: what it was told to let go
+// of before that was set is part of what has to be over by then.
+func (t *tx) hasten(sidecar string, deadlineMS uint64) {
+	var pipelines []string
+	t.scan(t.buf.group(prefixAssignment, sidecar), func(k, _ []byte) { // revoked ones are kept while they are let go of
+		_, pipeline, err := decodePair(k)
+		t.fail(err)
+		pipelines = append(pipelines, pipeline)
+	})
+	for _, pipeline := range pipelines {
+		c := t.handoverCell(pipeline, sidecar)
+		prev := t.handoverIn(c)
+		if !slices.ContainsFunc(prev.GetReleases(), func(r *commandpb.Release) bool { return r.DeadlineMs > deadlineMS }) {
+			continue
+		}
+		next := proto.Clone(prev).(*commandpb.Handover)
+		for _, r := range next.Releases {
+			r.DeadlineMs = min(r.DeadlineMs, deadlineMS)
+		}
+		t.saveHandover(c, prev, next)
+		t.changed = true
+	}
 }
 
 // undrainSidecar lets a sidecar be given stages again. What has moved stays where

@@ -188,3 +188,38 @@ func TestRevocationIsKeptForItsHandover(t *testing.T) {
 		})
 	}
 }
+
+// TestDrainHastensWhatWasToldBefore: a drain is over by its deadline, also what the
+// sidecar was told to let go of before with more time; a later one changes nothing.
+func TestDrainHastensWhatWasToldBefore(t *testing.T) {
+	s := openMem(t)
+	do(t, s, `register_sidecar { sidecar { sidecar_id: "s" endpoint: "a:1" } }`)
+	for _, id := range []string{"p", "q"} {
+		do(t, s, fmt.Sprintf(`put_pipeline { spec { id: %q enabled: true stages { id: "in" type: STAGE_TYPE_SOURCE parallelism: 1 } } }`, id))
+		do(t, s, fmt.Sprintf(`apply_assignments { handovers: true changes { sidecar_id: "s" pipeline_id: %q sidecar_generation: 1 pipeline_version: 1 stages { stage_id: "in" } } }`, id))
+	}
+	do(t, s, `time_ms: 1000 apply_assignments { handovers: true changes { sidecar_id: "s" pipeline_id: "p" sidecar_generation: 1 revoke: true releases: "in" release_timeout_ms: 60000 } }`)
+	do(t, s, `time_ms: 1000 apply_assignments { handovers: true changes { sidecar_id: "s" pipeline_id: "q" sidecar_generation: 1 revoke: true releases: "in" release_timeout_ms: 2000 } }`)
+	deadlines := func(p, q uint64) {
+		t.Helper()
+		v := s.View()
+		defer v.Close()
+		for id, want := range map[string]uint64{"p": p, "q": q} {
+			h, err := v.Handover(id, "s")
+			noError(t, err)
+			if got := h.GetReleases()[0].DeadlineMs; got != want {
+				t.Errorf("%s is let go of by %d, want %d", id, got, want)
+			}
+		}
+	}
+	deadlines(61_000, 3_000)
+	do(t, s, `time_ms: 2000 drain_sidecar { sidecar_id: "s" }`)
+	deadlines(61_000, 3_000)
+	do(t, s, `time_ms: 2000 drain_sidecar { sidecar_id: "s" timeout_ms: 5000 }`)
+	deadlines(7_000, 3_000)
+	do(t, s, `time_ms: 2500 drain_sidecar { sidecar_id: "s" timeout_ms: 50000 }`)
+	deadlines(7_000, 3_000)
+	do(t, s, `time_ms: 2500 drain_sidecar { sidecar_id: "s" timeout_ms: 100 }`)
+	deadlines(2_600, 2_600)
+	checkCounts(t, s)
+}

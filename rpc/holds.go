@@ -184,8 +184,8 @@ func putOffReason(h *clusterpb.HeldPipeline) string {
 	return fmt.Sprintf("%s: nothing more is told before %s confirmed what was told before, or must have heard of it, which is by %s", why, who, clock(h.HeardBy.AsTime()))
 }
 
-// clock renders a time for people.
-func clock(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+// clock renders a time by which something is over for people: the next full second.
+func clock(t time.Time) string { return t.Add(time.Second - 1).UTC().Format(time.RFC3339) }
 
 // isSilent is true for a sidecar that keeps what it has though it is not heard of.
 func isSilent(s *commandpb.Sidecar) bool {
@@ -205,7 +205,7 @@ func silentReason(by []*commandpb.Sidecar) string {
 	}
 	switch {
 	case s.State == commandpb.SidecarState_SIDECAR_STATE_SUSPECT:
-		return fmt.Sprintf("%s misses heartbeats, noticed at %s; it keeps the stage until it counts as gone", who, clock(time.UnixMilli(int64(s.StateChangedAtMs))))
+		return fmt.Sprintf("%s misses heartbeats, noticed at %s; it keeps the stage until it counts as gone", who, time.UnixMilli(int64(s.StateChangedAtMs)).UTC().Format(time.RFC3339))
 	case s.GraceUntilMs > 0:
 		return fmt.Sprintf("%s has expired again soon after it had come back; it keeps the stage until %s, and longer if it is heard of before", who, clock(time.UnixMilli(int64(s.GraceUntilMs))))
 	}

@@ -6,7 +6,9 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"conveyor.etl/router/bench"
 	"conveyor.etl/router/output"
@@ -30,8 +32,10 @@ commits go over long-lived streams instead, many in flight.
 The commits are real: ids svc-000000000000 and so on, and sources bench-*, are
 written to the cluster. Use a cluster made for the purpose.
 
-After a failed call a client pauses, up to 200 ms. Exit code 8 when calls failed:
-the report is printed, with how many and the last one's reason.`,
+After a failed call a client pauses, up to 200 ms; a stream that broke is made anew.
+Exit code 8 when calls failed, had no answer for a second when the run ended, or were
+never sent at their --rate: the report is printed, with how many and the last one's
+reason. What --to leader found in the beginning is called until the end.`,
 		Example: `  router bench --clients 64 --conns 8 --duration 10s
   router bench --mix checkpoint=20,read=80 --to all
   router bench --streams 8 --in-flight 64 --batch 16
@@ -64,7 +68,7 @@ the report is printed, with how many and the last one's reason.`,
 			} else {
 				err = output.Document(a.stdout, a.format, report)
 			}
-			if err == nil && report.Errors > 0 {
+			if err == nil && report.Errors+report.Unsent > 0 {
 				return silentError{exitCheckFailed}
 			}
 			return err
@@ -114,6 +118,9 @@ func (a *app) benchEndpoints(cmd *cobra.Command, to string) ([]string, error) {
 		st, err := c.Admin.GetClusterStatus(ctx, &adminpb.GetClusterStatusRequest{})
 		if err != nil {
 			return err
+		}
+		if to == "leader" && st.GetLeaderId() == 0 {
+			return status.Error(codes.Unavailable, "no node leads at the moment; nothing was measured")
 		}
 		for _, n := range st.GetNodes() {
 			if n.GetClientAddress() != "" && (to == "all" || n.GetNodeId() == st.GetLeaderId()) {

@@ -65,7 +65,7 @@ more time.`,
 				case drained(info):
 					fmt.Fprintf(a.stdout, "sidecar %s is drained: it runs nothing\n", args[0])
 				default:
-					fmt.Fprintf(a.stdout, "sidecar %s drains: %s\n", args[0], drainLeft(info))
+					fmt.Fprintf(a.stdout, "sidecar %s drains%s: %s\n", args[0], drainedBy(info, deadline), drainLeft(info))
 					for _, line := range kept(ctx, c, info) {
 						fmt.Fprintf(a.stdout, "  %s\n", output.Clean(line))
 					}
@@ -107,6 +107,21 @@ func newSidecarUndrainCommand(a *app) *cobra.Command {
 			})
 		},
 	}
+}
+
+// drainedBy says by when the drain of a sidecar is over, and whether that is what was
+// asked for: an earlier deadline stands.
+func drainedBy(s *clusterpb.SidecarInfo, asked time.Duration) string {
+	if s.GetDrainDeadline() == nil {
+		return ""
+	}
+	by := s.GetDrainDeadline().AsTime()
+	text := ", until " + by.UTC().Format(time.RFC3339) + " at the latest"
+	// The clocks of this machine and the cluster's may differ by as much.
+	if asked > 0 && time.Until(by) < asked-5*time.Second {
+		text += " (it drained already, and the earlier deadline stands; undrain it to give it more time)"
+	}
+	return text
 }
 
 // drained is true for a sidecar that runs nothing and has nothing to let go of.
