@@ -89,7 +89,10 @@ func (r *Report) Text(w io.Writer) error {
 	fmt.Fprintf(&b, "throughput  %.0f commands/s (%d in %.1f s)\n", r.Throughput, r.Commands, r.Seconds)
 	fmt.Fprintf(&b, "latency     p50 %.2f ms   p95 %.2f ms   p99 %.2f ms   p99.9 %.2f ms   max %.2f ms\n", r.P50, r.P95, r.P99, r.P999, r.Max)
 	if r.Errors > 0 {
-		fmt.Fprintf(&b, "errors      %d, %d of them without an answer in the end; the last one: %s\n", r.Errors, r.Unanswered, r.LastError)
+		fmt.Fprintf(&b, "errors      %d, the last one: %s\n", r.Errors, r.LastError)
+	}
+	if r.Unanswered > 0 {
+		fmt.Fprintf(&b, "no answer   %d of these calls were still without one when the run ended\n", r.Unanswered)
 	}
 	if r.Unsent > 0 {
 		fmt.Fprintf(&b, "not sent    %d calls that were due: every client waited for an answer; the cluster, or --clients, is too slow for this rate\n", r.Unsent)
