@@ -130,21 +130,13 @@ func measure(ctx context.Context, n int, c DriveConfig, run func(context.Context
 		recorders[i] = r
 		running.Go(func() { run(ctx, i, &p, schedule, r) })
 	}
-	wait := func(d time.Duration) {
-		t := time.NewTimer(d)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-		}
-	}
-	wait(c.Warmup)
+	rest(ctx, c.Warmup)
 	if c.Started != nil {
 		c.Started()
 	}
 	begin := time.Now()
 	p.measured.Store(true)
-	wait(c.Duration)
+	rest(ctx, c.Duration)
 	p.measured.Store(false)
 	took := time.Since(begin)
 	if c.Ended != nil {
@@ -225,14 +217,22 @@ func drive(ctx context.Context, p *phases, s *schedule, call Call, r *recorder) 
 			pause = minPause
 			continue
 		}
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
+		if !rest(ctx, pause) {
 			return
 		}
 		pause = min(2*pause, maxPause)
+	}
+}
+
+// rest waits for d and reports whether ctx has not ended meanwhile.
+func rest(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 

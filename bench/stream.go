@@ -41,11 +41,7 @@ func (l *streamLoad) run(ctx context.Context, p *phases, r *recorder) {
 		if r.calls > before {
 			pause = minPause
 		}
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
+		if !rest(ctx, pause) {
 			return
 		}
 	}

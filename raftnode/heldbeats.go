@@ -96,15 +96,7 @@ func (l *loop) noteBeat(m *raftpb.Message) {
 // tick begins another tick and returns what is held, in the order of ids.
 func (b *heldBeats) tick() []*raftpb.Message {
 	b.before, b.rounds = b.rounds, 0
-	if len(b.msgs) == 0 {
-		return nil
-	}
-	out := make([]*raftpb.Message, 0, len(b.msgs))
-	for _, id := range slices.Sorted(maps.Keys(b.msgs)) {
-		out = append(out, b.msgs[id])
-	}
-	clear(b.msgs)
-	return out
+	return takeHeld(b.msgs)
 }
 
 // members takes note of a change of members: whoever was asked may not count any more.

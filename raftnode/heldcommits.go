@@ -59,14 +59,20 @@ func (h *heldCommits) hold(m *raftpb.Message, superfluous bool) bool {
 // tick begins another tick and returns what is held, in the order of ids.
 func (h *heldCommits) tick() []*raftpb.Message {
 	h.before, h.batches = h.batches, 0
-	if len(h.msgs) == 0 {
+	return takeHeld(h.msgs)
+}
+
+// takeHeld empties msgs and returns them in the order of ids, so that a simulation sends
+// them in the same one each time.
+func takeHeld(msgs map[uint64]*raftpb.Message) []*raftpb.Message {
+	if len(msgs) == 0 {
 		return nil
 	}
-	out := make([]*raftpb.Message, 0, len(h.msgs))
-	for _, id := range slices.Sorted(maps.Keys(h.msgs)) {
-		out = append(out, h.msgs[id])
+	out := make([]*raftpb.Message, 0, len(msgs))
+	for _, id := range slices.Sorted(maps.Keys(msgs)) {
+		out = append(out, msgs[id])
 	}
-	clear(h.msgs)
+	clear(msgs)
 	return out
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"runtime"
-	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -481,5 +480,5 @@ func unescape(s string) string {
 		}
 		out = append(out, s[i])
 	}
-	return string(slices.Clip(out))
+	return string(out)
 }

@@ -31,7 +31,7 @@ func heldLines(r *clusterpb.GetPlacementHoldsResponse, silent bool) (lines []str
 				if more := int(n) - len(h.GetWaitsFor()); more > 0 {
 					who += fmt.Sprintf(" and %d more", more)
 				}
-				line += fmt.Sprintf(", not before %s confirmed or must have heard of a change, which is by %s", who, when(h.GetHeardBy()))
+				line += fmt.Sprintf(", once %s confirmed what was told before, or must have heard of it, which is by %s", who, when(h.GetHeardBy()))
 			}
 			lines = append(lines, line)
 		}
