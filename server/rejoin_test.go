@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"sync"
 	"testing"
@@ -57,7 +58,7 @@ func isVoter(p raftnode.Position, id uint64) bool {
 }
 
 // takeOut removes node 3, as the leader does for an operator, or, with a note, for
-// the member itself, whose directory was lost.
+// the member itself, whose directory was lost. It returns when all of nodes know.
 func takeOut(t *testing.T, nodes []*Server, toComeBack bool) {
 	t.Helper()
 	if toComeBack {
@@ -77,11 +78,16 @@ func takeOut(t *testing.T, nodes []*Server, toComeBack bool) {
 		lead := leader(t, nodes...)
 		_, err := lead.Node().ChangeMembership(ctx, raftnode.Change{Kind: raftnode.Remove, ID: 3})
 		if m, ok := lead.Node().Status().Position.Member(3); err == nil || ok && m.Removed {
-			return
+			break
 		}
 		if !raftnode.NotDone(err) && !errors.Is(err, raftnode.ErrAmbiguous) || ctx.Err() != nil {
 			t.Fatal(err)
 		}
+	}
+	// The leader's word is not yet the followers': one that is asked too early still
+	// has the member as it was.
+	for _, s := range nodes {
+		awaitMember(t, s, "the member is taken out", func(_ raftnode.Position, m raftnode.Member) bool { return m.Removed })
 	}
 }
 
@@ -108,6 +114,59 @@ func TestRejoinAfterItsDirectoryWasLostAgain(t *testing.T) {
 	if _, joining, err := datadir.ReadJoining(all[2].DataDir); joining || err != nil {
 		t.Errorf("it is still joining: %v", err)
 	}
+	for _, s := range nodes[:2] {
+		stop(t, s)
+	}
+}
+
+// atEvent is a logger that calls do when an event of the name is logged.
+type atEvent struct {
+	slog.Handler
+	name string
+	do   func()
+}
+
+func (h atEvent) WithAttrs(attrs []slog.Attr) slog.Handler {
+	h.Handler = h.Handler.WithAttrs(attrs)
+	return h
+}
+
+func (h atEvent) Handle(ctx context.Context, r slog.Record) error {
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Key == "event" && a.Value.String() == h.name {
+			h.do()
+		}
+		return true
+	})
+	return h.Handler.Handle(ctx, r)
+}
+
+// Goal: a node that is stopped just as it learns that it has to join again has not
+// failed, and joins when it is started the next time.
+func TestStoppedWhileLearningThatItHasToRejoin(t *testing.T) {
+	all, nodes := startCluster(t, 3, nil)
+	commit(t, leader(t, nodes...), 1, 42)
+	stop(t, nodes[2])
+	if err := os.RemoveAll(all[2].DataDir); err != nil {
+		t.Fatal(err)
+	}
+	takeOut(t, nodes[:2], true)
+
+	ctx, cancel := context.WithCancel(within(t))
+	defer cancel()
+	if err := Run(ctx, &all[2], Options{Logger: slog.New(atEvent{logTo(t).Handler(), "wiped", cancel})}); err != nil || ctx.Err() == nil {
+		t.Errorf("it was stopped (%v), and said: %v", ctx.Err(), err)
+	}
+	if _, joining, err := datadir.ReadJoining(all[2].DataDir); !joining || err != nil {
+		t.Fatalf("nothing says that it has to join: %v", err)
+	}
+	ctx, cancel = context.WithCancel(context.Background())
+	back := running{cancel, make(chan error, 1)}
+	go func() { back.ended <- Run(ctx, &all[2], Options{Logger: logTo(t)}) }()
+	awaitMember(t, nodes[0], "the member comes back", func(p raftnode.Position, m raftnode.Member) bool {
+		return !m.Removed && isVoter(p, 3)
+	})
+	back.stop(t)
 	for _, s := range nodes[:2] {
 		stop(t, s)
 	}

@@ -17,10 +17,12 @@ func Run(ctx context.Context, c *config.Config, o Options) error {
 	for {
 		s := New(*c, o)
 		if err := s.Start(ctx); err != nil {
-			if errors.Is(err, errRejoin) && ctx.Err() == nil {
+			stopped := ctx.Err() != nil
+			if errors.Is(err, errRejoin) && !stopped {
 				continue
 			}
-			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			// Whoever starts a node next that has to join again finds the note.
+			if stopped && (errors.Is(err, ctx.Err()) || errors.Is(err, errRejoin)) {
 				o.Logger.Info("stopped before the node could serve", "event", "stopped", "err", err)
 				return nil
 			}
@@ -37,7 +39,10 @@ func Run(ctx context.Context, c *config.Config, o Options) error {
 		stopCtx, cancel := context.WithTimeout(context.Background(), c.ShutdownTimeout)
 		stopErr := s.Stop(stopCtx)
 		cancel()
-		if errors.Is(s.Err(), errRejoin) && ctx.Err() == nil {
+		if errors.Is(s.Err(), errRejoin) {
+			if ctx.Err() != nil {
+				return stopErr
+			}
 			if stopErr != nil {
 				return fmt.Errorf("the node could not be started again: %w", stopErr)
 			}
