@@ -94,6 +94,8 @@ type Placement struct {
 	HandoverTimeout time.Duration
 	// MovesPerMinute bounds the moves that nothing forces; 0 = no bound.
 	MovesPerMinute uint64
+	// BalanceInterval is how often stages are moved for balance alone; 0 = never.
+	BalanceInterval time.Duration
 	// FlapGrace is how long a sidecar that expires again soon keeps its stages.
 	FlapGrace time.Duration
 }

@@ -65,7 +65,7 @@ func TestDefaults(t *testing.T) {
 	if got.Raft.ElectionTimeout != 150*time.Millisecond || got.Raft.HeartbeatInterval != 50*time.Millisecond {
 		t.Errorf("raft timing %s and %s, want the original's 150 ms and 50 ms", got.Raft.ElectionTimeout, got.Raft.HeartbeatInterval)
 	}
-	if p := got.Placement; p.HandoverTimeout != 0 || p.MovesPerMinute != 600 || p.FlapGrace != time.Minute {
+	if p := got.Placement; p.HandoverTimeout != 0 || p.MovesPerMinute != 600 || p.BalanceInterval != 30*time.Second || p.FlapGrace != time.Minute {
 		t.Errorf("placement %+v", p)
 	}
 	got.Raft, got.Store, got.Liveness, got.Placement, got.Backup, got.Check, got.ShutdownTimeout = Raft{}, Store{}, Liveness{}, Placement{}, Backup{}, Check{}, 0

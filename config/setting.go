@@ -157,6 +157,10 @@ func settings() []*setting {
 			}},
 		{key: "placement.moves_per_minute", flag: "placement-moves-per-minute", def: "600", usage: "stages that may be moved in a minute although nothing forces it; what is lost or drained is not held back; 0 = no limit",
 			bind: func(c *Config) value { return unsigned{&c.Placement.MovesPerMinute, 0, 1_000_000} }},
+		{key: "placement.balance_interval", flag: "placement-balance-interval", def: "30s", usage: "how often stages that run well are moved to less loaded sidecars, such as ones that have joined, within moves_per_minute; 0s = never",
+			bind: func(c *Config) value {
+				return span{&c.Placement.BalanceInterval, time.Nanosecond, 0, 24 * time.Hour}
+			}},
 		{key: "placement.flap_grace", flag: "placement-flap-grace", def: "1m", usage: "how long a sidecar keeps its stages that expires again within ten times this of the last time",
 			bind: func(c *Config) value {
 				return span{&c.Placement.FlapGrace, time.Nanosecond, time.Second, time.Hour}

@@ -1,6 +1,9 @@
 package control
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // budget is how many stages may be moved although nothing forces it: up to so many
 // a minute, saved up to a minute's worth. It belongs to one goroutine.
@@ -21,19 +24,39 @@ func (b *budget) take(n int, now time.Time) bool {
 	if b.perMinute == 0 || n == 0 {
 		return true
 	}
-	if d := now.Sub(b.last); d > 0 {
-		b.left = min(float64(b.perMinute), b.left+float64(b.perMinute)*d.Minutes())
-	}
-	b.last = now
-	if float64(n) > b.left && b.left < float64(b.perMinute) {
+	b.save(now)
+	// What was saved bit by bit may lack the last digit of a whole move.
+	if float64(n) > b.left+1e-9 && b.left < float64(b.perMinute) {
 		return false
 	}
 	b.left -= float64(n)
 	return true
 }
 
-// wait returns after what time n moves can be taken.
+// wait returns after what time, measured from the last look, n moves can be taken.
 func (b *budget) wait(n int) time.Duration {
 	missing := min(float64(n), float64(b.perMinute)) - b.left
-	return max(0, time.Duration(missing/float64(b.perMinute)*float64(time.Minute)))
+	// Rounded up: to be told to wait for no time at all, for want of a fraction of a
+	// move, is to ask again and again.
+	return max(0, time.Duration(math.Ceil(missing/float64(b.perMinute)*float64(time.Minute))))
+}
+
+// save adds what may be moved since the last look.
+func (b *budget) save(now time.Time) {
+	if d := now.Sub(b.last); d > 0 {
+		b.left = min(float64(b.perMinute), b.left+float64(b.perMinute)*d.Minutes())
+	}
+	b.last = now
+}
+
+// unbounded is how many moves are looked for at once when there is no bound.
+const unbounded = 10_000
+
+// room returns how many moves can be taken, and whether one step may be of more.
+func (b *budget) room(now time.Time) (n int, more bool) {
+	if b.perMinute == 0 {
+		return unbounded, true
+	}
+	b.save(now)
+	return max(0, int(b.left+1e-9)), b.left >= float64(b.perMinute)
 }

@@ -39,6 +39,12 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 		holders := m.holders(st.Pipeline)
 		free, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return holders[stage].but(sidecar) })
 		now, h := p.postpone(m, free, at)
+		if st.Urgency == placement.Even {
+			if !p.evens(st, h, at) {
+				continue
+			}
+			info.Evened += st.Moves
+		}
 		info.Waiting += waiting
 		info.Unplaced += waiting + free.Moves - now.Moves
 		if waiting > 0 || h.Later > 0 {
@@ -225,7 +231,7 @@ func (p *Placer) watchClock(m *mirror, w *waits) error {
 		return err
 	}
 	w.next = time.Time{}
-	for _, at := range [...]time.Time{w.first, w.more, w.heard} {
+	for _, at := range [...]time.Time{w.first, w.more, w.heard, w.even} {
 		if w.next.IsZero() || !at.IsZero() && at.Before(w.next) {
 			w.next = at
 		}

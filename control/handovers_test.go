@@ -466,6 +466,7 @@ func oneOwner(t *testing.T, seed uint64) {
 	for i, text := range texts {
 		r.putPipeline(fmt.Sprint("p", i), text)
 	}
+	r.balance = time.Duration(seed%3) * 5 * time.Second
 	r.check = func() { r.oneOwnerEach(seed) }
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)

@@ -39,6 +39,7 @@ type replica struct {
 	most        map[[2]string]int
 	placer      *Placer       // of inBubble
 	budget      int           // its moves per minute; 0 = no bound
+	balance     time.Duration // how often it evens the load; 0 = never
 	jump        time.Duration // by how much its time of day is set
 }
 
@@ -209,7 +210,7 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		r.enter()
 		ctx, cancel := context.WithCancel(context.Background())
 		l := r.liveness()
-		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, MovesPerMinute: r.budget,
+		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, MovesPerMinute: r.budget, BalanceInterval: r.balance,
 			Now: func() time.Time { return setWall(time.Now(), r.jump) }})
 		r.placer = p
 		var loops sync.WaitGroup

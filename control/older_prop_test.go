@@ -169,6 +169,7 @@ func noCircle(t *testing.T, seed uint64) {
 		r.putPipeline(fmt.Sprint("p", i), pipeline())
 	}
 	r.budget = int(seed % 2) // of moves that nothing forces, one a minute, or any number
+	r.balance = time.Duration(seed/2%3) * 5 * time.Second
 	away := make(map[string]bool)
 	h := &mayHold{r: r, keep: 45 * time.Second, tables: make(map[assignmentKey][]heldTable)}
 	r.inBubble(func(t *testing.T, l *Liveness) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,9 +43,12 @@ type PlacerConfig struct {
 	// the assignment alone. Default 45 s, at most an hour.
 	HandoverTimeout time.Duration
 	// MovesPerMinute bounds how many stages are moved that could run where they are:
-	// plans for the sake of others (placement.Rearrange). What is lost or drained is
-	// not held back. 0 = no bound.
+	// plans for the sake of others (placement.Rearrange) and of balance (placement.Even).
+	// What is lost or drained is not held back. 0 = no bound.
 	MovesPerMinute int
+	// BalanceInterval is how often stages are moved for balance alone, within that
+	// bound: see placement.Engine.Balance. 0 = never.
+	BalanceInterval time.Duration
 	// Planned is told about every plan that was carried out, Stopped when this node
 	// leads no more; either may be nil.
 	Planned func(PlanInfo)
@@ -67,6 +71,8 @@ type PlanInfo struct {
 	Unplaced int
 	// Idle counts the stages that run nowhere until then.
 	Idle int
+	// Evened counts the stages that are moved for balance alone.
+	Evened int
 	// Quality tells how good the placement is that the plan leads to; its load
 	// figures are not filled in.
 	Quality placement.Quality
@@ -114,6 +120,8 @@ type Placer struct {
 	// budget is of the reign. A new leader begins with a full one: what was moved
 	// before is not worth a record.
 	budget *budget
+	// evenAt is when load is evened next; zero = never.
+	evenAt time.Time
 	term   uint64
 	older  *olderTables
 	// rests is since when the last plan is through; of Run's goroutine.
@@ -167,6 +175,9 @@ func (p *Placer) Run(ctx context.Context) {
 func (p *Placer) reign(ctx context.Context, term uint64) {
 	p.term, p.budget = term, newBudget(p.c.MovesPerMinute, time.Now())
 	p.older = newOlderTables(p.c.HandoverTimeout)
+	if p.evenAt = (time.Time{}); p.c.BalanceInterval > 0 {
+		p.evenAt = time.Now().Add(p.c.BalanceInterval)
+	}
 	defer p.setHeld(nil)
 	defer p.c.Stopped() // before what is held is forgotten: nothing is decided any more
 	defer func() { p.mirror, p.sent = nil, nil }()
@@ -361,7 +372,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		plan := m.engine.Plan()
 		planned, moved := m.revision, false
 		info := PlanInfo{Revision: planned, Quality: plan.Quality}
-		changes := p.now(m, plan.Steps, w, &info, ms)
+		changes := p.now(m, slices.Concat(plan.Steps, p.even(m, w, start)), w, &info, ms)
 		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
 			p.older.add(m, chunk, time.Now())
@@ -400,7 +411,7 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		p.c.Planned(info)
 		if len(changes) > 0 {
 			p.c.Logger.Info("assignments changed", "changes", len(changes), "stale", info.Stale, "moves", plan.Quality.Moves,
-				"least", plan.Quality.Least, "held", info.Held, "waiting", info.Waiting, "later", info.Later, "revision", info.Revision, "took", info.Took)
+				"least", plan.Quality.Least, "evened", info.Evened, "held", info.Held, "waiting", info.Waiting, "later", info.Later, "revision", info.Revision, "took", info.Took)
 		}
 		// What waits may wait for a handover that this very plan has ended, by giving a
 		// stage back to who had yet to let go of it. Nobody else would say so.

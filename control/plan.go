@@ -30,6 +30,7 @@ func changesOf(steps []placement.Step) []*commandpb.AssignmentChange {
 			ch := &commandpb.AssignmentChange{
 				SidecarId: c.Sidecar, PipelineId: steps[i].Pipeline, SidecarGeneration: c.Generation,
 				PipelineVersion: steps[i].Version, Revoke: c.Revoke, LocalComplete: c.LocalComplete, Releases: c.Confirm,
+				MovedTo: c.MovedTo,
 			}
 			for _, s := range c.Stages {
 				ch.Stages = append(ch.Stages, &commandpb.StageAssignment{

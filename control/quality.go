@@ -80,6 +80,9 @@ type Scores struct {
 	Last Moves
 	// Plans counts plans, Moves and Least add up theirs.
 	Plans, Moves, Least uint64
+	// Evened counts the stages that were moved for balance alone, which are not among
+	// Moves: no plan had to.
+	Evened uint64
 	// Took is how long the newest plan took.
 	Took time.Duration
 }
@@ -122,6 +125,7 @@ func (s *scores) note(e *placement.Engine, p *placement.Plan, info PlanInfo) {
 	q.Moves, q.Least = s.all.Last.Moves, s.all.Last.Least
 	s.all.Quality, s.all.Took, s.known = q, info.Took, true
 	s.all.Plans++
+	s.all.Evened += uint64(info.Evened)
 	s.all.Moves += uint64(p.Quality.Moves)
 	s.all.Least += uint64(p.Quality.Least)
 	for i := range p.Steps {

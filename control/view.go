@@ -130,8 +130,8 @@ func register(out *placement.Sidecar, s *commandpb.Service) {
 func assignmentOf(a *commandpb.Assignment) *placement.Assignment {
 	out := &placement.Assignment{
 		Sidecar: a.SidecarId, Pipeline: a.PipelineId, Revoked: a.Revoked, LocalComplete: a.LocalComplete,
-		Changed: a.ModRevision,
-		Stages:  make([]placement.Assigned, len(a.Stages)),
+		Changed: a.ModRevision, MovedTo: a.Moved.GetSidecarId(), Moved: a.Moved.GetStages(),
+		Stages: make([]placement.Assigned, len(a.Stages)),
 	}
 	for i, s := range a.Stages {
 		out.Stages[i] = placement.Assigned{

@@ -36,6 +36,8 @@ type waits struct {
 	// heard is when a sidecar must have heard of a change that another's waits for;
 	// zero = none waits.
 	heard time.Time
+	// even is when load is evened next; zero = never.
+	even time.Time
 }
 
 // waitKey is a release, or with an empty pipeline a sidecar, or a service. ms is the

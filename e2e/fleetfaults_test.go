@@ -49,7 +49,7 @@ func TestFleetUnderFaults(t *testing.T) {
 	seed := newSeed(t)
 	c := NewCluster(t, Options{Proxied: true, Args: []string{
 		"--liveness-heartbeat-interval", fleetBeat.String(),
-		"--liveness-suspect-after", fleetSuspect.String(), "--liveness-expire-after", fleetExpire.String(),
+		"--liveness-suspect-after", fleetSuspect.String(), "--liveness-expire-after", fleetExpire.String(), "--placement-balance-interval", "1s",
 		"--liveness-mass-expiry-percent", "50",
 	}})
 	w := newWeather()

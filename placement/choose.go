@@ -10,9 +10,10 @@ import (
 type tie int8
 
 const (
-	untied tie = iota
-	former     // the sidecar ran some of the pipeline once
-	bound      // the stage runs there now
+	untied   tie = iota
+	former       // the sidecar ran some of the pipeline once
+	awaiting     // another one was told to let go of it for this one
+	bound        // the stage runs there now
 )
 
 // rank is how well a sidecar suits a stage; see compareRanks.
@@ -72,6 +73,8 @@ func (l *layout) rank(i, n int32) rank {
 	switch {
 	case x.bound.has(i) && !l.letGo:
 		r.tie = bound
+	case x.awaits.has(i) && x.awaited >= x.changed:
+		r.tie, r.since = awaiting, x.awaited
 	case x.former || x.bound.has(i):
 		r.tie, r.since = former, x.since
 	}

@@ -4,12 +4,14 @@
 //
 // Compute plans a whole View; an Engine keeps the indexes of one and plans only
 // what an event concerns. Both solve one pipeline at a time with the same code,
-// so whatever holds for one holds for the other:
+// so whatever holds for one holds for the other. What plans leave uneven Balance
+// evens, now and then and so many moves at a time:
 //
 //	e := placement.NewEngine(view)
 //	e.PutSidecar(s)          // an event
 //	plan := e.Plan()         // what to change, the most urgent first
 //	e.PutAssignment(a)       // what became of it
+//	e.Balance(100, ...)      // what gives a share to who has joined
 //
 // # What a plan aims at, in this order
 //
@@ -29,9 +31,9 @@
 //     forwarded to it, so a cycle would pass one batch round for ever.
 //  3. A stage stays where it is while its sidecar is alive, suspect or in grace and
 //     still offers the service, unless another stage could then be placed nowhere
-//     at all, or its sidecar drains and somebody else can take it. Nothing that runs
-//     well is moved for balance alone: balance is looked after where something has
-//     to be placed anyway.
+//     at all, or its sidecar drains and somebody else can take it. No plan moves what
+//     runs well for balance alone: it looks after balance where something has to be
+//     placed anyway, and Balance does the rest.
 //  4. A source stage is handed out only when every stage downstream of it has a
 //     sidecar: a sidecar acknowledges a batch when the stages of its own table are
 //     done, so a gap further down would lose records in silence. Without an

@@ -59,8 +59,13 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 	case "drop":
 		m.removePipeline(id)
 		return ""
-	case "plan":
+	case "plan", "balance": // balance: moves=
 		p := m.engine.Plan()
+		if d.Cmd == "balance" {
+			most := 100
+			d.MaybeScanArgs(t, "moves", &most)
+			p.Steps = m.engine.Balance(most, true, func(string) bool { return false })
+		}
 		for _, s := range p.Steps {
 			fmt.Fprintf(&b, "%s %s, %d moves\n", s.Urgency, s.Pipeline, s.Moves)
 			for _, c := range s.Changes {
@@ -132,6 +137,9 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 }
 
 func renderChange(c *Change) string {
+	if c.Revoke && c.MovedTo != "" {
+		return c.Sidecar + ": revoke, for " + c.MovedTo
+	}
 	if c.Revoke {
 		return c.Sidecar + ": revoke"
 	}

@@ -58,7 +58,11 @@ type node struct {
 	// former: some of the pipeline ran here once.
 	former bool
 	since  uint64 // it ran here, as Assignment.Changed has it
-	apart  bool
+	// awaits are the stages that another sidecar was told to let go of for this one, as
+	// of awaited; changed is when this one was told something itself.
+	awaits           bitset
+	awaited, changed uint64
+	apart            bool
 	// links are the hand-overs of the table that the sidecar holds until it
 	// hears of this plan.
 	links []int32
@@ -125,9 +129,12 @@ func (l *layout) remember() {
 			continue
 		}
 		n := l.node(h)
+		l.nodes[n].changed = a.Changed
 		if a.Revoked {
 			// A revocation no longer says which stages ran there.
-			l.nodes[n].former, l.nodes[n].since = true, a.Changed
+			if l.nodes[n].former, l.nodes[n].since = a.MovedTo == "", a.Changed; !l.nodes[n].former {
+				l.await(a)
+			}
 			continue
 		}
 		l.nodes[n].told = int32(k)
@@ -149,6 +156,27 @@ func (l *layout) remember() {
 			if stg >= 0 {
 				l.nodes[n].was = append(l.nodes[n].was, hop{stg, to})
 			}
+		}
+	}
+}
+
+// await notes for whom a sidecar lets go of what a says.
+func (l *layout) await(a *Assignment) {
+	h, ok := l.e.hostID[a.MovedTo]
+	if !ok {
+		return
+	}
+	n := &l.nodes[l.node(h)]
+	if a.Changed < n.awaited {
+		return
+	}
+	if a.Changed > n.awaited {
+		clear(n.awaits)
+	}
+	n.awaited = a.Changed
+	for i, id := range a.Moved {
+		if stg := l.x.stage(id, int32(i)); stg >= 0 {
+			n.awaits.add(stg)
 		}
 	}
 }
@@ -184,9 +212,10 @@ func (l *layout) node(h int32) int32 {
 		l.nodes = append(l.nodes, node{})
 	}
 	n := &l.nodes[i]
-	n.host, n.former, n.since, n.apart = h, false, 0, false
+	n.host, n.former, n.since, n.apart, n.awaited, n.changed = h, false, 0, false, 0, 0
 	n.local = blank(n.local, l.words)
 	n.bound = blank(n.bound, l.words)
+	n.awaits = blank(n.awaits, l.words)
 	n.links, n.was, n.hops, n.ins = n.links[:0], n.was[:0], n.hops[:0], n.ins[:0]
 	n.load, n.told = l.e.hosts[h].load, -1
 	l.e.hosts[h].turn, l.e.hosts[h].slot = l.turn, i

@@ -103,6 +103,11 @@ func (m *model) removePipeline(id string) {
 
 func (m *model) put(a *Assignment) {
 	m.changes++
+	m.putAt(a)
+}
+
+// putAt is put as part of the change that is being made.
+func (m *model) putAt(a *Assignment) {
 	a.Changed = m.changes
 	m.assignments[[2]string{a.Pipeline, a.Sidecar}] = a
 	m.engine.PutAssignment(a)
@@ -110,8 +115,9 @@ func (m *model) put(a *Assignment) {
 
 // carryOut lets the model have what p decided.
 func (m *model) carryOut(p Plan) {
+	m.changes++
 	for _, a := range decided(p) {
-		m.put(a)
+		m.putAt(a)
 	}
 }
 

@@ -43,11 +43,13 @@ const (
 	// Rearrange moves what could run where it is, were it not for the rest of its
 	// pipeline: a change of its edges makes records go round. It serves as it is.
 	Rearrange
+	// Even moves what runs well, so that load becomes even: see Engine.Balance.
+	Even
 )
 
 // String returns the name of u.
 func (u Urgency) String() string {
-	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange"}[u]
+	return [...]string{"clean", "serve", "restore", "grow", "evacuate", "rearrange", "even"}[u]
 }
 
 // Change is what one sidecar is to be told of one pipeline.
@@ -66,6 +68,8 @@ type Change struct {
 	// time, before this one is told: it takes a source that they have yet to let
 	// go of, and two of them must not read one source at a time.
 	After []string // in order; shared between changes
+	// MovedTo is the sidecar that what is revoked is given to for the sake of balance.
+	MovedTo string
 }
 
 // Compute plans v as a whole. It is a pure function: equal views, in any order,

@@ -137,9 +137,15 @@ type Assignment struct {
 	// otherwise equal sidecars.
 	Revoked       bool
 	LocalComplete bool
-	// Changed grows with every change of any assignment: of several places where
-	// a pipeline used to run, the newest is preferred.
+	// Changed grows with every change of any assignment; those that are changed
+	// together may have the same. Of several places where a pipeline used to run, the
+	// newest is preferred.
 	Changed uint64
+	// MovedTo is set for what was revoked for the sake of balance: these stages, Moved,
+	// go to that sidecar as soon as this one has let go of them, and do not come back
+	// because they used to run here.
+	MovedTo string
+	Moved   []string
 	Stages  []Assigned
 }
 

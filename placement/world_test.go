@@ -108,5 +108,5 @@ func decided(p Plan) (out []*Assignment) {
 // assignment is what change k of s makes of a sidecar's assignment.
 func (s *Step) assignment(k int) *Assignment {
 	c := &s.Changes[k]
-	return &Assignment{Sidecar: c.Sidecar, Pipeline: s.Pipeline, Revoked: c.Revoke, LocalComplete: c.LocalComplete, Stages: c.Stages}
+	return &Assignment{Sidecar: c.Sidecar, Pipeline: s.Pipeline, Revoked: c.Revoke, LocalComplete: c.LocalComplete, Stages: c.Stages, MovedTo: c.MovedTo, Moved: c.Releases}
 }

@@ -75,12 +75,21 @@ func (t *tx) countRevoked(sidecar string, by int) uint64 {
 // has to call forgetOldest, once what the sidecar has to let go of is recorded. Before,
 // the one to go might be this very one, and nobody could tell it any more.
 func (t *tx) revoke(prev *commandpb.Assignment, replacedMS uint64) (many bool) {
+	return t.revokeFor("", prev, replacedMS)
+}
+
+// revokeFor is revoke for the sake of balance: the stages go to another sidecar, if that
+// is not empty.
+func (t *tx) revokeFor(sidecar string, prev *commandpb.Assignment, replacedMS uint64) (many bool) {
 	if prev == nil || prev.Revoked {
 		return false
 	}
 	next := &commandpb.Assignment{
 		SidecarId: prev.SidecarId, PipelineId: prev.PipelineId, Revoked: true, PipelineVersion: prev.PipelineVersion,
 		Replaced: t.replacedHops(prev, nil, replacedMS),
+	}
+	if sidecar != "" {
+		next.Moved = &commandpb.Moved{SidecarId: sidecar, Stages: local(prev)}
 	}
 	revoked := t.saveAssignment(prev, next)
 	ref := &commandpb.RevokedRef{SidecarId: next.SidecarId, PipelineId: next.PipelineId, Generation: next.Generation, TimeMs: t.now}
@@ -175,6 +184,11 @@ func checkChange(ch *commandpb.AssignmentChange) *commandpb.Rejection {
 	}
 	if n := max(len(ch.Stages), len(ch.Releases)+len(ch.SharedReleases)); n > maxStageAssignments {
 		return limit("assignment of "+ch.PipelineId, "%d stages, at most %d are allowed", n, maxStageAssignments)
+	}
+	if ch.MovedTo != "" {
+		if r := checkID("sidecar id", ch.MovedTo); r != nil {
+			return r
+		}
 	}
 	for _, s := range slices.Concat(ch.Releases, ch.SharedReleases) {
 		if r := checkID("stage id", s); r != nil {
@@ -292,7 +306,7 @@ func (t *tx) applyChange(ch *commandpb.AssignmentChange, c *commandpb.ApplyAssig
 	if ch.Revoke {
 		prev := t.assignment(ch.SidecarId, ch.PipelineId)
 		letGo, shared := released(ch, prev, nil)
-		many := t.revoke(prev, c.ReplacedMs)
+		many := t.revokeFor(ch.MovedTo, prev, c.ReplacedMs)
 		t.release(ch.SidecarId, ch.PipelineId, letGo, shared, ch.ReleaseTimeoutMs)
 		if many {
 			t.forgetOldest(ch.SidecarId)

@@ -111,6 +111,9 @@ func (g *commands) changes() *pb.ApplyAssignments {
 		if c := a.Changes[len(a.Changes)-1]; g.r.Intn(2) == 0 {
 			c.Releases, c.ReleaseTimeoutMs = []string{"stage-0"}, uint64(g.r.Intn(60_000))
 			c.SharedReleases = []string{"stage-1"}
+			if c.Revoke {
+				c.MovedTo = g.pick("sidecar", 4)
+			}
 		}
 	}
 	return a

@@ -30,6 +30,7 @@ func (s *Server) placementMetrics(out map[string]float64) {
 	q := &p.Quality
 	out["placement_plans_total"], out["placement_plan_seconds"] = float64(p.Plans), p.Took.Seconds()
 	out["placement_moves_total"], out["placement_least_moves_total"] = float64(p.Moves), float64(p.Least)
+	out["placement_even_moves_total"] = float64(p.Evened)
 	out["placement_last_moves"], out["placement_last_least_moves"] = float64(p.Last.Moves), float64(p.Last.Least)
 	out["placement_instances_asked"], out["placement_instances_placed"] = float64(q.Asked), float64(q.Placed)
 	out["placement_stages_pending"] = float64(q.Pending)

@@ -2552,8 +2552,10 @@ type AssignmentChange struct {
 	// Others it lets go of. Nobody waits for these, but a sidecar that drains is not
 	// done before it has.
 	SharedReleases []string `protobuf:"bytes,10,rep,name=shared_releases,json=sharedReleases,proto3" json:"shared_releases,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Of a revocation for the sake of balance: the sidecar that the stages go to.
+	MovedTo       string `protobuf:"bytes,11,opt,name=moved_to,json=movedTo,proto3" json:"moved_to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AssignmentChange) Reset() {
@@ -2654,6 +2656,13 @@ func (x *AssignmentChange) GetSharedReleases() []string {
 		return x.SharedReleases
 	}
 	return nil
+}
+
+func (x *AssignmentChange) GetMovedTo() string {
+	if x != nil {
+		return x.MovedTo
+	}
+	return ""
 }
 
 // PutOperation creates an operation, or moves it on.
@@ -3628,7 +3637,7 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\x10planned_revision\x18\x02 \x01(\x04R\x0fplannedRevision\x12\x1c\n" +
 	"\thandovers\x18\x03 \x01(\bR\thandovers\x12\x1f\n" +
 	"\vreplaced_ms\x18\x04 \x01(\x04R\n" +
-	"replacedMs\"\x99\x03\n" +
+	"replacedMs\"\xb4\x03\n" +
 	"\x10AssignmentChange\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x1f\n" +
@@ -3642,7 +3651,8 @@ const file_conveyor_command_command_proto_rawDesc = "" +
 	"\breleases\x18\b \x03(\tR\breleases\x12,\n" +
 	"\x12release_timeout_ms\x18\t \x01(\x04R\x10releaseTimeoutMs\x12'\n" +
 	"\x0fshared_releases\x18\n" +
-	" \x03(\tR\x0esharedReleases\"a\n" +
+	" \x03(\tR\x0esharedReleases\x12\x19\n" +
+	"\bmoved_to\x18\v \x01(\tR\amovedTo\"a\n" +
 	"\fPutOperation\x129\n" +
 	"\toperation\x18\x01 \x01(\v2\x1b.conveyor.command.OperationR\toperation\x12\x16\n" +
 	"\x06create\x18\x02 \x01(\bR\x06create\"4\n" +

@@ -1906,7 +1906,9 @@ type Assignment struct {
 	// To whom it handed over by tables before this one, and does not by this one, while
 	// the sidecar may still go by these; by sidecar id. Those whose time is over go with
 	// the next change.
-	Replaced      []*ReplacedHop `protobuf:"bytes,10,rep,name=replaced,proto3" json:"replaced,omitempty"`
+	Replaced []*ReplacedHop `protobuf:"bytes,10,rep,name=replaced,proto3" json:"replaced,omitempty"`
+	// Of what was revoked for the sake of balance: where it goes.
+	Moved         *Moved `protobuf:"bytes,11,opt,name=moved,proto3" json:"moved,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2011,6 +2013,67 @@ func (x *Assignment) GetReplaced() []*ReplacedHop {
 	return nil
 }
 
+func (x *Assignment) GetMoved() *Moved {
+	if x != nil {
+		return x.Moved
+	}
+	return nil
+}
+
+// Moved says that a sidecar lets go of stages for another one. They do not come back
+// because they used to run there, as they otherwise would.
+type Moved struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"` // that they go to
+	Stages        []string               `protobuf:"bytes,2,rep,name=stages,proto3" json:"stages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Moved) Reset() {
+	*x = Moved{}
+	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Moved) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Moved) ProtoMessage() {}
+
+func (x *Moved) ProtoReflect() protoreflect.Message {
+	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Moved.ProtoReflect.Descriptor instead.
+func (*Moved) Descriptor() ([]byte, []int) {
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Moved) GetSidecarId() string {
+	if x != nil {
+		return x.SidecarId
+	}
+	return ""
+}
+
+func (x *Moved) GetStages() []string {
+	if x != nil {
+		return x.Stages
+	}
+	return nil
+}
+
 type ReplacedHop struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SidecarId     string                 `protobuf:"bytes,1,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
@@ -2021,7 +2084,7 @@ type ReplacedHop struct {
 
 func (x *ReplacedHop) Reset() {
 	*x = ReplacedHop{}
-	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	mi := &file_conveyor_command_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2033,7 +2096,7 @@ func (x *ReplacedHop) String() string {
 func (*ReplacedHop) ProtoMessage() {}
 
 func (x *ReplacedHop) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[17]
+	mi := &file_conveyor_command_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2046,7 +2109,7 @@ func (x *ReplacedHop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplacedHop.ProtoReflect.Descriptor instead.
 func (*ReplacedHop) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{17}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReplacedHop) GetSidecarId() string {
@@ -2078,7 +2141,7 @@ type Handover struct {
 
 func (x *Handover) Reset() {
 	*x = Handover{}
-	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	mi := &file_conveyor_command_state_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2090,7 +2153,7 @@ func (x *Handover) String() string {
 func (*Handover) ProtoMessage() {}
 
 func (x *Handover) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[18]
+	mi := &file_conveyor_command_state_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2103,7 +2166,7 @@ func (x *Handover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Handover.ProtoReflect.Descriptor instead.
 func (*Handover) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{18}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Handover) GetPipelineId() string {
@@ -2153,7 +2216,7 @@ type Release struct {
 
 func (x *Release) Reset() {
 	*x = Release{}
-	mi := &file_conveyor_command_state_proto_msgTypes[19]
+	mi := &file_conveyor_command_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2228,7 @@ func (x *Release) String() string {
 func (*Release) ProtoMessage() {}
 
 func (x *Release) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[19]
+	mi := &file_conveyor_command_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2241,7 @@ func (x *Release) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Release.ProtoReflect.Descriptor instead.
 func (*Release) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{19}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Release) GetStageId() string {
@@ -2222,7 +2285,7 @@ type GroupMember struct {
 
 func (x *GroupMember) Reset() {
 	*x = GroupMember{}
-	mi := &file_conveyor_command_state_proto_msgTypes[20]
+	mi := &file_conveyor_command_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2234,7 +2297,7 @@ func (x *GroupMember) String() string {
 func (*GroupMember) ProtoMessage() {}
 
 func (x *GroupMember) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[20]
+	mi := &file_conveyor_command_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2247,7 +2310,7 @@ func (x *GroupMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupMember.ProtoReflect.Descriptor instead.
 func (*GroupMember) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{20}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GroupMember) GetServiceId() string {
@@ -2300,7 +2363,7 @@ type Group struct {
 
 func (x *Group) Reset() {
 	*x = Group{}
-	mi := &file_conveyor_command_state_proto_msgTypes[21]
+	mi := &file_conveyor_command_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2312,7 +2375,7 @@ func (x *Group) String() string {
 func (*Group) ProtoMessage() {}
 
 func (x *Group) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[21]
+	mi := &file_conveyor_command_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2325,7 +2388,7 @@ func (x *Group) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Group.ProtoReflect.Descriptor instead.
 func (*Group) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{21}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Group) GetGroupId() string {
@@ -2388,7 +2451,7 @@ type Offset struct {
 
 func (x *Offset) Reset() {
 	*x = Offset{}
-	mi := &file_conveyor_command_state_proto_msgTypes[22]
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2400,7 +2463,7 @@ func (x *Offset) String() string {
 func (*Offset) ProtoMessage() {}
 
 func (x *Offset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[22]
+	mi := &file_conveyor_command_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2413,7 +2476,7 @@ func (x *Offset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Offset.ProtoReflect.Descriptor instead.
 func (*Offset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{22}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Offset) GetOffset() uint64 {
@@ -2450,7 +2513,7 @@ type Watermark struct {
 
 func (x *Watermark) Reset() {
 	*x = Watermark{}
-	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2462,7 +2525,7 @@ func (x *Watermark) String() string {
 func (*Watermark) ProtoMessage() {}
 
 func (x *Watermark) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[23]
+	mi := &file_conveyor_command_state_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2475,7 +2538,7 @@ func (x *Watermark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Watermark.ProtoReflect.Descriptor instead.
 func (*Watermark) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{23}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Watermark) GetSourceId() string {
@@ -2524,7 +2587,7 @@ type SourceOffset struct {
 
 func (x *SourceOffset) Reset() {
 	*x = SourceOffset{}
-	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2536,7 +2599,7 @@ func (x *SourceOffset) String() string {
 func (*SourceOffset) ProtoMessage() {}
 
 func (x *SourceOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[24]
+	mi := &file_conveyor_command_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2549,7 +2612,7 @@ func (x *SourceOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceOffset.ProtoReflect.Descriptor instead.
 func (*SourceOffset) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{24}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SourceOffset) GetSourceId() string {
@@ -2587,7 +2650,7 @@ type Checkpoint struct {
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2599,7 +2662,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[25]
+	mi := &file_conveyor_command_state_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2612,7 +2675,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{25}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Checkpoint) GetServiceId() string {
@@ -2682,7 +2745,7 @@ type Clock struct {
 
 func (x *Clock) Reset() {
 	*x = Clock{}
-	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2694,7 +2757,7 @@ func (x *Clock) String() string {
 func (*Clock) ProtoMessage() {}
 
 func (x *Clock) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[26]
+	mi := &file_conveyor_command_state_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2707,7 +2770,7 @@ func (x *Clock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Clock.ProtoReflect.Descriptor instead.
 func (*Clock) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{26}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Clock) GetRevision() uint64 {
@@ -2812,7 +2875,7 @@ type RequestRef struct {
 
 func (x *RequestRef) Reset() {
 	*x = RequestRef{}
-	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +2887,7 @@ func (x *RequestRef) String() string {
 func (*RequestRef) ProtoMessage() {}
 
 func (x *RequestRef) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[27]
+	mi := &file_conveyor_command_state_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +2900,7 @@ func (x *RequestRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestRef.ProtoReflect.Descriptor instead.
 func (*RequestRef) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{27}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RequestRef) GetRequestId() string {
@@ -2867,7 +2930,7 @@ type RevokedRef struct {
 
 func (x *RevokedRef) Reset() {
 	*x = RevokedRef{}
-	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2879,7 +2942,7 @@ func (x *RevokedRef) String() string {
 func (*RevokedRef) ProtoMessage() {}
 
 func (x *RevokedRef) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[28]
+	mi := &file_conveyor_command_state_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2892,7 +2955,7 @@ func (x *RevokedRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokedRef.ProtoReflect.Descriptor instead.
 func (*RevokedRef) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{28}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RevokedRef) GetSidecarId() string {
@@ -2934,7 +2997,7 @@ type GroupPast struct {
 
 func (x *GroupPast) Reset() {
 	*x = GroupPast{}
-	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	mi := &file_conveyor_command_state_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2946,7 +3009,7 @@ func (x *GroupPast) String() string {
 func (*GroupPast) ProtoMessage() {}
 
 func (x *GroupPast) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[29]
+	mi := &file_conveyor_command_state_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2959,7 +3022,7 @@ func (x *GroupPast) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GroupPast.ProtoReflect.Descriptor instead.
 func (*GroupPast) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{29}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GroupPast) GetGeneration() uint64 {
@@ -2998,7 +3061,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_conveyor_command_state_proto_msgTypes[30]
+	mi := &file_conveyor_command_state_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3010,7 +3073,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[30]
+	mi := &file_conveyor_command_state_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3023,7 +3086,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{30}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Operation) GetOperationId() string {
@@ -3175,7 +3238,7 @@ type RestoreSource struct {
 
 func (x *RestoreSource) Reset() {
 	*x = RestoreSource{}
-	mi := &file_conveyor_command_state_proto_msgTypes[31]
+	mi := &file_conveyor_command_state_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3187,7 +3250,7 @@ func (x *RestoreSource) String() string {
 func (*RestoreSource) ProtoMessage() {}
 
 func (x *RestoreSource) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[31]
+	mi := &file_conveyor_command_state_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3200,7 +3263,7 @@ func (x *RestoreSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSource.ProtoReflect.Descriptor instead.
 func (*RestoreSource) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{31}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RestoreSource) GetClusterId() uint64 {
@@ -3273,7 +3336,7 @@ type RestoreStage struct {
 
 func (x *RestoreStage) Reset() {
 	*x = RestoreStage{}
-	mi := &file_conveyor_command_state_proto_msgTypes[32]
+	mi := &file_conveyor_command_state_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3285,7 +3348,7 @@ func (x *RestoreStage) String() string {
 func (*RestoreStage) ProtoMessage() {}
 
 func (x *RestoreStage) ProtoReflect() protoreflect.Message {
-	mi := &file_conveyor_command_state_proto_msgTypes[32]
+	mi := &file_conveyor_command_state_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3298,7 +3361,7 @@ func (x *RestoreStage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreStage.ProtoReflect.Descriptor instead.
 func (*RestoreStage) Descriptor() ([]byte, []int) {
-	return file_conveyor_command_state_proto_rawDescGZIP(), []int{32}
+	return file_conveyor_command_state_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RestoreStage) GetOperationId() string {
@@ -3526,7 +3589,7 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12%\n" +
 	"\x0elocal_endpoint\x18\x02 \x01(\tR\rlocalEndpoint\x12*\n" +
 	"\x11remote_sidecar_id\x18\x03 \x01(\tR\x0fremoteSidecarId\x12'\n" +
-	"\x0fremote_endpoint\x18\x04 \x01(\tR\x0eremoteEndpoint\"\x95\x03\n" +
+	"\x0fremote_endpoint\x18\x04 \x01(\tR\x0eremoteEndpoint\"\xc4\x03\n" +
 	"\n" +
 	"Assignment\x12\x1d\n" +
 	"\n" +
@@ -3543,7 +3606,12 @@ const file_conveyor_command_state_proto_rawDesc = "" +
 	"\fmod_revision\x18\b \x01(\x04R\vmodRevision\x12\"\n" +
 	"\rchanged_at_ms\x18\t \x01(\x04R\vchangedAtMs\x129\n" +
 	"\breplaced\x18\n" +
-	" \x03(\v2\x1d.conveyor.command.ReplacedHopR\breplaced\"G\n" +
+	" \x03(\v2\x1d.conveyor.command.ReplacedHopR\breplaced\x12-\n" +
+	"\x05moved\x18\v \x01(\v2\x17.conveyor.command.MovedR\x05moved\">\n" +
+	"\x05Moved\x12\x1d\n" +
+	"\n" +
+	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x16\n" +
+	"\x06stages\x18\x02 \x03(\tR\x06stages\"G\n" +
 	"\vReplacedHop\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12\x19\n" +
@@ -3739,7 +3807,7 @@ func file_conveyor_command_state_proto_rawDescGZIP() []byte {
 }
 
 var file_conveyor_command_state_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_conveyor_command_state_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_conveyor_command_state_proto_goTypes = []any{
 	(ServiceType)(0),        // 0: conveyor.command.ServiceType
 	(HealthStatus)(0),       // 1: conveyor.command.HealthStatus
@@ -3766,37 +3834,38 @@ var file_conveyor_command_state_proto_goTypes = []any{
 	(*Sidecar)(nil),         // 22: conveyor.command.Sidecar
 	(*StageAssignment)(nil), // 23: conveyor.command.StageAssignment
 	(*Assignment)(nil),      // 24: conveyor.command.Assignment
-	(*ReplacedHop)(nil),     // 25: conveyor.command.ReplacedHop
-	(*Handover)(nil),        // 26: conveyor.command.Handover
-	(*Release)(nil),         // 27: conveyor.command.Release
-	(*GroupMember)(nil),     // 28: conveyor.command.GroupMember
-	(*Group)(nil),           // 29: conveyor.command.Group
-	(*Offset)(nil),          // 30: conveyor.command.Offset
-	(*Watermark)(nil),       // 31: conveyor.command.Watermark
-	(*SourceOffset)(nil),    // 32: conveyor.command.SourceOffset
-	(*Checkpoint)(nil),      // 33: conveyor.command.Checkpoint
-	(*Clock)(nil),           // 34: conveyor.command.Clock
-	(*RequestRef)(nil),      // 35: conveyor.command.RequestRef
-	(*RevokedRef)(nil),      // 36: conveyor.command.RevokedRef
-	(*GroupPast)(nil),       // 37: conveyor.command.GroupPast
-	(*Operation)(nil),       // 38: conveyor.command.Operation
-	(*RestoreSource)(nil),   // 39: conveyor.command.RestoreSource
-	(*RestoreStage)(nil),    // 40: conveyor.command.RestoreStage
-	nil,                     // 41: conveyor.command.Health.ComponentsEntry
-	nil,                     // 42: conveyor.command.Service.LabelsEntry
-	nil,                     // 43: conveyor.command.ServiceSelector.LabelsEntry
-	nil,                     // 44: conveyor.command.PipelineSpec.MetadataEntry
+	(*Moved)(nil),           // 25: conveyor.command.Moved
+	(*ReplacedHop)(nil),     // 26: conveyor.command.ReplacedHop
+	(*Handover)(nil),        // 27: conveyor.command.Handover
+	(*Release)(nil),         // 28: conveyor.command.Release
+	(*GroupMember)(nil),     // 29: conveyor.command.GroupMember
+	(*Group)(nil),           // 30: conveyor.command.Group
+	(*Offset)(nil),          // 31: conveyor.command.Offset
+	(*Watermark)(nil),       // 32: conveyor.command.Watermark
+	(*SourceOffset)(nil),    // 33: conveyor.command.SourceOffset
+	(*Checkpoint)(nil),      // 34: conveyor.command.Checkpoint
+	(*Clock)(nil),           // 35: conveyor.command.Clock
+	(*RequestRef)(nil),      // 36: conveyor.command.RequestRef
+	(*RevokedRef)(nil),      // 37: conveyor.command.RevokedRef
+	(*GroupPast)(nil),       // 38: conveyor.command.GroupPast
+	(*Operation)(nil),       // 39: conveyor.command.Operation
+	(*RestoreSource)(nil),   // 40: conveyor.command.RestoreSource
+	(*RestoreStage)(nil),    // 41: conveyor.command.RestoreStage
+	nil,                     // 42: conveyor.command.Health.ComponentsEntry
+	nil,                     // 43: conveyor.command.Service.LabelsEntry
+	nil,                     // 44: conveyor.command.ServiceSelector.LabelsEntry
+	nil,                     // 45: conveyor.command.PipelineSpec.MetadataEntry
 }
 var file_conveyor_command_state_proto_depIdxs = []int32{
 	1,  // 0: conveyor.command.ComponentHealth.status:type_name -> conveyor.command.HealthStatus
 	1,  // 1: conveyor.command.Health.status:type_name -> conveyor.command.HealthStatus
-	41, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
+	42, // 2: conveyor.command.Health.components:type_name -> conveyor.command.Health.ComponentsEntry
 	0,  // 3: conveyor.command.Service.type:type_name -> conveyor.command.ServiceType
 	8,  // 4: conveyor.command.Service.endpoint:type_name -> conveyor.command.Endpoint
-	42, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
+	43, // 5: conveyor.command.Service.labels:type_name -> conveyor.command.Service.LabelsEntry
 	10, // 6: conveyor.command.Service.health:type_name -> conveyor.command.Health
 	2,  // 7: conveyor.command.Service.state:type_name -> conveyor.command.ServiceState
-	43, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
+	44, // 8: conveyor.command.ServiceSelector.labels:type_name -> conveyor.command.ServiceSelector.LabelsEntry
 	4,  // 9: conveyor.command.ServiceSelector.load_balance:type_name -> conveyor.command.LoadBalance
 	15, // 10: conveyor.command.ConditionList.conditions:type_name -> conveyor.command.Condition
 	13, // 11: conveyor.command.Condition.metadata_match:type_name -> conveyor.command.MetadataMatch
@@ -3810,26 +3879,27 @@ var file_conveyor_command_state_proto_depIdxs = []int32{
 	15, // 19: conveyor.command.Edge.condition:type_name -> conveyor.command.Condition
 	17, // 20: conveyor.command.PipelineSpec.stages:type_name -> conveyor.command.Stage
 	18, // 21: conveyor.command.PipelineSpec.edges:type_name -> conveyor.command.Edge
-	44, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
+	45, // 22: conveyor.command.PipelineSpec.metadata:type_name -> conveyor.command.PipelineSpec.MetadataEntry
 	19, // 23: conveyor.command.Pipeline.spec:type_name -> conveyor.command.PipelineSpec
 	0,  // 24: conveyor.command.LocalService.type:type_name -> conveyor.command.ServiceType
 	21, // 25: conveyor.command.Sidecar.services:type_name -> conveyor.command.LocalService
 	5,  // 26: conveyor.command.Sidecar.state:type_name -> conveyor.command.SidecarState
 	23, // 27: conveyor.command.Assignment.stages:type_name -> conveyor.command.StageAssignment
-	25, // 28: conveyor.command.Assignment.replaced:type_name -> conveyor.command.ReplacedHop
-	27, // 29: conveyor.command.Handover.releases:type_name -> conveyor.command.Release
-	28, // 30: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
-	32, // 31: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
-	6,  // 32: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
-	34, // 33: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
-	39, // 34: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
-	7,  // 35: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
-	9,  // 36: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	26, // 28: conveyor.command.Assignment.replaced:type_name -> conveyor.command.ReplacedHop
+	25, // 29: conveyor.command.Assignment.moved:type_name -> conveyor.command.Moved
+	28, // 30: conveyor.command.Handover.releases:type_name -> conveyor.command.Release
+	29, // 31: conveyor.command.Group.members:type_name -> conveyor.command.GroupMember
+	33, // 32: conveyor.command.Checkpoint.source_offsets:type_name -> conveyor.command.SourceOffset
+	6,  // 33: conveyor.command.Operation.state:type_name -> conveyor.command.OperationState
+	35, // 34: conveyor.command.RestoreSource.clock:type_name -> conveyor.command.Clock
+	40, // 35: conveyor.command.RestoreStage.source:type_name -> conveyor.command.RestoreSource
+	7,  // 36: conveyor.command.RestoreStage.phase:type_name -> conveyor.command.StagePhase
+	9,  // 37: conveyor.command.Health.ComponentsEntry.value:type_name -> conveyor.command.ComponentHealth
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_command_state_proto_init() }
@@ -3852,7 +3922,7 @@ func file_conveyor_command_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_conveyor_command_state_proto_rawDesc), len(file_conveyor_command_state_proto_rawDesc)),
 			NumEnums:      8,
-			NumMessages:   37,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
