@@ -546,7 +546,8 @@ func (r *replica) oneOwnerEach(seed uint64) {
 	}
 	lives := make(map[string]bool)
 	for _, s := range in.Sidecars {
-		lives[s.SidecarId] = s.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED
+		// One in grace keeps what it has.
+		lives[s.SidecarId] = s.State != commandpb.SidecarState_SIDECAR_STATE_EXPIRED || s.GraceUntilMs > 0
 	}
 	limits := make(map[[2]string]int)
 	for _, p := range in.Pipelines {
