@@ -270,8 +270,12 @@ func noCircle(t *testing.T, seed uint64) {
 			r.mu.Lock()
 			r.before, r.first, r.last = nil, nil, nil // of what did not come to pass
 			r.mu.Unlock()
-			pass(2 * time.Second) // the placer is at rest
-			synctest.Wait()
+			// The placer is at rest, which it is not when somebody has just fallen silent.
+			for at, now := uint64(0), uint64(1); at != now; now = r.fsm.Revision() {
+				at = r.fsm.Revision()
+				pass(2 * time.Second)
+				synctest.Wait()
+			}
 			if what := r.unexplained(); what != "" {
 				t.Fatalf("seed %d: %s", seed, what)
 			}
