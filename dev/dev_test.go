@@ -214,10 +214,11 @@ func TestDemonstration(t *testing.T) {
 
 	again := start(t, base, "--data-dir", dir)
 	_, at = again.expect(0, `^ready `)
-	for _, l := range again.lines[:at] {
-		if strings.Contains(l, "pipeline default/orders created") {
-			t.Fatal("the data of the first run is gone")
-		}
+	again.mu.Lock()
+	created := strings.Contains(strings.Join(again.lines[:at], "\n"), "pipeline default/orders created")
+	again.mu.Unlock()
+	if created {
+		t.Fatal("the data of the first run is gone")
 	}
 	// Two at a time on one directory would be a mess.
 	out, err = exec.Command(binary, "dev", "--data-dir", dir, "--base-port", strconv.Itoa(base+300)).CombinedOutput()
