@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -126,6 +127,55 @@ func TestDriveCountsWhatWasNotSent(t *testing.T) {
 			t.Errorf("at a rate that is kept: %+v %v", m, err)
 		}
 	})
+}
+
+// TestInterruptedDrive: what is ended while it measures has measured something, of which
+// calls under way are no failures; what is ended before has not.
+func TestInterruptedDrive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		call := func(ctx context.Context) (int, error) {
+			pass(100 * time.Millisecond)
+			return 1, ctx.Err()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 3050*time.Millisecond)
+		defer cancel()
+		m, err := Drive(ctx, DriveConfig{Callers: []Call{call}, Warmup: 1050 * time.Millisecond, Duration: time.Hour})
+		if !errors.Is(err, context.DeadlineExceeded) || m == nil || m.Calls != 20 || m.Errors != 0 || m.Took != 2*time.Second {
+			t.Errorf("%+v %v", m, err)
+		}
+		ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		started := false
+		m, err = Drive(ctx, DriveConfig{Callers: []Call{call}, Warmup: time.Minute, Duration: time.Hour, Started: func() { started = true }})
+		if !errors.Is(err, context.DeadlineExceeded) || m != nil || started {
+			t.Errorf("ended in the warm-up: %+v %v", m, err)
+		}
+	})
+}
+
+// TestServerThatEnds: a server process that is gone in the end costs the run its CPU
+// time and nothing else, and one that was never there is said before the first call.
+func TestServerThatEnds(t *testing.T) {
+	server := exec.Command("sleep", "3600")
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var cpu cpuMeter
+	cpu.start([]int{os.Getpid(), server.Process.Pid})
+	if err := errors.Join(cpu.err, server.Process.Kill()); err != nil {
+		t.Fatal(err)
+	}
+	_ = server.Wait() // it was killed
+	cpu.stop()
+	r := newReport(&Config{}, &Measurement{Took: time.Second, Calls: 1, Commands: 1, Latency: NewHistogram()}, &cpu)
+	var text strings.Builder
+	if err := r.Text(&text); err != nil || r.Commands != 1 || len(r.ServerCPU) != 0 || !strings.Contains(text.String(), "CPU         of the servers is not known: ") {
+		t.Errorf("%+v %v\n%s", r, err, &text)
+	}
+	_, err := Run(t.Context(), Config{Endpoints: []string{"127.0.0.1:1"}, Pids: []int{server.Process.Pid}, Duration: time.Hour})
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("there is no process %d on this machine", server.Process.Pid)) {
+		t.Error(err)
+	}
 }
 
 // store is a server of the two services that loads call.

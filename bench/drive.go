@@ -104,7 +104,8 @@ type phases struct {
 
 // Drive runs the callers and returns what it measured. A failed call is counted
 // and does not end the drive, but a drive in which every call failed is an
-// error, ErrAllFailed.
+// error, ErrAllFailed. One that ctx ends while it measures returns what it has
+// measured until then beside the error of ctx; before, it returns the error alone.
 func Drive(ctx context.Context, c DriveConfig) (*Measurement, error) {
 	if len(c.Callers) == 0 || c.Duration <= 0 {
 		return nil, errors.New("bench: a drive needs callers and a duration")
@@ -130,7 +131,10 @@ func measure(ctx context.Context, n int, c DriveConfig, run func(context.Context
 		recorders[i] = r
 		running.Go(func() { run(ctx, i, &p, schedule, r) })
 	}
-	rest(ctx, c.Warmup)
+	if !rest(ctx, c.Warmup) {
+		running.Wait()
+		return nil, ctx.Err()
+	}
 	if c.Started != nil {
 		c.Started()
 	}
@@ -146,11 +150,11 @@ func measure(ctx context.Context, n int, c DriveConfig, run func(context.Context
 	interrupted := ctx.Err()
 	cancel()
 	running.Wait()
-	if interrupted != nil {
-		return nil, interrupted
-	}
 	m := merge(recorders, c.Duration)
 	m.Took, m.Unsent = took, unsent
+	if interrupted != nil {
+		return m, interrupted
+	}
 	if m.Calls == 0 && m.Errors > 0 {
 		return m, fmt.Errorf("%w: all %d, the last one with: %s", ErrAllFailed, m.Errors, m.LastError)
 	}

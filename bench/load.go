@@ -182,10 +182,15 @@ func (s *source) data() []byte {
 	return v
 }
 
-// Run drives a router cluster as c says.
+// Run drives a router cluster as c says. When ctx ends while it measures, the report
+// is of what was measured until then, and comes with the error of ctx.
 func Run(ctx context.Context, c Config) (*Report, error) {
 	c.EnsureDefaults()
 	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	// In the end it would be too late to learn that one was mistyped.
+	if err := CheckPids(c.Pids); err != nil {
 		return nil, err
 	}
 	var cpu cpuMeter
@@ -203,13 +208,12 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 		d.Callers = callers(&c, conns)
 		m, err = Drive(ctx, d)
 	}
-	if err != nil {
+	if err != nil && (m == nil || ctx.Err() == nil) {
 		return nil, err
 	}
-	if cpu.err != nil {
-		return nil, cpu.err
-	}
-	return newReport(&c, m, &cpu), nil
+	r := newReport(&c, m, &cpu)
+	r.Interrupted = err != nil
+	return r, err
 }
 
 // DialUnary returns n plaintext connections for unary calls alone, spread over the

@@ -2,7 +2,9 @@ package bench
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"time"
@@ -46,6 +48,20 @@ func ReadProcess(pid int) (Process, error) {
 	return p, nil
 }
 
+// CheckPids returns an error that names those of pids that are no processes of this
+// machine, or of which it cannot be read what they use.
+func CheckPids(pids []int) error {
+	var errs []error
+	for _, pid := range pids {
+		_, err := ReadProcess(pid)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("bench: there is no process %d on this machine", pid)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
 // cpuMeter measures the CPU time that server processes, and this one, use
 // during a measurement.
 type cpuMeter struct {
@@ -54,7 +70,7 @@ type cpuMeter struct {
 	after   []Process
 	self    Process
 	selfEnd Process
-	err     error
+	err     error // what one of them used is not known: it has ended
 }
 
 func (m *cpuMeter) read(out []Process) []Process {

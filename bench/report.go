@@ -20,6 +20,9 @@ type Report struct {
 	LastError string  `json:"last_error,omitempty"`
 	// Unanswered of the errors had no answer when the run ended, after a second or more.
 	Unanswered int64 `json:"unanswered,omitempty"`
+	// Interrupted says that the run was ended before its time; Seconds is what was
+	// measured of Config.Duration.
+	Interrupted bool `json:"interrupted,omitempty"`
 	// Unsent calls of an open loop were due and had no free client.
 	Unsent     int64   `json:"unsent,omitempty"`
 	Throughput float64 `json:"commands_per_second"`
@@ -35,6 +38,8 @@ type Report struct {
 	ServerCPU    []float64 `json:"server_cpu_us_per_command,omitempty"`
 	ServersCPU   float64   `json:"servers_cpu_us_per_command,omitempty"`
 	GeneratorCPU float64   `json:"generator_cpu_us_per_command,omitempty"`
+	// UnknownCPU says why the CPU time of the servers is not known.
+	UnknownCPU string `json:"servers_cpu_unknown,omitempty"`
 }
 
 func newReport(c *Config, m *Measurement, cpu *cpuMeter) *Report {
@@ -51,11 +56,16 @@ func newReport(c *Config, m *Measurement, cpu *cpuMeter) *Report {
 	case c.Rate > 0:
 		r.Loop = "open"
 	}
+	if cpu.err != nil {
+		r.UnknownCPU = cpu.err.Error()
+	}
 	if m.Commands > 0 {
 		per := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(m.Commands) }
-		for _, d := range cpu.servers() {
-			r.ServerCPU = append(r.ServerCPU, per(d))
-			r.ServersCPU += per(d)
+		if cpu.err == nil {
+			for _, d := range cpu.servers() {
+				r.ServerCPU = append(r.ServerCPU, per(d))
+				r.ServersCPU += per(d)
+			}
 		}
 		r.GeneratorCPU = per(cpu.selfEnd.CPU - cpu.self.CPU)
 	}
@@ -86,6 +96,9 @@ func (r *Report) Text(w io.Writer) error {
 		}
 	}
 	fmt.Fprintf(&b, "; %s; %s\n", strings.Join(mix, ","), strings.Join(c.Endpoints, " "))
+	if r.Interrupted {
+		fmt.Fprintf(&b, "interrupted after %.1f s of %.1f s, of which these figures are\n", r.Seconds, c.Duration.Seconds())
+	}
 	fmt.Fprintf(&b, "throughput  %.0f commands/s (%d in %.1f s)\n", r.Throughput, r.Commands, r.Seconds)
 	fmt.Fprintf(&b, "latency     p50 %.2f ms   p95 %.2f ms   p99 %.2f ms   p99.9 %.2f ms   max %.2f ms\n", r.P50, r.P95, r.P99, r.P999, r.Max)
 	if r.Errors > 0 {
@@ -103,6 +116,9 @@ func (r *Report) Text(w io.Writer) error {
 			each = append(each, fmt.Sprintf("%.1f", v))
 		}
 		fmt.Fprintf(&b, "CPU         servers %.1f us a command (%s), this process %.1f us\n", r.ServersCPU, strings.Join(each, " + "), r.GeneratorCPU)
+	}
+	if r.UnknownCPU != "" {
+		fmt.Fprintf(&b, "CPU         of the servers is not known: %s\n", r.UnknownCPU)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

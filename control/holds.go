@@ -1,6 +1,7 @@
 package control
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -78,13 +79,31 @@ func (p *Placer) postpone(m *mirror, st placement.Step, at time.Time) (now place
 }
 
 // HeldExpiries returns how many sidecars have been silent for longer than their lease
-// and are not expired, because too many fell silent at once, and from when on they are,
-// slowly; 0 while this node does not lead.
-func (l *Liveness) HeldExpiries() (n int, until time.Time) {
+// and are not expired, because too many fell silent at once, from when on they are, one
+// after another, and by when the last of them is; 0 while this node does not lead. When
+// most are heard of again, the others expire before.
+func (l *Liveness) HeldExpiries() (n int, until, last time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if !l.leading || l.sidecars.due == 0 {
-		return 0, time.Time{}
+		return 0, time.Time{}, time.Time{}
 	}
-	return l.sidecars.due, l.sidecars.holding.Add(l.sidecars.limits.hold)
+	until, last = l.sidecars.heldUntil()
+	return l.sidecars.due, until, last
+}
+
+// alarm says of leases that are held back how many, for how long, and what comes then.
+func (l *leases) alarm(now time.Time) string {
+	from, last := l.heldUntil()
+	clock := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	have := "have been silent for longer than their lease"
+	if l.due == 1 {
+		have = "has been silent for longer than its lease"
+	}
+	what := fmt.Sprintf("%d of %d %s %s after too many fell silent at once", l.due, len(l.all), l.what, have)
+	if now.Before(from) {
+		return fmt.Sprintf("%s, which may be the fault of the network between them and the cluster; nobody is given up before %s, "+
+			"and who is still silent then one after another, the last by %s; all of them sooner if most come back", what, clock(from), clock(last))
+	}
+	return fmt.Sprintf("%s; since %s they are given up one after another, the last by %s", what, clock(from), clock(last))
 }

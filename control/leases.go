@@ -382,13 +382,34 @@ func (l *leases) admit(now time.Time, due int) int {
 			l.drained = released
 		}
 		for n < due && l.drained.Before(now) {
-			n += max(1, present/100)
+			n += releasedASecond(present)
 			l.drained = l.drained.Add(time.Second)
 		}
 		n = min(n, due)
 	}
 	l.due = due - n
 	return n
+}
+
+// releasedASecond is how many of a mass expiry are let go each second, once that has
+// been held back for long, of as many as were there before.
+func releasedASecond(present int) int { return max(1, present/100) }
+
+// heldUntil returns from when on those that are held back are let go one after another,
+// and by when the last of them is; sooner when so many are heard of again that the rest
+// is no mass any more.
+func (l *leases) heldUntil() (from, last time.Time) {
+	from = l.holding.Add(l.limits.hold)
+	last = from
+	if l.drained.After(from) {
+		last = l.drained // some are let go already
+	}
+	for left, there := l.due, l.present; left > releasedASecond(there); last = last.Add(time.Second) {
+		n := releasedASecond(there)
+		left, there = left-n, there-n
+	}
+	// The rest may be no mass any more, and has to settle before all of it is let go.
+	return from, last.Add(l.limits.settle)
 }
 
 // done takes back the mark of a transition. The replicated state comes through

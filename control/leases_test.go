@@ -358,3 +358,56 @@ func TestLeaseStands(t *testing.T) {
 		}
 	}
 }
+
+// What is said of when a mass expiry is let go is kept: nobody before, one after another
+// from then on, and the last by the time that was named in the beginning, and later on.
+func TestMassExpiryKeepsItsTimes(t *testing.T) {
+	for _, silent := range []int{3, 60, 150, 190, 300} {
+		l := newLeases("sidecars", testSuspect, testExpire, massLimits{fraction: 0.2, floor: 1, hold: 10 * testExpire, settle: 12 * time.Second})
+		now := time.Unix(1_000_000, 0)
+		for i := range 300 {
+			l.put(now, fmt.Sprintf("pod%03d", i), alive, 1, 0)
+		}
+		var from, last, end time.Time
+		gone := 0
+		for i := 0; gone < silent; i++ {
+			now = now.Add(time.Second)
+			for k := silent; k < 300; k++ {
+				l.touch(now, fmt.Sprintf("pod%03d", k))
+			}
+			ts := l.sweep(now)
+			for _, tr := range ts {
+				if tr.to != expired {
+					continue
+				}
+				if gone++; !from.IsZero() && now.Before(from) {
+					t.Fatalf("%d silent: %s is given up at %v, before %v", silent, tr.id, now, from)
+				}
+			}
+			l.settleAll(now, ts)
+			if l.due == 0 {
+				continue
+			}
+			f, e := l.heldUntil()
+			if from.IsZero() {
+				from, last = f, e
+			}
+			if !f.Equal(from) || e.After(last.Add(2*time.Second)) {
+				t.Fatalf("%d silent: from %v to %v was said, now from %v to %v", silent, from, last, f, e)
+			}
+			words := l.alarm(now)
+			if begun := strings.Contains(words, "; since "); begun == now.Before(from) || !strings.Contains(words, f.UTC().Format(time.RFC3339)) {
+				t.Fatalf("at %v: %s", now, words)
+			}
+			if end = now; i > 3600 {
+				t.Fatalf("%d silent: %d are gone after an hour", silent, gone)
+			}
+		}
+		if held := silent > 60; held != !from.IsZero() {
+			t.Fatalf("%d silent: held back from %v", silent, from)
+		}
+		if end.After(last.Add(2 * time.Second)) {
+			t.Errorf("%d silent: the last is given up at %v, %v was said", silent, end, last)
+		}
+	}
+}

@@ -238,8 +238,7 @@ func (l *Liveness) Alarms() []string {
 	var out []string
 	for _, t := range []*leases{l.sidecars, l.services} {
 		if t.due > 0 {
-			out = append(out, fmt.Sprintf("%d of %d %s have been silent for longer than their lease at once; they keep their assignments until %s in case the fault is in the network between them and the cluster",
-				t.due, len(t.all), t.what, t.holding.Add(t.limits.hold).UTC().Format(time.RFC3339)))
+			out = append(out, t.alarm(l.c.Now()))
 		}
 	}
 	return out

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -488,6 +489,15 @@ func TestMassExpiryIsShown(t *testing.T) {
 		st := l.Stats()
 		if st.Sidecars != (LeaseStats{Present: fleet, Silent: 13, Held: 13}) || len(l.Alarms()) != 1 {
 			t.Fatalf("%+v, alarms %q", st.Sidecars, l.Alarms())
+		}
+		n, from, last := l.HeldExpiries()
+		if n != 13 || !from.After(time.Now()) || !last.After(from) {
+			t.Fatalf("%d are held until %v, %v", n, from, last)
+		}
+		for _, say := range []string{"13 of 40 sidecars have been silent", from.UTC().Format(time.RFC3339), "the last by " + last.UTC().Format(time.RFC3339)} {
+			if a := l.Alarms()[0]; !strings.Contains(a, say) {
+				t.Fatalf("the alarm does not say %q: %s", say, a)
+			}
 		}
 		for i := range fleet {
 			lively[fmt.Sprintf("s%02d", i)] = 0

@@ -45,6 +45,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	defer nodes.Stop()
+	ob.pid = nodes.pid
 	failed := make(chan error, 1)
 	fail := func(err error) {
 		select {

@@ -214,10 +214,11 @@ func TestDemonstration(t *testing.T) {
 
 	again := start(t, base, "--data-dir", dir)
 	_, at = again.expect(0, `^ready `)
-	for _, l := range again.lines[:at] {
-		if strings.Contains(l, "pipeline default/orders created") {
-			t.Fatal("the data of the first run is gone")
-		}
+	again.mu.Lock()
+	created := strings.Contains(strings.Join(again.lines[:at], "\n"), "pipeline default/orders created")
+	again.mu.Unlock()
+	if created {
+		t.Fatal("the data of the first run is gone")
 	}
 	// Two at a time on one directory would be a mess.
 	out, err = exec.Command(binary, "dev", "--data-dir", dir, "--base-port", strconv.Itoa(base+300)).CombinedOutput()
@@ -233,6 +234,38 @@ func TestDemonstration(t *testing.T) {
 	}
 	if err := <-again.exit; err != nil {
 		t.Fatalf("exit after SIGTERM: %v", err)
+	}
+}
+
+// TestFrozenNode: a node that is stopped is not down, and it is said that it does not
+// answer and what lets it go on; the others go on meanwhile, and it is said when it
+// answers again.
+func TestFrozenNode(t *testing.T) {
+	r := start(t, freePorts(t, 3), "--data-dir", t.TempDir())
+	_, at := r.expect(0, `^ready `)
+	kill, _ := r.expect(at, `try: kill -9 (\d+)`)
+	leader, _ := strconv.Atoi(kill[1])
+	if err := syscall.Kill(leader, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	_, after := r.expect(at, `node \d leads`)
+	node, at := r.expect(at, fmt.Sprintf(`node (\d) does not answer: its process is stopped; kill -CONT %d lets it go on`, leader))
+	if err := syscall.Kill(leader, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	r.expect(max(at, after), fmt.Sprintf(`node %s answers again`, node[1]))
+	r.mu.Lock()
+	for _, l := range r.lines {
+		if strings.Contains(l, "is down") {
+			t.Errorf("a node that was stopped is said to be down: %s", l)
+		}
+	}
+	r.mu.Unlock()
+	if err := r.cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-r.exit; err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package dev
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -152,6 +153,17 @@ func (n *node) stop(cmd *exec.Cmd, ended <-chan error) error {
 	n.pid = 0
 	n.mu.Unlock()
 	return nil
+}
+
+// stopped says whether a process was stopped by a signal, as SIGSTOP does.
+func stopped(pid int) bool {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false // it has ended, or there is no such file here
+	}
+	// The state stands behind the command name in parentheses, which may hold anything.
+	state := bytes.TrimSpace(raw[bytes.LastIndexByte(raw, ')')+1:])
+	return bytes.HasPrefix(state, []byte("T"))
 }
 
 func exitReason(err error) string {

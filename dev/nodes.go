@@ -73,6 +73,12 @@ func (ns *Nodes) Pids() []int {
 	return out
 }
 
+// pid returns the process id of a node, 0 when it is down.
+func (ns *Nodes) pid(id int) int {
+	pid, _ := ns.nodes[id-1].status()
+	return pid
+}
+
 // Kill ends a node's process as kill -9 does; Options.Respawn says when it comes
 // back.
 func (ns *Nodes) Kill(id int) error {

@@ -12,8 +12,14 @@ import (
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
-// observeEvery is how often the cluster is asked how it is.
-const observeEvery = 400 * time.Millisecond
+const (
+	// observeEvery is how often the cluster is asked how it is, and how long each
+	// question waits for its answer.
+	observeEvery = 400 * time.Millisecond
+	// missedLooks is after how many questions without an answer it is said that a node
+	// gives none: four seconds, for on a busy machine one may come late.
+	missedLooks = 5
+)
 
 // epochKey is the header in which a reply carries the restore epoch.
 const epochKey = "conveyor-epoch"
@@ -21,6 +27,7 @@ const epochKey = "conveyor-epoch"
 // scene is what was seen of the cluster last.
 type scene struct {
 	nodes     map[int]*adminpb.GetClusterStatusResponse // by id; nil = did not answer
+	frozen    map[int]bool                              // those that run and have not answered for long
 	leader    uint64
 	term      uint64
 	revision  uint64
@@ -36,13 +43,24 @@ type observer struct {
 	events *events
 	conns  map[int]*grpc.ClientConn // one per node, to know each by itself
 	any    *grpc.ClientConn
+	// pid returns the process of a node, 0 when it is down; nil = nobody knows.
+	pid func(node int) int
+	// heard is what is known of the answers of each node; of the goroutine of look.
+	heard map[int]*heard
 
 	mu  sync.Mutex
 	now scene
 }
 
+// heard is whether a process has answered, and how often in a row it has not since.
+type heard struct {
+	pid      int
+	answered bool
+	missed   int
+}
+
 func newObserver(o *Options, ev *events) (*observer, error) {
-	ob := &observer{o: o, events: ev, conns: make(map[int]*grpc.ClientConn)}
+	ob := &observer{o: o, events: ev, conns: make(map[int]*grpc.ClientConn), heard: make(map[int]*heard)}
 	var err error
 	if ob.any, err = dial(o.endpoints()); err != nil {
 		return nil, err
@@ -83,14 +101,14 @@ func (ob *observer) run(ctx context.Context) {
 }
 
 func (ob *observer) look(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(stale(ctx), observeEvery)
+	asking, cancel := context.WithTimeout(stale(ctx), observeEvery)
 	defer cancel()
 	var mu sync.Mutex
 	next := scene{nodes: make(map[int]*adminpb.GetClusterStatusResponse)}
 	var asked sync.WaitGroup
 	for id, conn := range ob.conns {
 		asked.Go(func() {
-			st, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(ctx, &adminpb.GetClusterStatusRequest{})
+			st, err := adminpb.NewRouterAdminClient(conn).GetClusterStatus(asking, &adminpb.GetClusterStatusRequest{})
 			if err != nil {
 				return
 			}
@@ -114,7 +132,13 @@ func (ob *observer) look(ctx context.Context) {
 	if next.nodes[int(next.leader)] == nil {
 		next.leader = 0 // nobody who could say so leads
 	}
+	if ctx.Err() == nil {
+		next.frozen = ob.silent(next.nodes)
+	}
 	old := ob.scene()
+	// A node that does not answer has used up the time for the first question.
+	ctx, cancel = context.WithTimeout(stale(ctx), observeEvery)
+	defer cancel()
 	if newest != 0 {
 		admin := adminpb.NewRouterAdminClient(ob.conns[newest])
 		if list, err := admin.ListPipelines(ctx, &adminpb.ListPipelinesRequest{IncludeDisabled: true}); err == nil {
@@ -142,6 +166,41 @@ func (ob *observer) look(ctx context.Context) {
 	ob.mu.Lock()
 	ob.now = next
 	ob.mu.Unlock()
+}
+
+// silent says which nodes run and have not answered for long, and tells when that begins
+// and ends. Nothing is said of one that has yet to answer: it starts.
+func (ob *observer) silent(answers map[int]*adminpb.GetClusterStatusResponse) map[int]bool {
+	if ob.pid == nil {
+		return nil
+	}
+	out := make(map[int]bool)
+	for id := range ob.conns {
+		pid, h := ob.pid(id), ob.heard[id]
+		if h == nil || h.pid != pid {
+			h = &heard{pid: pid} // that the one before has ended is said already
+			ob.heard[id] = h
+		}
+		if answers[id] != nil {
+			if h.missed >= missedLooks {
+				ob.events.add("node %d answers again", id)
+			}
+			h.answered, h.missed = true, 0
+			continue
+		}
+		if pid == 0 || !h.answered {
+			continue
+		}
+		if h.missed++; h.missed == missedLooks {
+			if stopped(pid) {
+				ob.events.add("node %d does not answer: its process is stopped; kill -CONT %d lets it go on", id, pid)
+			} else {
+				ob.events.add("node %d does not answer, though its process runs, pid %d", id, pid)
+			}
+		}
+		out[id] = h.missed >= missedLooks
+	}
+	return out
 }
 
 // placed says whether every stage of these pipelines runs somewhere, of those that are

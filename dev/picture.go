@@ -144,6 +144,8 @@ func (p *picture) nodeLines(s *scene, now time.Time) []line {
 			role, look := "starting", faint
 			if st != nil {
 				role, look = nodeRole(st)
+			} else if s.frozen[n.id] {
+				role, look = "no answer", bad
 			}
 			applied := "-"
 			if st != nil {

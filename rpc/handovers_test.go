@@ -81,7 +81,7 @@ func TestHandoverIsConfirmed(t *testing.T) {
 	}
 	r, err := a.admin.GetPipeline(a.ctx(), &adminpb.GetPipelineRequest{PipelineId: "p"})
 	noError(t, err)
-	if pl := r.GetStatus().GetPlacements()[0]; len(pl.GetReleasing()) != 3 || !strings.Contains(pl.GetPendingReason(), "has not confirmed") {
+	if pl := r.GetStatus().GetPlacements()[0]; len(pl.GetReleasing()) != 3 || !strings.Contains(pl.GetPendingReason(), "have not confirmed") {
 		t.Fatalf("placement %v", pl)
 	}
 	a.beat(says) // what it had before

@@ -62,8 +62,8 @@ func (s *Server) held(pipeline string) *clusterpb.GetPlacementHoldsResponse {
 		resp.PlannedRevision = s.cfg.Planned()
 	}
 	if s.cfg.HeldExpiries != nil {
-		n, until := s.cfg.HeldExpiries()
-		resp.ExpiriesHeld, resp.ExpiriesHeldUntil = uint32(n), timestampOrNil(until)
+		n, until, last := s.cfg.HeldExpiries()
+		resp.ExpiriesHeld, resp.ExpiriesHeldUntil, resp.ExpiriesHeldLast = uint32(n), timestampOrNil(until), timestampOrNil(last)
 	}
 	if s.cfg.Held == nil {
 		return resp
@@ -179,35 +179,10 @@ func putOffReason(h *clusterpb.HeldPipeline) string {
 	}
 	who := "sidecar " + h.WaitsFor[0] + " has"
 	if n := int64(h.WaitsForTotal) - 1; n > 0 {
-		who = fmt.Sprintf("sidecar %s and %d more have", h.WaitsFor[0], n)
+		who = fmt.Sprintf("sidecars %s and %d more have", h.WaitsFor[0], n)
 	}
 	return fmt.Sprintf("%s: nothing more is told before %s confirmed what was told before, or must have heard of it, which is by %s", why, who, clock(h.HeardBy.AsTime()))
 }
 
 // clock renders a time by which something is over for people: the next full second.
 func clock(t time.Time) string { return t.Add(time.Second - 1).UTC().Format(time.RFC3339) }
-
-// isSilent is true for a sidecar that keeps what it has though it is not heard of.
-func isSilent(s *commandpb.Sidecar) bool {
-	return s != nil && s.State != commandpb.SidecarState_SIDECAR_STATE_ALIVE
-}
-
-// silentReason says why sidecars that are not heard of keep a stage, and for how long;
-// "" of none.
-func silentReason(by []*commandpb.Sidecar) string {
-	if len(by) == 0 {
-		return ""
-	}
-	s := by[0]
-	who := "sidecar " + s.SidecarId
-	if n := len(by) - 1; n > 0 {
-		who += fmt.Sprintf(", and %d more that are silent,", n)
-	}
-	switch {
-	case s.State == commandpb.SidecarState_SIDECAR_STATE_SUSPECT:
-		return fmt.Sprintf("%s misses heartbeats, noticed at %s; it keeps the stage until it counts as gone", who, time.UnixMilli(int64(s.StateChangedAtMs)).UTC().Format(time.RFC3339))
-	case s.GraceUntilMs > 0:
-		return fmt.Sprintf("%s has expired again soon after it had come back; it keeps the stage until %s, and longer if it is heard of before", who, clock(time.UnixMilli(int64(s.GraceUntilMs))))
-	}
-	return who + " has expired; the stage is about to be taken from it"
-}

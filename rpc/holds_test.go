@@ -59,7 +59,7 @@ func TestHeldBackIsTold(t *testing.T) {
 			}
 			return out
 		}
-		c.HeldExpiries = func() (int, time.Time) { return 3, time.Unix(90, 0) }
+		c.HeldExpiries = func() (int, time.Time, time.Time) { return 3, time.Unix(90, 0), time.Unix(100, 0) }
 	})
 	addr := leader.serveTCP()
 	node := newOneNode(t)
@@ -87,7 +87,7 @@ func TestHeldBackIsTold(t *testing.T) {
 		{Pipeline: "o", Later: 1, Stages: []string{"y-stage"}, Sidecars: []string{"ns/other"}, HeardBy: time.Unix(30, 0)},
 		{Pipeline: "p", Later: 1, Stages: []string{"y-stage"}, Sidecars: []string{"ns/one", "ns/two"}, HeardBy: time.Unix(60, 0)},
 	}
-	both("held", "nothing more is told before sidecar ns/one and 1 more have confirmed what was told before, or must have heard of it, which is by 1970-01-01T00:01:00Z")
+	both("held", "nothing more is told before sidecars ns/one and 1 more have confirmed what was told before, or must have heard of it, which is by 1970-01-01T00:01:00Z")
 	leader.waitsBecause("another stage", "p", 0, "about to be assigned")
 	r, err := follower.cluster.GetPlacementHolds(follower.ctx(), &clusterpb.GetPlacementHoldsRequest{})
 	noError(t, err)

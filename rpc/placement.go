@@ -3,7 +3,6 @@ package rpc
 import (
 	"context"
 	"fmt"
-	"slices"
 	"time"
 
 	"conveyor.etl/router/placement"
@@ -54,18 +53,7 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 		ModRevision: p.ModRevision,
 		Epoch:       r.v.Epoch(),
 	}
-	runs := make(map[string][]string)
-	err := r.v.PipelineAssignments(p.GetSpec().GetId(), func(a *commandpb.Assignment) bool {
-		if a.Revoked {
-			return true
-		}
-		for _, sa := range a.Stages {
-			if sa.RemoteSidecarId == "" {
-				runs[sa.StageId] = append(runs[sa.StageId], a.SidecarId)
-			}
-		}
-		return true
-	})
+	runs, err := runnersOf(r.v, p.GetSpec().GetId())
 	if err != nil {
 		return nil, err
 	}
@@ -73,11 +61,13 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 	if err != nil {
 		return nil, err
 	}
+	services := leavers{v: r.v}
 	for _, stage := range p.GetSpec().GetStages() {
-		placed := &adminpb.StagePlacement{StageId: stage.Id, SidecarIds: runs[stage.Id]}
-		slices.Sort(placed.SidecarIds)
+		placed := &adminpb.StagePlacement{StageId: stage.Id}
 		var silent []*commandpb.Sidecar
-		for _, id := range placed.SidecarIds {
+		for _, run := range runs[stage.Id] {
+			id := run.sidecar
+			placed.SidecarIds = append(placed.SidecarIds, id)
 			s, err := r.v.Sidecar(id)
 			if err != nil {
 				return nil, err
@@ -90,7 +80,13 @@ func (r *placementReader) status(p *commandpb.Pipeline) (*adminpb.PipelineStatus
 			}
 		}
 		if len(silent) == len(placed.SidecarIds) {
-			placed.SilentReason = silentReason(silent)
+			placed.SilentReason = silentReason(silent, &r.word)
+		}
+		// In a listing it would cost a look at each sidecar of all pipelines.
+		if r.word.pipeline != "" {
+			if placed.DrainingReason, err = services.reason(runs[stage.Id]); err != nil {
+				return nil, err
+			}
 		}
 		for _, h := range releasing[stage.Id] {
 			placed.Releasing = append(placed.Releasing, h.SidecarId)
@@ -131,11 +127,11 @@ func handoverReason(from []*commandpb.Handover, stage string) string {
 			}
 		}
 	}
-	who := "sidecar " + h.SidecarId + " was told"
+	who := "sidecar " + h.SidecarId + " was told to let go of it and has not confirmed that"
 	if n := len(from) - 1; n > 0 {
-		who = fmt.Sprintf("sidecar %s and %d more were told", h.SidecarId, n)
+		who = fmt.Sprintf("sidecars %s and %d more were told to let go of it and have not confirmed that", h.SidecarId, n)
 	}
-	return fmt.Sprintf("%s to let go of it and has not confirmed that; nobody else is given it before, or before %s", who, clock(time.UnixMilli(int64(until))))
+	return fmt.Sprintf("%s; nobody else is given it before, or before %s", who, clock(time.UnixMilli(int64(until))))
 }
 
 // pending says in a sentence why nobody runs a stage. releasing are the handovers it
@@ -163,11 +159,15 @@ func (r *placementReader) pending(p *commandpb.Pipeline, stage *commandpb.Stage,
 	case r.sidecars == 0:
 		return "no sidecar is registered", nil
 	case count.alive > 0:
-		return fmt.Sprintf("%d sidecars offer service %q; the stage has not been placed yet, or its selector's group or labels exclude them", count.alive, name), nil
+		return fmt.Sprintf("%d %s service %q; the stage has not been placed yet, or its selector's group or labels exclude %s", count.alive,
+			plural(count.alive, "sidecar offers", "sidecars offer"), name, plural(count.alive, "it", "them")), nil
+	case count.gone == 1:
+		return fmt.Sprintf("the only sidecar that offers service %q is silent", name), nil
 	case count.gone > 0:
 		return fmt.Sprintf("all %d sidecars that offer service %q are silent", count.gone, name), nil
 	case fallback.alive > 0:
-		return fmt.Sprintf("no sidecar offers service %q; %d have a single service of the stage's type and may take it", name, fallback.alive), nil
+		return fmt.Sprintf("no sidecar offers service %q; %d %s a single service of the stage's type and may take it", name,
+			fallback.alive, plural(fallback.alive, "has", "have")), nil
 	}
 	return fmt.Sprintf("no sidecar offers service %q", name), nil
 }

@@ -116,10 +116,10 @@ type ServerConfig struct {
 
 	// Held returns what placement holds back of a pipeline, or of all when that is empty,
 	// by id, while this node leads; HeldExpiries how many sidecars would be expired if not
-	// too many had fallen silent at once, and until when they are not. Neither may block;
-	// both are optional.
+	// too many had fallen silent at once, until when they are not, and by when the last of
+	// them is. Neither may block; both are optional.
 	Held         func(pipeline string) []HeldPipeline
-	HeldExpiries func() (n int, until time.Time)
+	HeldExpiries func() (n int, until, last time.Time)
 
 	// Waiting returns what placement waits for while this node leads; it must not
 	// block. Optional.
@@ -131,6 +131,9 @@ type ServerConfig struct {
 	// SidecarTTL is the silence after which a sidecar's stages move elsewhere;
 	// it is told to sidecars, the liveness loop enforces it.
 	SidecarTTL time.Duration
+	// SuspectAfter is the silence after which a sidecar is suspect. Optional: without it
+	// it is not said when one that is counts as gone.
+	SuspectAfter time.Duration
 	// HeartbeatInterval is how often sidecars are asked to beat.
 	HeartbeatInterval time.Duration
 	// ServiceTTL is the lease of a registered service that names no interval

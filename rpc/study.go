@@ -92,7 +92,7 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	case len(stages) == 0 && req.StageId != "":
 		return nil, errAbsent("pipeline "+req.PipelineId, fmt.Sprintf("pipeline %q has no stage %q", req.PipelineId, req.StageId))
 	}
-	silent, err := a.waitingFor(ctx, req.PipelineId, stages)
+	reasons, err := a.waitingFor(ctx, req.PipelineId, stages)
 	if err != nil {
 		return nil, err
 	}
@@ -101,7 +101,7 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	size := 0
 	for i := range stages {
 		st := explainedStage(&stages[i], limit)
-		st.SilentReason = silent[st.StageId]
+		st.SilentReason, st.DrainingReason = reasons[st.StageId].silent, reasons[st.StageId].draining
 		if n := proto.Size(st); size+n <= studyAnswerBytes {
 			size += n
 		} else {
@@ -112,11 +112,14 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	return resp, nil
 }
 
+// stageReasons say why a stage that runs may not for long.
+type stageReasons struct{ silent, draining string }
+
 // waitingFor says of stages that run nowhere what else they wait for, as GetPipeline
 // does: handovers are of the state, and what is held back is the leader's to know; the
-// planner knows neither. Of stages that only silent sidecars run it returns why these
-// keep them.
-func (a *clusterAPI) waitingFor(ctx context.Context, pipeline string, stages []placement.StageStatus) (silent map[string]string, err error) {
+// planner knows neither. Of stages that only silent sidecars run, or that run with
+// services that drain, it returns why.
+func (a *clusterAPI) waitingFor(ctx context.Context, pipeline string, stages []placement.StageStatus) (map[string]stageReasons, error) {
 	v := a.cfg.State.View()
 	defer v.Close()
 	p, err := v.Pipeline(pipeline)
@@ -127,8 +130,12 @@ func (a *clusterAPI) waitingFor(ctx context.Context, pipeline string, stages []p
 	if err != nil {
 		return nil, err
 	}
-	word := leaderWords{s: a.Server, ctx: ctx, pipeline: pipeline}
-	silent = make(map[string]string)
+	runs, err := runnersOf(v, pipeline)
+	if err != nil {
+		return nil, err
+	}
+	word, services := leaderWords{s: a.Server, ctx: ctx, pipeline: pipeline}, leavers{v: v}
+	out := make(map[string]stageReasons)
 	for i := range stages {
 		s := &stages[i]
 		if len(s.Sidecars) == 0 && s.Pending != "" {
@@ -147,9 +154,13 @@ func (a *clusterAPI) waitingFor(ctx context.Context, pipeline string, stages []p
 			}
 			by = append(by, sc)
 		}
-		silent[s.Stage] = silentReason(by)
+		draining, err := services.reason(runs[s.Stage])
+		if err != nil {
+			return nil, err
+		}
+		out[s.Stage] = stageReasons{silentReason(by, &word), draining}
 	}
-	return silent, nil
+	return out, nil
 }
 
 // errAbsent refuses a call about something that does not exist.

@@ -285,7 +285,7 @@ func (s *Server) startClients(self rpc.Identity) error {
 		Planned: s.control.planned.get, PlannedChanged: s.control.planned.next, Held: s.held, HeldExpiries: s.control.liveness.HeldExpiries,
 		Alarms: s.alarms, Metrics: s.metrics, Recovery: s.recovery,
 		StoredMembers: func() []raftnode.Member { return s.disk.machine.Applied().Members }, Gate: s.gate, CheckState: s.checkState,
-		SidecarTTL: s.c.Liveness.ExpireAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
+		SidecarTTL: s.c.Liveness.ExpireAfter, SuspectAfter: s.c.Liveness.SuspectAfter, HeartbeatInterval: s.c.Liveness.HeartbeatInterval,
 		ServiceTTL: s.c.Liveness.SuspectAfter, Now: s.o.Now, Logger: s.log.With("part", "api"),
 	})
 	if err != nil {

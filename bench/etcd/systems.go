@@ -299,6 +299,9 @@ func (s *routerSystem) drive(ctx context.Context, c *cluster, leader int, l *loa
 	if err != nil {
 		return nil, err
 	}
+	if r.UnknownCPU != "" {
+		return nil, errors.New(r.UnknownCPU)
+	}
 	return &run1{
 		Rate: r.Throughput, P50: r.P50, P95: r.P95, P99: r.P99, Max: r.Max,
 		CPU: r.ServersCPU, CPUEach: r.ServerCPU, Errors: r.Errors, LastError: r.LastError,

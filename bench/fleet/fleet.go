@@ -53,7 +53,8 @@ type Fleet struct {
 
 // Run simulates the fleet until all scenarios are through and returns what was
 // measured. A report with faults is no error: look at Report.Failed. An error
-// means that the fleet could not be brought up or ctx ended.
+// means that the fleet could not be brought up or ctx ended; with the latter comes a
+// report when something was measured before.
 func Run(ctx context.Context, c Config) (*Report, error) {
 	c.EnsureDefaults()
 	if err := c.Validate(); err != nil {
@@ -84,11 +85,11 @@ func Run(ctx context.Context, c Config) (*Report, error) {
 	defer cancel() // before the wait
 	r := &Report{Config: c}
 	if err := f.bringUp(r); err != nil {
-		return nil, err
+		return r.soFar(ctx), err
 	}
 	for _, name := range c.Scenarios {
 		if err := f.scenario(name, r); err != nil {
-			return nil, err
+			return r.soFar(ctx), err
 		}
 	}
 	return r, nil

@@ -1,8 +1,10 @@
 package fleet
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -53,6 +55,23 @@ func (s *Section) fault(format string, args ...any) {
 type Report struct {
 	Config   Config     `json:"config"`
 	Sections []*Section `json:"scenarios"`
+	// Interrupted names the scenario in which the run was ended. Of others than the
+	// steady one there are no figures then.
+	Interrupted string `json:"interrupted,omitempty"`
+}
+
+// soFar returns what r has of a run that was ended by ctx; nil when it was not, or
+// when nothing was measured.
+func (r *Report) soFar(ctx context.Context) *Report {
+	if ctx.Err() == nil || len(r.Sections) == 0 {
+		return nil
+	}
+	r.Interrupted = r.Sections[len(r.Sections)-1].Scenario
+	r.Sections = slices.DeleteFunc(r.Sections, func(s *Section) bool { return s.Seconds == 0 })
+	if len(r.Sections) == 0 {
+		return nil
+	}
+	return r
 }
 
 // Failed says whether anything happened that must not.
@@ -82,6 +101,9 @@ func (r *Report) Text(w io.Writer) error {
 		for _, f := range s.Faults {
 			fmt.Fprintf(&b, "  FAULT: %s\n", f)
 		}
+	}
+	if r.Interrupted != "" {
+		fmt.Fprintf(&b, "\ninterrupted in %q, before the end\n", r.Interrupted)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

@@ -93,6 +93,7 @@ func (f *Fleet) scenario(name string, r *Report) error {
 	switch name {
 	case Steady:
 		if !pause(f.ctx, f.c.Duration) {
+			w.end()
 			return f.ctx.Err()
 		}
 		w.unhurt(w.end())

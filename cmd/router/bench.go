@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -35,13 +37,20 @@ written to the cluster. Use a cluster made for the purpose.
 After a failed call a client pauses, up to 200 ms; a stream that broke is made anew.
 Exit code 8 when calls failed, had no answer for a second when the run ended, or were
 never sent at their --rate: the report is printed, with how many and the last one's
-reason. What --to leader found in the beginning is called until the end.`,
+reason. What --to leader found in the beginning is called until the end. Ctrl-C ends
+the measurement: what was measured until then is printed, and the exit code is 130.`,
 		Example: `  router bench --clients 64 --conns 8 --duration 10s
   router bench --mix checkpoint=20,read=80 --to all
   router bench --streams 8 --in-flight 64 --batch 16
   router bench --rate 5000 --duration 1m -o json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkPositive(cmd, "clients", "conns", "in-flight", "batch", "keys", "value-size", "duration"); err != nil {
+				return err
+			}
+			if err := checkPids(cmd, c.Pids); err != nil {
+				return err
+			}
 			var err error
 			if c.Mix, err = bench.ParseMix(mix); err != nil {
 				return usageError{cmd, err}
@@ -56,22 +65,20 @@ reason. What --to leader found in the beginning is called until the end.`,
 			}
 			if fill {
 				if err := bench.Fill(ctx, c.Endpoints[0], c.Keys, c.ValueBytes); err != nil {
-					return err
+					return interrupted(ctx, err, false)
 				}
 			}
 			report, err := bench.Run(ctx, c)
-			if err != nil {
-				return err
+			if report == nil {
+				return interrupted(ctx, err, false)
 			}
-			if a.format == output.Table {
-				err = report.Text(a.stdout)
-			} else {
-				err = output.Document(a.stdout, a.format, report)
+			if err := a.printReport(report); err != nil {
+				return err
 			}
 			if err == nil && report.Errors+report.Unsent > 0 {
 				return silentError{exitCheckFailed}
 			}
-			return err
+			return interrupted(ctx, err, true)
 		},
 	}
 	f := cmd.Flags()
@@ -94,6 +101,55 @@ reason. What --to leader found in the beginning is called until the end.`,
 	cmd.AddCommand(newBenchFleetCommand(a))
 	_ = cmd.RegisterFlagCompletionFunc("to", cobra.FixedCompletions([]string{"given", "leader", "all"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
+}
+
+// printReport prints what was measured.
+func (a *app) printReport(r interface{ Text(w io.Writer) error }) error {
+	if a.format == output.Table {
+		return r.Text(a.stdout)
+	}
+	return output.Document(a.stdout, a.format, r)
+}
+
+// interrupted says of a run that ended with err whether anything was measured, when
+// the user ended it.
+func interrupted(ctx context.Context, err error, measured bool) error {
+	if err == nil || !errors.Is(context.Cause(ctx), context.Canceled) {
+		return err
+	}
+	text := "interrupted before anything was measured"
+	if measured {
+		text = "interrupted: the figures are of what was measured until then"
+	}
+	return codedError{exitInterrupted, errors.New(text)}
+}
+
+// checkPositive refuses flags that are not positive. Below, zero stands for the
+// default, which whoever writes 0 does not mean.
+func checkPositive(cmd *cobra.Command, names ...string) error {
+	var errs []error
+	for _, name := range names {
+		value := cmd.Flags().Lookup(name).Value
+		if value.Type() == "duration" {
+			if d, err := cmd.Flags().GetDuration(name); err != nil || d <= 0 {
+				errs = append(errs, err, fmt.Errorf("--%s %s must be longer than 0", name, value))
+			}
+		} else if n, err := cmd.Flags().GetInt(name); err != nil || n <= 0 {
+			errs = append(errs, err, fmt.Errorf("--%s %s must be 1 at least", name, value))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return usageError{cmd, err}
+	}
+	return nil
+}
+
+// checkPids refuses pids that are none, before a run that would have to do without.
+func checkPids(cmd *cobra.Command, pids []int) error {
+	if err := bench.CheckPids(pids); err != nil {
+		return usageError{cmd, fmt.Errorf("--pids: %w; nothing was measured", err)}
+	}
+	return nil
 }
 
 // benchEndpoints finds the client addresses the load goes to.

@@ -12,7 +12,6 @@ import (
 
 	"conveyor.etl/router/bench/fleet"
 	"conveyor.etl/router/dev"
-	"conveyor.etl/router/output"
 )
 
 func newBenchFleetCommand(a *app) *cobra.Command {
@@ -37,7 +36,9 @@ the same calls as real ones, run scenarios with them, and print what was measure
 
 Each watcher checks what it is sent: in order, no gap, no duplicate, resumable. After
 each scenario every sidecar must have been told exactly what the cluster holds for
-it. The exit code is 8 when one was not, or when a lease or a heartbeat was lost.
+it. The exit code is 8 when one was not, or when a lease or a heartbeat was lost. After
+Ctrl-C the figures of the scenarios that are through are printed, and those of the
+steady one up to then; the exit code is 130.
 
 The records are real: sidecars and pipelines of the namespace "fleet" are written
 to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
@@ -46,6 +47,9 @@ to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := checkFleetFlags(cmd); err != nil {
+				return err
+			}
+			if err := checkPids(cmd, pids); err != nil {
 				return err
 			}
 			return a.benchFleet(cmd, c, pids, own)
@@ -79,18 +83,15 @@ to the cluster. Use a cluster made for the purpose, or let --nodes start one.`,
 	return cmd
 }
 
-// checkFleetFlags refuses numbers that mean nothing. Below, zero stands for the
-// default, which whoever writes 0 does not mean.
+// checkFleetFlags refuses numbers that mean nothing.
 func checkFleetFlags(cmd *cobra.Command) error {
-	for _, f := range []struct {
-		name  string
-		least int
-	}{
-		{"sidecars", 1}, {"zones", 1}, {"per-stream", 1}, {"rounds", 1}, {"in-flight", 1}, {"workers", 1},
-		{"pipelines", 0}, {"watchers", 0}, {"connections", 0}, {"nodes", 0},
-	} {
-		if n, err := cmd.Flags().GetInt(f.name); err != nil || n < f.least {
-			return usageError{cmd, errors.Join(err, fmt.Errorf("--%s %d must be %d at least", f.name, n, f.least))}
+	if err := checkPositive(cmd, "sidecars", "zones", "per-stream", "rounds", "in-flight", "workers", "duration", "settle",
+		"base-port", "heartbeat-interval", "suspect-after", "expire-after"); err != nil {
+		return err
+	}
+	for _, name := range []string{"pipelines", "watchers", "connections", "nodes"} {
+		if n, err := cmd.Flags().GetInt(name); err != nil || n < 0 {
+			return usageError{cmd, errors.Join(err, fmt.Errorf("--%s %d must be 0 at least", name, n))}
 		}
 	}
 	return nil
@@ -134,21 +135,19 @@ func (a *app) benchFleet(cmd *cobra.Command, c fleet.Config, pids []int, own dev
 		return usageError{cmd, err}
 	}
 	report, err := fleet.Run(ctx, c)
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
-			err = cause
-		}
+	if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
+		err = cause
+	}
+	if report == nil {
+		return interrupted(ctx, err, false)
+	}
+	if err := a.printReport(report); err != nil {
 		return err
 	}
-	if a.format == output.Table {
-		err = report.Text(a.stdout)
-	} else {
-		err = output.Document(a.stdout, a.format, report)
-	}
 	if err == nil && report.Failed() {
-		err = silentError{exitCheckFailed} // the report says why
+		return silentError{exitCheckFailed} // the report says why
 	}
-	return err
+	return interrupted(ctx, err, true)
 }
 
 // startOwn starts a cluster for one run.

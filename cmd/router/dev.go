@@ -32,7 +32,8 @@ to try; otherwise plain lines are printed, one of which begins with "ready" and
 lists the client addresses.
 
 Nodes are child processes. Kill one with kill -9 and watch another one take over;
-it is started again after --respawn. SIGUSR1 to this process cuts one demo sidecar
+it is started again after --respawn. Freeze one with kill -STOP, which is told when it
+has not answered for some seconds, and let it go on with kill -CONT. SIGUSR1 to this process cuts one demo sidecar
 off, or reconnects it. Ctrl-C stops everything; the data stays for the next run.`,
 		Example: "  router dev\n  router dev --fresh --nodes 5 --respawn 0",
 		Args:    cobra.NoArgs,

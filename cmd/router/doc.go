@@ -23,6 +23,7 @@
 //	   state check, snap check), an operation failed, bench had failed calls, a
 //	   backup or data directory is damaged
 //	9  serve: the node was removed from its cluster
+//	130  bench: interrupted
 //
 // errorCodes, statusCode and exitCode in exit.go decide them, for all commands.
 package main

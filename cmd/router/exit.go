@@ -36,6 +36,8 @@ const (
 	exitDeadline    = 7
 	exitCheckFailed = 8
 	exitRemoved     = 9
+	// exitInterrupted is what shells say of a process that SIGINT has ended.
+	exitInterrupted = 130
 )
 
 // exitCodesHelp is `router help exit-codes`.
@@ -55,6 +57,7 @@ const exitCodesHelp = `The exit codes of every command:
   8  a check failed, something is damaged, an operation failed or was cancelled,
      or calls of 'router bench' failed
   9  serve: the node was removed from its cluster
+  130  bench: interrupted; what was measured until then is printed
 
 What a command prints on stderr says which object it was about, whether something
 was done, and what to do. With 5 it is always safe to repeat the command; with 7

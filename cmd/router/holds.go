@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
@@ -22,7 +23,7 @@ func pipelineHolds(ctx context.Context, c *clients, id string) *clusterpb.GetPla
 
 // heldLines says what is held back of a pipeline, a line each. silent says that a stage
 // runs on sidecars alone that are not heard of.
-func heldLines(r *clusterpb.GetPlacementHoldsResponse, silent bool) (lines []string) {
+func heldLines(r *clusterpb.GetPlacementHoldsResponse, silent bool, now time.Time) (lines []string) {
 	for _, h := range r.GetPipelines() {
 		if h.GetPutOff() > 0 {
 			line := count(h.GetPutOff(), "sidecar is", "sidecars are") + " told later"
@@ -39,8 +40,26 @@ func heldLines(r *clusterpb.GetPlacementHoldsResponse, silent bool) (lines []str
 			lines = append(lines, fmt.Sprintf("%s for the movement budget, not before %s", count(h.GetHeldMoves(), "move waits", "moves wait"), when(h.GetHeldUntil())))
 		}
 	}
-	if n := r.GetExpiriesHeld(); n > 0 && silent {
-		lines = append(lines, fmt.Sprintf("%s not given up before %s, since too many fell silent at once", count(n, "silent sidecar is", "silent sidecars are"), when(r.GetExpiriesHeldUntil())))
+	if r.GetExpiriesHeld() > 0 && silent {
+		lines = append(lines, heldExpiries(r, now))
 	}
 	return lines
+}
+
+// heldExpiries says when the sidecars are given up that are not since too many fell
+// silent at once.
+func heldExpiries(r *clusterpb.GetPlacementHoldsResponse, now time.Time) string {
+	n, until, last := r.GetExpiriesHeld(), r.GetExpiriesHeldUntil(), ""
+	if t := r.GetExpiriesHeldLast(); t != nil && n > 1 { // older nodes do not tell
+		last = ", the last by " + when(t)
+	}
+	if until != nil && !now.Before(until.AsTime()) {
+		return fmt.Sprintf("%s given up one after another since %s%s: too many fell silent at once",
+			count(n, "silent sidecar is", "silent sidecars are"), when(until), last)
+	}
+	if last != "" {
+		last = ", then one after another" + last
+	}
+	return fmt.Sprintf("%s not given up before %s%s, since too many fell silent at once; sooner if most come back",
+		count(n, "silent sidecar is", "silent sidecars are"), when(until), last)
 }

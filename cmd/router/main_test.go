@@ -16,6 +16,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/internal/freeport"
@@ -79,6 +80,7 @@ func TestScripts(t *testing.T) {
 			"damage":     damage,
 			"populate":   populate,
 			"heartbeats": heartbeats,
+			"leave":      leave,
 		},
 	})
 }
@@ -221,6 +223,23 @@ func heartbeats(ts *testscript.TestScript, neg bool, args []string) {
 		if !reply.GetAcknowledged() {
 			ts.Fatalf("the heartbeat was not acknowledged")
 		}
+	}
+}
+
+// leave deregisters a service in peace, which has an hour for it: leave SERVICE.
+func leave(ts *testscript.TestScript, neg bool, args []string) {
+	conn, err := grpc.NewClient("passthrough:///"+ts.Getenv("CONVEYOR_ROUTER_SERVER"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	ts.Check(err)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	reply, err := registrypb.NewServiceRegistryClient(conn).Deregister(ctx, &registrypb.DeregisterRequest{
+		ServiceId: args[0], Graceful: true, DrainTimeout: durationpb.New(time.Hour),
+	})
+	ts.Check(err)
+	if !reply.GetDraining() {
+		ts.Fatalf("it does not drain: %v", reply)
 	}
 }
 

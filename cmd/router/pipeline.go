@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"strings"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"conveyor.etl/router/output"
 	"conveyor.etl/router/rpc/routerpb/adminpb"
-	"conveyor.etl/router/rpc/routerpb/clusterpb"
 )
 
 func newPipelineCommand(a *app) *cobra.Command {
@@ -28,87 +26,6 @@ func newPipelineCommand(a *app) *cobra.Command {
 		newPipelineExplainCommand(a),
 	)
 	return cmd
-}
-
-func newPipelineGetCommand(a *app) *cobra.Command {
-	return &cobra.Command{
-		Use:   "get ID",
-		Short: "Show one pipeline, where its stages run and why one does not",
-		Long: `Show one pipeline, and how good it is where it runs: how many edges stay
-within a pod, how the load of its most loaded sidecar compares with the mean of its
-sidecars, and what the leader's last plan moved of it against the fewest moves any
-plan could have done with. Why it runs there says 'router pipeline explain'.
-
-With -o yaml or -o json the output is the pipeline itself, in the form pipeline apply
-reads; the figures are its status, which apply ignores.`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.call(cmd, func(ctx context.Context, c *clients) error {
-				reply, err := c.Admin.GetPipeline(ctx, &adminpb.GetPipelineRequest{PipelineId: args[0]})
-				if err != nil {
-					return err
-				}
-				if !reply.GetFound() {
-					return notFound("there is no pipeline %q; see 'router pipeline list'", args[0])
-				}
-				quality := pipelineQuality(ctx, c, args[0])
-				if a.format != output.Table {
-					return output.Document(a.stdout, a.format, shownPipeline{reply.GetConfig(), statusOf(reply.GetStatus(), quality)})
-				}
-				return printPipeline(a, reply.GetConfig(), reply.GetStatus(), quality, pipelineHolds(ctx, c, args[0]))
-			})
-		},
-	}
-}
-
-func printPipeline(a *app, p *adminpb.PipelineConfig, st *adminpb.PipelineStatus, quality *clusterpb.GetPlacementQualityResponse, holds *clusterpb.GetPlacementHoldsResponse) error {
-	silent := slices.ContainsFunc(st.GetPlacements(), func(pl *adminpb.StagePlacement) bool { return pl.GetSilentReason() != "" })
-	head := &output.Grid{}
-	head.Add("ID", p.GetId())
-	if p.GetDescription() != "" {
-		head.Add("DESCRIPTION", p.GetDescription())
-	}
-	head.Add("ENABLED", yesNo(p.GetEnabled()))
-	head.Add("VERSION", shownVersion(st.GetVersion(), st.GetEpoch()))
-	head.Add("UPDATED", when(st.GetUpdatedAt()))
-	if quality != nil {
-		head.Add("PLACEMENT", qualityLine(quality))
-	}
-	for _, line := range heldLines(holds, silent) {
-		head.Add("HELD BACK", line)
-	}
-	if err := head.Write(a.stdout); err != nil {
-		return err
-	}
-	fmt.Fprintln(a.stdout)
-	placed := map[string]*adminpb.StagePlacement{}
-	for _, pl := range st.GetPlacements() {
-		placed[pl.GetStageId()] = pl
-	}
-	next := map[string][]string{}
-	for _, e := range p.GetEdges() {
-		next[e.GetFromStage()] = append(next[e.GetFromStage()], e.GetToStage())
-	}
-	stages := &output.Grid{Header: []string{"STAGE", "TYPE", "SERVICE", "NEXT", "RUNS ON"}}
-	for _, s := range p.GetStages() {
-		where := strings.Join(placed[s.GetId()].GetSidecarIds(), ",")
-		if reason := placed[s.GetId()].GetPendingReason(); reason != "" {
-			where = "pending: " + reason
-		} else {
-			if d := placed[s.GetId()].GetDraining(); len(d) > 0 {
-				where += " (draining: " + strings.Join(d, ",") + ")"
-			}
-			if r := placed[s.GetId()].GetReleasing(); len(r) > 0 {
-				where += " (waits for " + strings.Join(r, ",") + ")"
-			}
-			if why := placed[s.GetId()].GetSilentReason(); why != "" {
-				where += " (silent: " + why + ")"
-			}
-		}
-		stages.Add(s.GetId(), short(s.GetStageType().String(), "STAGE_TYPE_"),
-			s.GetServiceSelector().GetServiceName(), strings.Join(next[s.GetId()], ","), where)
-	}
-	return stages.Write(a.stdout)
 }
 
 func newPipelineListCommand(a *app) *cobra.Command {
@@ -140,13 +57,7 @@ func newPipelineListCommand(a *app) *cobra.Command {
 						if i < len(statuses) {
 							st = statuses[i]
 						}
-						pending := 0
-						for _, pl := range st.GetPlacements() {
-							if pl.GetPendingReason() != "" {
-								pending++
-							}
-						}
-						g.Add(p.GetId(), yesNo(p.GetEnabled()), shownVersion(st.GetVersion(), st.GetEpoch()), len(p.GetStages()), pending, when(st.GetUpdatedAt()))
+						g.Add(p.GetId(), yesNo(p.GetEnabled()), shownVersion(st.GetVersion(), st.GetEpoch()), len(p.GetStages()), pendingStages(p, st), when(st.GetUpdatedAt()))
 					}
 					return g
 				})
@@ -155,6 +66,20 @@ func newPipelineListCommand(a *app) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&enabledOnly, "enabled-only", false, "leave out disabled pipelines")
 	return cmd
+}
+
+// pendingStages counts the stages that wait; those of a disabled pipeline do not.
+func pendingStages(p *adminpb.PipelineConfig, st *adminpb.PipelineStatus) string {
+	if !p.GetEnabled() {
+		return "-"
+	}
+	n := 0
+	for _, pl := range st.GetPlacements() {
+		if pl.GetPendingReason() != "" {
+			n++
+		}
+	}
+	return strconv.Itoa(n)
 }
 
 func newPipelineDeleteCommand(a *app) *cobra.Command {

@@ -64,6 +64,9 @@ func printExplained(w io.Writer, st *clusterpb.ExplainedStage) error {
 	if st.GetSilentReason() != "" {
 		fmt.Fprintf(w, "  silent: %s\n", output.Clean(st.GetSilentReason()))
 	}
+	if st.GetDrainingReason() != "" {
+		fmt.Fprintf(w, "  draining: %s\n", output.Clean(st.GetDrainingReason()))
+	}
 	fmt.Fprintf(w, "  offered by %s, not by %d\n", count(st.GetOffering(), "sidecar", "sidecars"), st.GetStrangers())
 	if st.GetUnexamined() {
 		fmt.Fprintln(w, "  so many sidecars offer what the stages ask for that those of this one were not looked at: ask with --stage")
@@ -79,7 +82,7 @@ func printExplained(w io.Writer, st *clusterpb.ExplainedStage) error {
 	for _, c := range st.GetCandidates() {
 		g.Add("  "+c.GetSidecarId(), c.GetLocalEndpoint(), fmt.Sprintf("%.2f", c.GetLoad()), candidateVerdict(c.GetRuns(), c.GetVerdict())+standsIn(c))
 	}
-	if err := listed(w, g, int(st.GetOffering()), "candidates"); err != nil {
+	if err := listed(w, g, int(st.GetOffering()), "candidate", "candidates"); err != nil {
 		return err
 	}
 	g = &output.Grid{Header: []string{"  FROM", "NEXT STAGE", "TO", "WHY"}}
@@ -90,18 +93,18 @@ func printExplained(w io.Writer, st *clusterpb.ExplainedStage) error {
 		}
 		g.Add("  "+h.GetFromSidecarId(), h.GetStageId(), to, h.GetReason())
 	}
-	return listed(w, g, int(st.GetNextHopsTotal()), "edges")
+	return listed(w, g, int(st.GetNextHopsTotal()), "edge", "edges")
 }
 
 // listed prints a list and says how much of it is not shown.
-func listed(w io.Writer, g *output.Grid, total int, what string) error {
+func listed(w io.Writer, g *output.Grid, total int, one, several string) error {
 	if len(g.Rows) > 0 {
 		if err := g.Write(w); err != nil {
 			return err
 		}
 	}
 	if more := total - len(g.Rows); more > 0 {
-		fmt.Fprintf(w, "  %d more %s are not shown; give a higher --limit\n", more, what)
+		fmt.Fprintf(w, "  %s not shown; give a higher --limit\n", count(uint32(more), "more "+one+" is", "more "+several+" are"))
 	}
 	return nil
 }

@@ -137,7 +137,17 @@ type pipelineStatus struct {
 	Epoch   uint64 `json:"epoch"`
 	// Placement is left out when the node that was asked does not tell.
 	Placement *qualityStatus `json:"placement,omitempty"`
+	// Stages say where each runs, or why it waits.
+	Stages []stagePlacement `json:"stages"`
+	// HeldBack says what is decided and not told yet, a sentence each.
+	HeldBack []string `json:"held_back,omitempty"`
 }
+
+// stagePlacement is where a stage runs, with what is empty left out.
+type stagePlacement struct{ *adminpb.StagePlacement }
+
+// MarshalJSON implements json.Marshaler.
+func (p stagePlacement) MarshalJSON() ([]byte, error) { return output.Message(p.StagePlacement) }
 
 // qualityStatus is a PlacementQuality with what is zero, which there means
 // something.
@@ -165,8 +175,12 @@ type planMoves struct {
 	LeastMoves uint32 `json:"least_moves"`
 }
 
-func statusOf(st *adminpb.PipelineStatus, r *clusterpb.GetPlacementQualityResponse) pipelineStatus {
-	return pipelineStatus{Version: st.GetVersion(), Epoch: st.GetEpoch(), Placement: qualityOf(r)}
+func statusOf(st *adminpb.PipelineStatus, r *clusterpb.GetPlacementQualityResponse, held []string) pipelineStatus {
+	out := pipelineStatus{Version: st.GetVersion(), Epoch: st.GetEpoch(), Placement: qualityOf(r), Stages: []stagePlacement{}, HeldBack: held}
+	for _, pl := range st.GetPlacements() {
+		out.Stages = append(out.Stages, stagePlacement{pl})
+	}
+	return out
 }
 
 // qualityOf returns nil when there are no figures.

@@ -28,7 +28,10 @@ func newServiceListCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the services of the registry",
-		Args:  cobra.NoArgs,
+		Long: `List the services of the registry, with their health: one whose heartbeats stay out for
+longer than its lease is unhealthy. When the last heartbeat came is in no list, since
+heartbeats are not written down; that a lease has run out is.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			filter, err := serviceType(kind)
 			if err != nil {
@@ -43,7 +46,7 @@ func newServiceListCommand(a *app) *cobra.Command {
 				}
 				list := reply.GetServices()
 				return output.Print(a.stdout, a.format, output.Messages(list), func() *output.Grid {
-					g := &output.Grid{Header: []string{"ID", "NAME", "TYPE", "ENDPOINT", "HEALTH", "GROUP", "SIDECAR", "LAST HEARTBEAT"}}
+					g := &output.Grid{Header: []string{"ID", "NAME", "TYPE", "ENDPOINT", "HEALTH", "GROUP", "SIDECAR", "REGISTERED"}}
 					for _, s := range list {
 						id, ep := s.GetIdentity(), s.GetEndpoint()
 						health := short(s.GetHealth().GetStatus().String(), "HEALTH_STATUS_")
@@ -52,7 +55,7 @@ func newServiceListCommand(a *app) *cobra.Command {
 						}
 						g.Add(id.GetServiceId(), id.GetName(), short(id.GetServiceType().String(), "SERVICE_TYPE_"),
 							net.JoinHostPort(ep.GetHost(), strconv.FormatUint(uint64(ep.GetPort()), 10)),
-							health, id.GetGroupId(), s.GetSidecarId(), when(s.GetLastHeartbeat()))
+							health, id.GetGroupId(), s.GetSidecarId(), when(s.GetRegisteredAt()))
 					}
 					return g
 				})

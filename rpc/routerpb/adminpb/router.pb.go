@@ -2542,10 +2542,13 @@ type StagePlacement struct {
 	Releasing     []string               `protobuf:"bytes,5,rep,name=releasing,proto3" json:"releasing,omitempty"`                              // sidecars that have yet to let go of it
 	// Of sidecar_ids, those that miss heartbeats, or have expired and keep the stage for a
 	// while all the same; and, when there are no others, why they keep it and until when.
-	Silent        []string `protobuf:"bytes,6,rep,name=silent,proto3" json:"silent,omitempty"`
-	SilentReason  string   `protobuf:"bytes,7,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Silent       []string `protobuf:"bytes,6,rep,name=silent,proto3" json:"silent,omitempty"`
+	SilentReason string   `protobuf:"bytes,7,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"`
+	// Which services of sidecar_ids that run it drain, since they were deregistered, and
+	// until when. Empty in listings.
+	DrainingReason string `protobuf:"bytes,8,opt,name=draining_reason,json=drainingReason,proto3" json:"draining_reason,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *StagePlacement) Reset() {
@@ -2623,6 +2626,13 @@ func (x *StagePlacement) GetSilent() []string {
 func (x *StagePlacement) GetSilentReason() string {
 	if x != nil {
 		return x.SilentReason
+	}
+	return ""
+}
+
+func (x *StagePlacement) GetDrainingReason() string {
+	if x != nil {
+		return x.DrainingReason
 	}
 	return ""
 }
@@ -2851,7 +2861,7 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\ametrics\x18\x01 \x03(\v24.conveyor_etl.router.GetMetricsResponse.MetricsEntryR\ametrics\x1a:\n" +
 	"\fMetricsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\xea\x01\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"\x93\x02\n" +
 	"\x0eStagePlacement\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x1f\n" +
 	"\vsidecar_ids\x18\x02 \x03(\tR\n" +
@@ -2860,7 +2870,8 @@ const file_conveyor_etl_router_proto_rawDesc = "" +
 	"\bdraining\x18\x04 \x03(\tR\bdraining\x12\x1c\n" +
 	"\treleasing\x18\x05 \x03(\tR\treleasing\x12\x16\n" +
 	"\x06silent\x18\x06 \x03(\tR\x06silent\x12#\n" +
-	"\rsilent_reason\x18\a \x01(\tR\fsilentReason*m\n" +
+	"\rsilent_reason\x18\a \x01(\tR\fsilentReason\x12'\n" +
+	"\x0fdraining_reason\x18\b \x01(\tR\x0edrainingReason*m\n" +
 	"\tStageType\x12\x1a\n" +
 	"\x16STAGE_TYPE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11STAGE_TYPE_SOURCE\x10\x01\x12\x18\n" +

@@ -4728,9 +4728,11 @@ type GetPlacementHoldsResponse struct {
 	Pipelines       []*HeldPipeline        `protobuf:"bytes,2,rep,name=pipelines,proto3" json:"pipelines,omitempty"`                                     // by id
 	Cut             bool                   `protobuf:"varint,3,opt,name=cut,proto3" json:"cut,omitempty"`                                                // there are more, left out to keep the answer small
 	// Sidecars that have been silent for longer than their lease and are not expired
-	// yet, since too many fell silent at once, and from when on they are, slowly.
+	// yet, since too many fell silent at once; from when on they are, one after another,
+	// and when the last one is. When most are heard of again, the others are before.
 	ExpiriesHeld      uint32                 `protobuf:"varint,4,opt,name=expiries_held,json=expiriesHeld,proto3" json:"expiries_held,omitempty"`
 	ExpiriesHeldUntil *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expiries_held_until,json=expiriesHeldUntil,proto3" json:"expiries_held_until,omitempty"`
+	ExpiriesHeldLast  *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expiries_held_last,json=expiriesHeldLast,proto3" json:"expiries_held_last,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -4796,6 +4798,13 @@ func (x *GetPlacementHoldsResponse) GetExpiriesHeld() uint32 {
 func (x *GetPlacementHoldsResponse) GetExpiriesHeldUntil() *timestamppb.Timestamp {
 	if x != nil {
 		return x.ExpiriesHeldUntil
+	}
+	return nil
+}
+
+func (x *GetPlacementHoldsResponse) GetExpiriesHeldLast() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiriesHeldLast
 	}
 	return nil
 }
@@ -5047,13 +5056,14 @@ type ExplainedStage struct {
 	Candidates     []*StageCandidate      `protobuf:"bytes,9,rep,name=candidates,proto3" json:"candidates,omitempty"`                            // of offering, limited
 	// Those of offering that do not run it, counted by what rules them out; an empty
 	// verdict is nothing.
-	Verdicts      []*VerdictCount `protobuf:"bytes,10,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
-	Unexamined    bool            `protobuf:"varint,11,opt,name=unexamined,proto3" json:"unexamined,omitempty"`            // too many candidates in all: ask for this stage alone
-	NextHops      []*NextHop      `protobuf:"bytes,12,rep,name=next_hops,json=nextHops,proto3" json:"next_hops,omitempty"` // limited
-	NextHopsTotal uint32          `protobuf:"varint,13,opt,name=next_hops_total,json=nextHopsTotal,proto3" json:"next_hops_total,omitempty"`
-	SilentReason  string          `protobuf:"bytes,14,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"` // see StagePlacement
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Verdicts       []*VerdictCount `protobuf:"bytes,10,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	Unexamined     bool            `protobuf:"varint,11,opt,name=unexamined,proto3" json:"unexamined,omitempty"`            // too many candidates in all: ask for this stage alone
+	NextHops       []*NextHop      `protobuf:"bytes,12,rep,name=next_hops,json=nextHops,proto3" json:"next_hops,omitempty"` // limited
+	NextHopsTotal  uint32          `protobuf:"varint,13,opt,name=next_hops_total,json=nextHopsTotal,proto3" json:"next_hops_total,omitempty"`
+	SilentReason   string          `protobuf:"bytes,14,opt,name=silent_reason,json=silentReason,proto3" json:"silent_reason,omitempty"`       // see StagePlacement
+	DrainingReason string          `protobuf:"bytes,15,opt,name=draining_reason,json=drainingReason,proto3" json:"draining_reason,omitempty"` // see StagePlacement
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ExplainedStage) Reset() {
@@ -5180,6 +5190,13 @@ func (x *ExplainedStage) GetNextHopsTotal() uint32 {
 func (x *ExplainedStage) GetSilentReason() string {
 	if x != nil {
 		return x.SilentReason
+	}
+	return ""
+}
+
+func (x *ExplainedStage) GetDrainingReason() string {
+	if x != nil {
+		return x.DrainingReason
 	}
 	return ""
 }
@@ -6343,13 +6360,14 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\";\n" +
 	"\x18GetPlacementHoldsRequest\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
-	"pipelineId\"\x8b\x02\n" +
+	"pipelineId\"\xd5\x02\n" +
 	"\x19GetPlacementHoldsResponse\x12)\n" +
 	"\x10planned_revision\x18\x01 \x01(\x04R\x0fplannedRevision\x12@\n" +
 	"\tpipelines\x18\x02 \x03(\v2\".conveyor_etl.cluster.HeldPipelineR\tpipelines\x12\x10\n" +
 	"\x03cut\x18\x03 \x01(\bR\x03cut\x12#\n" +
 	"\rexpiries_held\x18\x04 \x01(\rR\fexpiriesHeld\x12J\n" +
-	"\x13expiries_held_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x11expiriesHeldUntil\"\xbb\x02\n" +
+	"\x13expiries_held_until\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x11expiriesHeldUntil\x12H\n" +
+	"\x12expiries_held_last\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x10expiriesHeldLast\"\xbb\x02\n" +
 	"\fHeldPipeline\x12\x1f\n" +
 	"\vpipeline_id\x18\x01 \x01(\tR\n" +
 	"pipelineId\x12\x17\n" +
@@ -6371,7 +6389,7 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12<\n" +
 	"\x06stages\x18\x03 \x03(\v2$.conveyor_etl.cluster.ExplainedStageR\x06stages\x12\x10\n" +
-	"\x03cut\x18\x04 \x01(\bR\x03cut\"\xbe\x04\n" +
+	"\x03cut\x18\x04 \x01(\bR\x03cut\"\xe7\x04\n" +
 	"\x0eExplainedStage\x12\x19\n" +
 	"\bstage_id\x18\x01 \x01(\tR\astageId\x12\x19\n" +
 	"\basks_for\x18\x02 \x01(\tR\aasksFor\x12'\n" +
@@ -6392,7 +6410,8 @@ const file_conveyor_etl_cluster_proto_rawDesc = "" +
 	"unexamined\x12:\n" +
 	"\tnext_hops\x18\f \x03(\v2\x1d.conveyor_etl.cluster.NextHopR\bnextHops\x12&\n" +
 	"\x0fnext_hops_total\x18\r \x01(\rR\rnextHopsTotal\x12#\n" +
-	"\rsilent_reason\x18\x0e \x01(\tR\fsilentReason\"\xb5\x01\n" +
+	"\rsilent_reason\x18\x0e \x01(\tR\fsilentReason\x12'\n" +
+	"\x0fdraining_reason\x18\x0f \x01(\tR\x0edrainingReason\"\xb5\x01\n" +
 	"\x0eStageCandidate\x12\x1d\n" +
 	"\n" +
 	"sidecar_id\x18\x01 \x01(\tR\tsidecarId\x12%\n" +
@@ -6675,89 +6694,90 @@ var file_conveyor_etl_cluster_proto_depIdxs = []int32{
 	68, // 43: conveyor_etl.cluster.GetPlacementQualityResponse.last_plan:type_name -> conveyor_etl.cluster.PlanMoves
 	73, // 44: conveyor_etl.cluster.GetPlacementHoldsResponse.pipelines:type_name -> conveyor_etl.cluster.HeldPipeline
 	89, // 45: conveyor_etl.cluster.GetPlacementHoldsResponse.expiries_held_until:type_name -> google.protobuf.Timestamp
-	89, // 46: conveyor_etl.cluster.HeldPipeline.heard_by:type_name -> google.protobuf.Timestamp
-	89, // 47: conveyor_etl.cluster.HeldPipeline.held_until:type_name -> google.protobuf.Timestamp
-	76, // 48: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
-	77, // 49: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
-	78, // 50: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
-	79, // 51: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
-	93, // 52: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
-	82, // 53: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
-	83, // 54: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	84, // 55: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
-	85, // 56: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
-	67, // 57: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
-	67, // 58: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
-	83, // 59: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
-	27, // 60: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
-	35, // 61: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
-	37, // 62: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
-	41, // 63: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
-	43, // 64: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
-	45, // 65: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
-	47, // 66: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
-	49, // 67: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
-	53, // 68: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
-	55, // 69: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
-	59, // 70: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
-	63, // 71: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
-	64, // 72: conveyor_etl.cluster.Cluster.AwaitPlanned:input_type -> conveyor_etl.cluster.AwaitPlannedRequest
-	74, // 73: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
-	80, // 74: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
-	86, // 75: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
-	69, // 76: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
-	71, // 77: conveyor_etl.cluster.Cluster.GetPlacementHolds:input_type -> conveyor_etl.cluster.GetPlacementHoldsRequest
-	57, // 78: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
-	4,  // 79: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
-	6,  // 80: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
-	8,  // 81: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
-	9,  // 82: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
-	10, // 83: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
-	11, // 84: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
-	13, // 85: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
-	17, // 86: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
-	19, // 87: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
-	20, // 88: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
-	21, // 89: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
-	22, // 90: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
-	24, // 91: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
-	33, // 92: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
-	36, // 93: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
-	38, // 94: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
-	42, // 95: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
-	44, // 96: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
-	46, // 97: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
-	48, // 98: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
-	50, // 99: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
-	54, // 100: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
-	56, // 101: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
-	60, // 102: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
-	66, // 103: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
-	65, // 104: conveyor_etl.cluster.Cluster.AwaitPlanned:output_type -> conveyor_etl.cluster.AwaitPlannedResponse
-	75, // 105: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
-	81, // 106: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
-	87, // 107: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
-	70, // 108: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
-	72, // 109: conveyor_etl.cluster.Cluster.GetPlacementHolds:output_type -> conveyor_etl.cluster.GetPlacementHoldsResponse
-	58, // 110: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
-	5,  // 111: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
-	7,  // 112: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
-	12, // 113: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 114: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 115: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	12, // 116: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
-	14, // 117: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
-	18, // 118: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
-	16, // 119: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 120: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
-	16, // 121: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
-	23, // 122: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
-	25, // 123: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
-	92, // [92:124] is the sub-list for method output_type
-	60, // [60:92] is the sub-list for method input_type
-	60, // [60:60] is the sub-list for extension type_name
-	60, // [60:60] is the sub-list for extension extendee
-	0,  // [0:60] is the sub-list for field type_name
+	89, // 46: conveyor_etl.cluster.GetPlacementHoldsResponse.expiries_held_last:type_name -> google.protobuf.Timestamp
+	89, // 47: conveyor_etl.cluster.HeldPipeline.heard_by:type_name -> google.protobuf.Timestamp
+	89, // 48: conveyor_etl.cluster.HeldPipeline.held_until:type_name -> google.protobuf.Timestamp
+	76, // 49: conveyor_etl.cluster.ExplainPipelineResponse.stages:type_name -> conveyor_etl.cluster.ExplainedStage
+	77, // 50: conveyor_etl.cluster.ExplainedStage.candidates:type_name -> conveyor_etl.cluster.StageCandidate
+	78, // 51: conveyor_etl.cluster.ExplainedStage.verdicts:type_name -> conveyor_etl.cluster.VerdictCount
+	79, // 52: conveyor_etl.cluster.ExplainedStage.next_hops:type_name -> conveyor_etl.cluster.NextHop
+	93, // 53: conveyor_etl.cluster.PlanPipelinesRequest.pipelines:type_name -> conveyor_etl.router.PipelineConfig
+	82, // 54: conveyor_etl.cluster.PlanPipelinesResponse.pipelines:type_name -> conveyor_etl.cluster.PlannedPipeline
+	83, // 55: conveyor_etl.cluster.PlanPipelinesResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	84, // 56: conveyor_etl.cluster.PlacementOutlook.changes:type_name -> conveyor_etl.cluster.StageChange
+	85, // 57: conveyor_etl.cluster.PlacementOutlook.waiting:type_name -> conveyor_etl.cluster.WaitingStage
+	67, // 58: conveyor_etl.cluster.PlacementOutlook.before:type_name -> conveyor_etl.cluster.PlacementQuality
+	67, // 59: conveyor_etl.cluster.PlacementOutlook.after:type_name -> conveyor_etl.cluster.PlacementQuality
+	83, // 60: conveyor_etl.cluster.WhatIfResponse.outlook:type_name -> conveyor_etl.cluster.PlacementOutlook
+	27, // 61: conveyor_etl.cluster.Commits.Commit:input_type -> conveyor_etl.cluster.CommitRequest
+	35, // 62: conveyor_etl.cluster.Cluster.TransferLeader:input_type -> conveyor_etl.cluster.TransferLeaderRequest
+	37, // 63: conveyor_etl.cluster.Cluster.GetStateHash:input_type -> conveyor_etl.cluster.GetStateHashRequest
+	41, // 64: conveyor_etl.cluster.Cluster.ListSidecars:input_type -> conveyor_etl.cluster.ListSidecarsRequest
+	43, // 65: conveyor_etl.cluster.Cluster.GetSidecar:input_type -> conveyor_etl.cluster.GetSidecarRequest
+	45, // 66: conveyor_etl.cluster.Cluster.DeregisterSidecar:input_type -> conveyor_etl.cluster.DeregisterSidecarRequest
+	47, // 67: conveyor_etl.cluster.Cluster.DrainSidecar:input_type -> conveyor_etl.cluster.DrainSidecarRequest
+	49, // 68: conveyor_etl.cluster.Cluster.UndrainSidecar:input_type -> conveyor_etl.cluster.UndrainSidecarRequest
+	53, // 69: conveyor_etl.cluster.Cluster.ListGroups:input_type -> conveyor_etl.cluster.ListGroupsRequest
+	55, // 70: conveyor_etl.cluster.Cluster.GetGroup:input_type -> conveyor_etl.cluster.GetGroupRequest
+	59, // 71: conveyor_etl.cluster.Cluster.GetConvergence:input_type -> conveyor_etl.cluster.GetConvergenceRequest
+	63, // 72: conveyor_etl.cluster.Cluster.ListApplied:input_type -> conveyor_etl.cluster.ListAppliedRequest
+	64, // 73: conveyor_etl.cluster.Cluster.AwaitPlanned:input_type -> conveyor_etl.cluster.AwaitPlannedRequest
+	74, // 74: conveyor_etl.cluster.Cluster.ExplainPipeline:input_type -> conveyor_etl.cluster.ExplainPipelineRequest
+	80, // 75: conveyor_etl.cluster.Cluster.PlanPipelines:input_type -> conveyor_etl.cluster.PlanPipelinesRequest
+	86, // 76: conveyor_etl.cluster.Cluster.WhatIf:input_type -> conveyor_etl.cluster.WhatIfRequest
+	69, // 77: conveyor_etl.cluster.Cluster.GetPlacementQuality:input_type -> conveyor_etl.cluster.GetPlacementQualityRequest
+	71, // 78: conveyor_etl.cluster.Cluster.GetPlacementHolds:input_type -> conveyor_etl.cluster.GetPlacementHoldsRequest
+	57, // 79: conveyor_etl.cluster.Cluster.WatchChanges:input_type -> conveyor_etl.cluster.WatchChangesRequest
+	4,  // 80: conveyor_etl.cluster.Cluster.ListMembers:input_type -> conveyor_etl.cluster.ListMembersRequest
+	6,  // 81: conveyor_etl.cluster.Cluster.JoinMember:input_type -> conveyor_etl.cluster.JoinMemberRequest
+	8,  // 82: conveyor_etl.cluster.Cluster.AddMember:input_type -> conveyor_etl.cluster.AddMemberRequest
+	9,  // 83: conveyor_etl.cluster.Cluster.PromoteMember:input_type -> conveyor_etl.cluster.PromoteMemberRequest
+	10, // 84: conveyor_etl.cluster.Cluster.RemoveMember:input_type -> conveyor_etl.cluster.RemoveMemberRequest
+	11, // 85: conveyor_etl.cluster.Cluster.UpdateMember:input_type -> conveyor_etl.cluster.UpdateMemberRequest
+	13, // 86: conveyor_etl.cluster.Cluster.ReplaceMember:input_type -> conveyor_etl.cluster.ReplaceMemberRequest
+	17, // 87: conveyor_etl.cluster.Cluster.ListOperations:input_type -> conveyor_etl.cluster.ListOperationsRequest
+	19, // 88: conveyor_etl.cluster.Cluster.GetOperation:input_type -> conveyor_etl.cluster.GetOperationRequest
+	20, // 89: conveyor_etl.cluster.Cluster.CancelOperation:input_type -> conveyor_etl.cluster.CancelOperationRequest
+	21, // 90: conveyor_etl.cluster.Cluster.WaitOperation:input_type -> conveyor_etl.cluster.WaitOperationRequest
+	22, // 91: conveyor_etl.cluster.Cluster.UndoRestore:input_type -> conveyor_etl.cluster.UndoRestoreRequest
+	24, // 92: conveyor_etl.cluster.Cluster.CheckState:input_type -> conveyor_etl.cluster.CheckStateRequest
+	33, // 93: conveyor_etl.cluster.Commits.Commit:output_type -> conveyor_etl.cluster.CommitResponse
+	36, // 94: conveyor_etl.cluster.Cluster.TransferLeader:output_type -> conveyor_etl.cluster.TransferLeaderResponse
+	38, // 95: conveyor_etl.cluster.Cluster.GetStateHash:output_type -> conveyor_etl.cluster.GetStateHashResponse
+	42, // 96: conveyor_etl.cluster.Cluster.ListSidecars:output_type -> conveyor_etl.cluster.ListSidecarsResponse
+	44, // 97: conveyor_etl.cluster.Cluster.GetSidecar:output_type -> conveyor_etl.cluster.GetSidecarResponse
+	46, // 98: conveyor_etl.cluster.Cluster.DeregisterSidecar:output_type -> conveyor_etl.cluster.DeregisterSidecarResponse
+	48, // 99: conveyor_etl.cluster.Cluster.DrainSidecar:output_type -> conveyor_etl.cluster.DrainSidecarResponse
+	50, // 100: conveyor_etl.cluster.Cluster.UndrainSidecar:output_type -> conveyor_etl.cluster.UndrainSidecarResponse
+	54, // 101: conveyor_etl.cluster.Cluster.ListGroups:output_type -> conveyor_etl.cluster.ListGroupsResponse
+	56, // 102: conveyor_etl.cluster.Cluster.GetGroup:output_type -> conveyor_etl.cluster.GetGroupResponse
+	60, // 103: conveyor_etl.cluster.Cluster.GetConvergence:output_type -> conveyor_etl.cluster.GetConvergenceResponse
+	66, // 104: conveyor_etl.cluster.Cluster.ListApplied:output_type -> conveyor_etl.cluster.ListAppliedResponse
+	65, // 105: conveyor_etl.cluster.Cluster.AwaitPlanned:output_type -> conveyor_etl.cluster.AwaitPlannedResponse
+	75, // 106: conveyor_etl.cluster.Cluster.ExplainPipeline:output_type -> conveyor_etl.cluster.ExplainPipelineResponse
+	81, // 107: conveyor_etl.cluster.Cluster.PlanPipelines:output_type -> conveyor_etl.cluster.PlanPipelinesResponse
+	87, // 108: conveyor_etl.cluster.Cluster.WhatIf:output_type -> conveyor_etl.cluster.WhatIfResponse
+	70, // 109: conveyor_etl.cluster.Cluster.GetPlacementQuality:output_type -> conveyor_etl.cluster.GetPlacementQualityResponse
+	72, // 110: conveyor_etl.cluster.Cluster.GetPlacementHolds:output_type -> conveyor_etl.cluster.GetPlacementHoldsResponse
+	58, // 111: conveyor_etl.cluster.Cluster.WatchChanges:output_type -> conveyor_etl.cluster.ChangeEvent
+	5,  // 112: conveyor_etl.cluster.Cluster.ListMembers:output_type -> conveyor_etl.cluster.ListMembersResponse
+	7,  // 113: conveyor_etl.cluster.Cluster.JoinMember:output_type -> conveyor_etl.cluster.JoinMemberResponse
+	12, // 114: conveyor_etl.cluster.Cluster.AddMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 115: conveyor_etl.cluster.Cluster.PromoteMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 116: conveyor_etl.cluster.Cluster.RemoveMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	12, // 117: conveyor_etl.cluster.Cluster.UpdateMember:output_type -> conveyor_etl.cluster.ChangeMemberResponse
+	14, // 118: conveyor_etl.cluster.Cluster.ReplaceMember:output_type -> conveyor_etl.cluster.ReplaceMemberResponse
+	18, // 119: conveyor_etl.cluster.Cluster.ListOperations:output_type -> conveyor_etl.cluster.ListOperationsResponse
+	16, // 120: conveyor_etl.cluster.Cluster.GetOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 121: conveyor_etl.cluster.Cluster.CancelOperation:output_type -> conveyor_etl.cluster.Operation
+	16, // 122: conveyor_etl.cluster.Cluster.WaitOperation:output_type -> conveyor_etl.cluster.Operation
+	23, // 123: conveyor_etl.cluster.Cluster.UndoRestore:output_type -> conveyor_etl.cluster.UndoRestoreResponse
+	25, // 124: conveyor_etl.cluster.Cluster.CheckState:output_type -> conveyor_etl.cluster.CheckStateResponse
+	93, // [93:125] is the sub-list for method output_type
+	61, // [61:93] is the sub-list for method input_type
+	61, // [61:61] is the sub-list for extension type_name
+	61, // [61:61] is the sub-list for extension extendee
+	0,  // [0:61] is the sub-list for field type_name
 }
 
 func init() { file_conveyor_etl_cluster_proto_init() }

@@ -1296,17 +1296,19 @@ func (x *ListServicesResponse) GetRevision() uint64 {
 }
 
 type RegisteredService struct {
-	state              protoimpl.MessageState    `protogen:"open.v1"`
-	Identity           *commonpb.ServiceIdentity `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
-	Endpoint           *commonpb.Endpoint        `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
-	Metadata           *ServiceMetadata          `protobuf:"bytes,3,opt,name=metadata,proto3" json:"metadata,omitempty"`
-	Health             *ServiceHealth            `protobuf:"bytes,4,opt,name=health,proto3" json:"health,omitempty"`
-	RegisteredAt       *timestamppb.Timestamp    `protobuf:"bytes,5,opt,name=registered_at,json=registeredAt,proto3" json:"registered_at,omitempty"`
-	LastHeartbeat      *timestamppb.Timestamp    `protobuf:"bytes,6,opt,name=last_heartbeat,json=lastHeartbeat,proto3" json:"last_heartbeat,omitempty"`
-	AssignedPartitions []uint32                  `protobuf:"varint,7,rep,packed,name=assigned_partitions,json=assignedPartitions,proto3" json:"assigned_partitions,omitempty"`
-	SidecarId          string                    `protobuf:"bytes,100,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
-	ModRevision        uint64                    `protobuf:"varint,101,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
-	RemovedBy          *timestamppb.Timestamp    `protobuf:"bytes,102,opt,name=removed_by,json=removedBy,proto3" json:"removed_by,omitempty"` // of one that drains: when it is removed at the latest
+	state        protoimpl.MessageState    `protogen:"open.v1"`
+	Identity     *commonpb.ServiceIdentity `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
+	Endpoint     *commonpb.Endpoint        `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	Metadata     *ServiceMetadata          `protobuf:"bytes,3,opt,name=metadata,proto3" json:"metadata,omitempty"`
+	Health       *ServiceHealth            `protobuf:"bytes,4,opt,name=health,proto3" json:"health,omitempty"`
+	RegisteredAt *timestamppb.Timestamp    `protobuf:"bytes,5,opt,name=registered_at,json=registeredAt,proto3" json:"registered_at,omitempty"`
+	// The last heartbeat that the state knows, which is the registration: others are in
+	// the memory of the leader alone, and say no more than that the lease has not expired.
+	LastHeartbeat      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=last_heartbeat,json=lastHeartbeat,proto3" json:"last_heartbeat,omitempty"`
+	AssignedPartitions []uint32               `protobuf:"varint,7,rep,packed,name=assigned_partitions,json=assignedPartitions,proto3" json:"assigned_partitions,omitempty"`
+	SidecarId          string                 `protobuf:"bytes,100,opt,name=sidecar_id,json=sidecarId,proto3" json:"sidecar_id,omitempty"`
+	ModRevision        uint64                 `protobuf:"varint,101,opt,name=mod_revision,json=modRevision,proto3" json:"mod_revision,omitempty"`
+	RemovedBy          *timestamppb.Timestamp `protobuf:"bytes,102,opt,name=removed_by,json=removedBy,proto3" json:"removed_by,omitempty"` // of one that drains: when it is removed at the latest
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
