@@ -12,16 +12,28 @@ import (
 const worthwhile = 0.1
 
 // Bounds of one call of Balance: sidecars and profiles looked at, and sidecars of the
-// pipelines that are laid out again. The next call goes on.
+// pipelines that are laid out again. Calls after one that came to one of them go on with
+// the others, until one has come to the last of them.
 const (
-	maxLooks = 1 << 20
-	maxLaid  = 1 << 17
+	maxLooks = 1 << 18
+	maxLaid  = 1 << 14
 	// maxTries is how often one pipeline is laid out in one call, since some of its
 	// moves cannot be made together.
 	maxTries = 12
 	// maxOffers is how many sidecars are compared for one move.
 	maxOffers = 16
 )
+
+// Limits say what Balance may do.
+type Limits struct {
+	// Moves is how many stages it may move. With Whole set the first move may be of
+	// more: what is larger than a whole budget could never move otherwise.
+	Moves int
+	Whole bool
+	// SkipPipeline and SkipSidecar are true for pipelines that are left alone, and for
+	// sidecars that are given nothing by it; nil for none.
+	SkipPipeline, SkipSidecar func(id string) bool
+}
 
 // Balance returns steps that move up to most stages from sidecars that have more than
 // their share of load to others that have less, those of the most loaded first. Plan
@@ -32,47 +44,62 @@ const (
 // by it; and rather to where no other edge becomes longer, as compareRanks has it: who
 // has room first, and near of those. Of two sidecars the higher load becomes lower by
 // each move, so that after so many calls there is nothing more to do.
-// With all set, the first move may be of more stages than most, which must be positive:
-// what is larger than a whole budget could never move otherwise.
 //
-// Pipelines that Plan has yet to change, as it last told, are left alone, and so are
-// those for which skip is true. Whoever calls it carries the steps out before the next
-// Plan, or not at all. A step whose stages have to be let go of first ends as it was
-// begun, since the sidecar that is told to notes for whom: see Assignment.MovedTo.
-func (e *Engine) Balance(most int, all bool, skip func(pipeline string) bool) []Step {
-	if most <= 0 {
+// Pipelines that Plan has yet to change, as it last told, are left alone. Whoever calls
+// it carries the steps out before the next Plan, or not at all. A step whose stages have
+// to be let go of first ends as it was begun, since the sidecar that is told to notes
+// for whom: see Assignment.MovedTo.
+func (e *Engine) Balance(limits Limits) []Step {
+	if limits.Moves <= 0 {
 		return nil
 	}
 	if e.drift > 0 {
 		e.shares() // even one sidecar that came has a share
 	}
-	b := balance{e: e, left: most, whole: all, least: make(map[int32]uint64)}
+	b := balance{e: e, Limits: limits, left: limits.Moves, wants: make(map[int32]supplied)}
 	for _, t := range b.todo() {
 		if b.left <= 0 || b.looks > maxLooks || b.laid > maxLaid {
 			break
 		}
 		x := &e.pipes[t.pipe]
-		if x.dirty || x.circular || skip(x.id) || !slices.ContainsFunc(t.from, b.uneven) {
+		if x.circular || b.SkipPipeline != nil && b.SkipPipeline(x.id) || !slices.ContainsFunc(t.from, b.uneven) {
 			continue
 		}
-		if st, ok := b.move(x, t.from); ok {
-			b.steps = append(b.steps, st)
+		if x.pass == e.pass {
+			continue // nothing of it could be moved, and others have not had their turn
 		}
+		if st, ok := b.move(x, t.from); ok {
+			x.failed = 0
+			b.steps = append(b.steps, st)
+		} else {
+			x.failed++
+			x.pass = e.pass
+		}
+	}
+	if b.looks <= maxLooks && b.laid <= maxLaid {
+		e.pass++
 	}
 	return b.steps
 }
 
 // balance is one call of Balance.
 type balance struct {
+	Limits
 	e     *Engine
-	left  int  // stages that may be moved
-	whole bool // the first move may be larger
+	left  int // stages that may be moved
 	steps []Step
 	looks int
 	laid  int
-	// least is by want the lowest key of anybody who may be given it, when first asked
-	// for: who takes a stage gets more loaded, and who loses one had too many.
-	least map[int32]uint64
+	// wants is what was found of wants that were asked for.
+	wants map[int32]supplied
+}
+
+// supplied is who there is for a want: how many, and how loaded the least loaded of
+// them would be with it, as it was first. Who takes a stage gets more loaded, and who
+// loses one had too many.
+type supplied struct {
+	least   uint64
+	members int
 }
 
 // relief is a pipeline, and the sidecars that have too much and run some of it.
@@ -142,8 +169,8 @@ func (b *balance) todo() []relief {
 }
 
 // hope is false when for some stage of x that h runs there is nobody who would be
-// less loaded with it than h is. source is true when one of these has to be let go of
-// before anybody else begins it.
+// less loaded with it than h is, or nobody who does not run it already. source is true
+// when one of these has to be let go of before anybody else begins it.
 func (b *balance) hope(x *pipe, h int32) (hope, source bool) {
 	at, ok := x.find(b.e.hosts[h].s.ID)
 	if !ok || x.recorded[at].Revoked {
@@ -156,7 +183,10 @@ func (b *balance) hope(x *pipe, h int32) (hope, source bool) {
 			continue
 		}
 		k := x.stage(a.Stage, int32(i))
-		if k < 0 || b.leastOf(x.stages[k].want) >= now {
+		if k < 0 {
+			return false, false
+		}
+		if s := b.supplied(x.stages[k].want); s.least >= now || s.members <= int(x.stages[k].count) {
 			return false, false
 		}
 		source = source || x.stages[k].entry
@@ -165,30 +195,27 @@ func (b *balance) hope(x *pipe, h int32) (hope, source bool) {
 	return hope, source
 }
 
-// leastOf is how loaded the least loaded sidecar that may be given a want would be
-// with it.
-func (b *balance) leastOf(want int32) uint64 {
-	if key, known := b.least[want]; known {
-		return key
+// supplied tells who there is for a want.
+func (b *balance) supplied(want int32) supplied {
+	if s, known := b.wants[want]; known {
+		return s
 	}
-	key := uint64(closed)
+	s := supplied{least: closed}
 	for _, pl := range b.e.wants[want].in {
 		if pl.fit == fresh {
 			b.looks++
-			if _, k := b.e.profiles[pl.profile].least(); k < key {
-				key = k
-			}
+			p := &b.e.profiles[pl.profile]
+			_, key := p.least()
+			s.least = min(s.least, key)
+			s.members += p.open
 		}
 	}
-	b.least[want] = key
-	return key
+	b.wants[want] = s
+	return s
 }
 
-// transfer is what one node runs of a pipeline, to be run by a host.
-type transfer struct {
-	from, to int32 // hosts
-	n        int32 // stages
-}
+// transfer moves what one host runs of a pipeline to another.
+type transfer struct{ from, to int32 }
 
 // move lays x out anew with what some of from run given to others, and returns the
 // step that leads there; false, with everything as it was, when that is not worth it.
@@ -198,6 +225,7 @@ func (b *balance) move(x *pipe, from []int32) (Step, bool) {
 	moved := b.arrange(x, from)
 	if len(moved) == 0 {
 		l.bringBack()
+		b.laid += len(x.recorded)
 		if _, changed := e.lay(x); changed {
 			e.touch(x.index)
 		}
@@ -205,11 +233,13 @@ func (b *balance) move(x *pipe, from []int32) (Step, bool) {
 	}
 	st, _ := l.step()
 	st.Urgency, st.Least = Even, st.Moves
+	to := make(map[string]string, len(moved))
+	for _, m := range moved {
+		to[e.hosts[m.from].s.ID] = e.hosts[m.to].s.ID
+	}
 	for i := range st.Changes {
-		c := &st.Changes[i]
-		k := slices.IndexFunc(moved, func(t transfer) bool { return c.Revoke && e.hosts[t.from].s.ID == c.Sidecar })
-		if k >= 0 {
-			c.MovedTo = e.hosts[moved[k].to].s.ID
+		if c := &st.Changes[i]; c.Revoke {
+			c.MovedTo = to[c.Sidecar]
 		}
 	}
 	e.totals.add(x.figures, -1)
@@ -231,6 +261,9 @@ func (b *balance) arrange(x *pipe, from []int32) []transfer {
 	b.laid += len(l.nodes)
 	was := l.evaluate()
 	todo := b.transfers(x, from)
+	if n := len(todo); n > 0 { // not those first that could not be made the last time
+		todo = slices.Concat(todo[int(x.failed)*maxTries%n:], todo[:int(x.failed)*maxTries%n])
+	}
 	for try := 0; len(todo) > 0 && try < maxTries; {
 		moves := todo
 		for {
@@ -240,6 +273,9 @@ func (b *balance) arrange(x *pipe, from []int32) []transfer {
 				if f := l.evaluate(); f.placed == was.placed && f.pod >= was.pod {
 					return moves
 				}
+			}
+			if b.laid > maxLaid {
+				return nil
 			}
 			if len(moves) == 1 || try >= maxTries {
 				break
@@ -272,6 +308,7 @@ func (l *layout) present(x *pipe) bool {
 func (l *layout) shift(x *pipe, moves []transfer) bool {
 	l.bringBack()
 	l.reset(x)
+	l.cautious = true // or a part of it might have to be told later
 	l.scope()
 	l.clear()
 	to := make(map[int32]int32, len(moves)) // node -> node
@@ -310,10 +347,13 @@ func (l *layout) shift(x *pipe, moves []transfer) bool {
 func (b *balance) transfers(x *pipe, from []int32) (out []transfer) {
 	e, l := b.e, &b.e.l
 	l.setAside()
-	ins := l.senders()
+	ins, parts := l.senders(), b.parts()
 	given := make(map[int32]bool) // hosts that take something in this call
 	left := b.left
 	for _, h := range from {
+		if left <= 0 || b.looks > maxLooks {
+			break
+		}
 		node, ok := l.nodeOf(h)
 		if !ok {
 			continue
@@ -323,20 +363,42 @@ func (b *balance) transfers(x *pipe, from []int32) (out []transfer) {
 		if n == 0 || !b.exceeds(h, has) {
 			continue
 		}
-		if int(n) > left && (!b.whole || len(b.steps)+len(out) > 0) {
+		if int(n) > left && (!b.Whole || len(b.steps)+len(out) > 0) {
 			continue
 		}
-		if to, ok := b.taker(node, has, ins, given); ok {
+		// Who is silent cannot hear to whom it hands over from now on.
+		if slices.ContainsFunc(ins[node], func(n int32) bool { return e.steady(l.nodes[n].host) != 0 }) {
+			continue
+		}
+		if to, ok := b.taker(node, has, ins, parts, given); ok {
 			given[to] = true
 			l.node(to) // the next one finds another
 			left -= int(n)
-			out = append(out, transfer{h, to, n})
-			if left <= 0 {
-				break
-			}
+			out = append(out, transfer{h, to})
 		}
 	}
 	return out
+}
+
+// parts lists the sidecars that are not found by load since they have a part in the
+// pipeline, or had one: all when these are few, else the least loaded of those that have
+// none now.
+func (b *balance) parts() (out []int32) {
+	e, l := b.e, &b.e.l
+	few := len(l.nodes) <= window
+	for t := range l.nodes {
+		if h := l.nodes[t].host; e.hosts[h].takes && (few || l.nodes[t].local.count() == 0) {
+			out = append(out, h)
+		}
+	}
+	if few {
+		return out
+	}
+	slices.SortFunc(out, func(a, c int32) int {
+		x, y := &e.hosts[a], &e.hosts[c]
+		return cmp.Or(cmp.Compare(weigh(x.load, x.capacity), weigh(y.load, y.capacity)), e.compareIDs(a, c))
+	})
+	return out[:min(window, len(out))]
 }
 
 // bringBack lets the nodes be found by load again.
@@ -362,17 +424,19 @@ func (l *layout) senders() [][]int32 {
 	return ins
 }
 
+// offer is a sidecar that would do, and how loaded it would be then.
+type offer struct {
+	host int32
+	key  uint64
+}
+
 // taker finds a sidecar for all that a node runs, which has stages altogether.
-func (b *balance) taker(node, has int32, ins [][]int32, given map[int32]bool) (int32, bool) {
+func (b *balance) taker(node, has int32, ins [][]int32, parts []int32, given map[int32]bool) (int32, bool) {
 	e, l := b.e, &b.e.l
 	h := l.nodes[node].host
 	n := l.nodes[node].local.count()
 	now := weigh(has, e.hosts[h].capacity)
-	type offer struct {
-		host int32
-		key  uint64
-	}
-	var offers []offer
+	best := make([]offer, 0, maxOffers) // in order
 	add := func(to int32) {
 		if b.looks++; to < 0 || to == h || given[to] || !e.hosts[to].takes {
 			return
@@ -381,33 +445,26 @@ func (b *balance) taker(node, has int32, ins [][]int32, given map[int32]bool) (i
 		if t, ok := l.nodeOf(to); ok {
 			load += l.nodes[t].local.count()
 		}
-		key := weigh(load, e.hosts[to].capacity)
-		if key >= now || b.exceeds(to, load) && float64(key) > (1-worthwhile)*float64(now) {
+		o := offer{to, weigh(load, e.hosts[to].capacity)}
+		if o.key >= now || b.exceeds(to, load) && float64(o.key) > (1-worthwhile)*float64(now) {
 			return
 		}
-		if !slices.ContainsFunc(offers, func(o offer) bool { return o.host == to }) && b.suits(node, to) {
-			offers = append(offers, offer{to, key})
+		at, known := slices.BinarySearchFunc(best, o, func(a, c offer) int { return cmp.Or(cmp.Compare(a.key, c.key), e.compareIDs(a.host, c.host)) })
+		if known || at == maxOffers || !b.suits(node, to, ins) {
+			return
 		}
+		best = slices.Insert(best[:min(len(best), maxOffers-1)], at, o)
 	}
-	// Sidecars that have a part in the pipeline, or had, are not found by load.
-	if some := l.nodes; len(some) <= window {
-		for t := range some {
-			add(some[t].host)
-		}
-	} else {
-		for t := range some {
-			if some[t].local.count() == 0 {
-				add(some[t].host)
-			}
-		}
+	for _, h := range parts {
+		add(h)
 	}
-	around := l.edges(node, ins)
+	around := append(l.edges(node, ins), h)
 	first := int32(0)
 	for !l.nodes[node].local.has(first) {
 		first++
 	}
 	for _, pl := range e.wants[l.x.stages[first].want].in {
-		if pl.fit != fresh {
+		if pl.fit != fresh || b.looks > maxLooks {
 			continue
 		}
 		p := &e.profiles[pl.profile]
@@ -417,7 +474,7 @@ func (b *balance) taker(node, has int32, ins [][]int32, given map[int32]bool) (i
 		}
 		add(least)
 		zone := int32(0)
-		for _, a := range append([]int32{h}, around...) {
+		for _, a := range around {
 			if z := e.hosts[a].zone; z != 0 && z != zone {
 				zone = z
 				lo, hi := e.zoneOf(p, z)
@@ -435,20 +492,23 @@ func (b *balance) taker(node, has int32, ins [][]int32, given map[int32]bool) (i
 			}
 		}
 	}
-	slices.SortFunc(offers, func(a, c offer) int { return cmp.Or(cmp.Compare(a.key, c.key), e.compareIDs(a.host, c.host)) })
-	for _, o := range offers[:min(maxOffers, len(offers))] {
+	for _, o := range best {
 		if l.asNear(node, o.host, ins) {
 			return o.host, true
 		}
 	}
-	if len(offers) == 0 {
+	if len(best) == 0 {
 		return -1, false
 	}
-	return offers[0].host, true
+	return best[0].host, true
 }
 
-// suits is true when a sidecar may be given all that a node runs, and runs none of it.
-func (b *balance) suits(node, to int32) bool {
+// suits is true when a sidecar may be given all that a node runs, runs none of it, and
+// no records would go round if all others handed over as they do.
+func (b *balance) suits(node, to int32, ins [][]int32) bool {
+	if b.SkipSidecar != nil && b.SkipSidecar(b.e.hosts[to].s.ID) {
+		return false
+	}
 	l := &b.e.l
 	t, part := l.nodeOf(to)
 	for i := range l.x.stages {
@@ -459,7 +519,15 @@ func (b *balance) suits(node, to int32) bool {
 			return false
 		}
 	}
-	return true
+	if !part {
+		return true
+	}
+	for _, h := range l.nodes[node].hops {
+		if h.to != t && l.reaches(h.to, t, true) {
+			return false
+		}
+	}
+	return !slices.ContainsFunc(ins[node], func(from int32) bool { return from != t && l.reaches(t, from, true) })
 }
 
 // edges lists the hosts that a node hands over to, and that hand over to it, up to

@@ -42,7 +42,7 @@ func BenchmarkBalance(b *testing.B) {
 				b.StartTimer()
 				for {
 					start := spent(b)
-					steps := e.Balance(10_000, true, none)
+					steps := e.Balance(Limits{Moves: 10_000, Whole: true})
 					last = spent(b) - start
 					if len(steps) == 0 {
 						looks += last

@@ -11,10 +11,10 @@ import (
 	"pgregory.net/rapid"
 )
 
-func none(string) bool { return false }
-
 // balanced lets the engine of m even its load once, and returns the steps.
-func (m *model) balanced(most int, all bool) []Step { return m.engine.Balance(most, all, none) }
+func (m *model) balanced(most int, all bool) []Step {
+	return m.engine.Balance(Limits{Moves: most, Whole: all})
+}
 
 // join lets n sidecars come that can run much, anywhere.
 func (m *model) join(t *rapid.T, n int) {
@@ -99,7 +99,7 @@ func TestBalanceHolds(t *testing.T) {
 			fresh.Plan()
 			again := NewEngine(m.shuffled(rapid.Uint64().Draw(t, "shuffle")))
 			again.Plan()
-			steps, same := fresh.Balance(most, all, none), again.Balance(most, all, none)
+			steps, same := fresh.Balance(Limits{Moves: most, Whole: all}), again.Balance(Limits{Moves: most, Whole: all})
 			if !reflect.DeepEqual(steps, same) {
 				t.Fatalf("the order of the view changes what is moved:\n%+v\n%+v", steps, same)
 			}
@@ -161,7 +161,7 @@ func TestBalanceHolds(t *testing.T) {
 // go on.
 func TestBalanceInTwoSteps(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		m := drawModel(t, false)
+		m := drawModel(t, rapid.Bool().Draw(t, "parallel"))
 		for id := range m.sidecars {
 			m.change(id, func(s *Sidecar) { s.Condition, s.Grace, s.Draining = Alive, false, false })
 		}
@@ -309,5 +309,96 @@ func TestBalanceStaysNear(t *testing.T) {
 	m.carryOut(Plan{Steps: m.balanced(100, true)})
 	if loads := m.load(); loads["a"] != 2 || loads["lake"] != 2 {
 		t.Fatalf("without b the loads are %v", loads)
+	}
+}
+
+// TestBalanceTriesAnother: when records would go round if the least loaded sidecar took
+// something, another one takes it.
+func TestBalanceTriesAnother(t *testing.T) {
+	m := newModel()
+	put := func(id string, capacity uint32, offers ...string) {
+		m.putSidecar(&Sidecar{ID: id, Endpoint: id + ":1", Generation: 1, Capacity: capacity, Offers: parseOffers(t, offers)})
+	}
+	put("a", 100, "orders:source", "lake:sink") // runs the sources, so that it must not run the sinks
+	put("b", 10, "filter:transform")
+	put("e", 1, "lake:sink")
+	for i := range 10 {
+		m.putPipeline(parsePipeline(t, fmt.Sprint("p", i), "orders:source -> filter:transform -> lake:sink"))
+	}
+	m.carryOut(m.engine.Plan())
+	put("u", 1, "lake:sink")
+	m.carryOut(m.engine.Plan())
+	m.carryOut(Plan{Steps: m.balanced(100, true)})
+	if load := m.load(); load["u"] != 5 || load["e"] != 5 {
+		t.Fatalf("the loads are %v", load)
+	}
+}
+
+// TestBalanceComesToAll: pipelines that cannot be helped, and are too many to look at in
+// one call, do not keep one that can be from its turn.
+func TestBalanceComesToAll(t *testing.T) {
+	m := newModel()
+	put := func(id string, offers ...string) {
+		m.putSidecar(&Sidecar{ID: id, Endpoint: id + ":1", Generation: 1, Offers: parseOffers(t, offers)})
+	}
+	const wide = 3000
+	for i := range wide {
+		put(fmt.Sprintf("a%05d", i), "orders:source", "lake:sink")
+	}
+	for i := range 12 {
+		m.putPipeline(parsePipeline(t, fmt.Sprintf("w%02d", i), fmt.Sprintf("orders:source*%d -> lake:sink*%d", wide, wide)))
+	}
+	put("d1", "ticks:source", "fish:sink")
+	for i := range 6 {
+		m.putPipeline(parsePipeline(t, fmt.Sprint("p", i), "ticks:source -> fish:sink"))
+	}
+	m.carryOut(m.engine.Plan())
+	// Those that can run one half each, so that nothing moves to them, and one that can
+	// take what d1 runs.
+	for i := range wide {
+		put(fmt.Sprintf("b%05d", i), "orders:source")
+		put(fmt.Sprintf("c%05d", i), "lake:sink")
+	}
+	put("d2", "ticks:source", "fish:sink")
+	m.carryOut(m.engine.Plan())
+	for call := 0; m.load()["d2"] < 6; call++ {
+		if call == 40 {
+			t.Fatalf("after %d calls the loads are %v and %v", call, m.load()["d1"], m.load()["d2"])
+		}
+		steps := m.balanced(600, true)
+		m.carryOut(Plan{Steps: steps})
+		m.carryOut(m.engine.Plan())
+	}
+}
+
+// TestBalanceLeavesAlone: pipelines and sidecars that are to be left alone are, and so is
+// what somebody hands over to who is silent.
+func TestBalanceLeavesAlone(t *testing.T) {
+	m := newModel()
+	put := func(id string, offers ...string) {
+		m.putSidecar(&Sidecar{ID: id, Endpoint: id + ":1", Generation: 1, Offers: parseOffers(t, offers)})
+	}
+	put("in", "orders:source")
+	put("a", "lake:sink")
+	for i := range 4 {
+		m.putPipeline(parsePipeline(t, fmt.Sprint("p", i), "orders:source -> lake:sink"))
+	}
+	m.carryOut(m.engine.Plan())
+	put("b", "lake:sink")
+	m.carryOut(m.engine.Plan())
+	is := func(id string) func(string) bool { return func(s string) bool { return s == id } }
+	if steps := m.engine.Balance(Limits{Moves: 10, SkipSidecar: is("b")}); len(steps) > 0 {
+		t.Fatalf("b is to be left alone: %+v", steps)
+	}
+	m.change("in", func(s *Sidecar) { s.Condition = Suspect })
+	m.carryOut(m.engine.Plan())
+	if steps := m.engine.Balance(Limits{Moves: 10}); len(steps) > 0 {
+		t.Fatalf("who hands over is silent: %+v", steps)
+	}
+	m.change("in", func(s *Sidecar) { s.Condition = Alive })
+	m.carryOut(m.engine.Plan())
+	steps := m.engine.Balance(Limits{Moves: 10, SkipPipeline: is("p0")})
+	if len(steps) != 2 || steps[0].Pipeline == "p0" || steps[1].Pipeline == "p0" {
+		t.Fatalf("p0 is to be left alone: %+v", steps)
 	}
 }

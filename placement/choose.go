@@ -73,7 +73,7 @@ func (l *layout) rank(i, n int32) rank {
 	switch {
 	case x.bound.has(i) && !l.letGo:
 		r.tie = bound
-	case x.awaits.has(i) && x.awaited >= x.changed:
+	case x.awaits.has(i) && x.awaited >= x.revoked:
 		r.tie, r.since = awaiting, x.awaited
 	case x.former || x.bound.has(i):
 		r.tie, r.since = former, x.since

@@ -11,7 +11,7 @@
 //	e.PutSidecar(s)          // an event
 //	plan := e.Plan()         // what to change, the most urgent first
 //	e.PutAssignment(a)       // what became of it
-//	e.Balance(100, ...)      // what gives a share to who has joined
+//	e.Balance(limits)         // what gives a share to who has joined
 //
 // # What a plan aims at, in this order
 //

@@ -42,7 +42,9 @@ type Engine struct {
 	// drift is how much capacity and demand came and went since shares were
 	// counted.
 	drift, total int64
-	building     bool
+	// pass counts how often Balance has come to all there is, from 1.
+	pass     uint64
+	building bool
 	// buried are sidecars that are gone and whose place is not free yet: what
 	// was laid out may still count them.
 	buried []int32
@@ -128,6 +130,7 @@ func NewEngine(v View) *Engine {
 		zones:     make([]zone, 1),
 		orphans:   make(map[string][]int32),
 		over:      make(map[int32]bool),
+		pass:      1,
 		hosts:     make([]host, 0, len(v.Sidecars)),
 	}
 	e.l.e = e

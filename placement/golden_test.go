@@ -64,7 +64,7 @@ func (m *model) run(t *testing.T, d *datadriven.TestData) string {
 		if d.Cmd == "balance" {
 			most := 100
 			d.MaybeScanArgs(t, "moves", &most)
-			p.Steps = m.engine.Balance(most, true, func(string) bool { return false })
+			p.Steps = m.engine.Balance(Limits{Moves: most, Whole: true})
 		}
 		for _, s := range p.Steps {
 			fmt.Fprintf(&b, "%s %s, %d moves\n", s.Urgency, s.Pipeline, s.Moves)

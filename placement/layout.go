@@ -21,6 +21,9 @@ type layout struct {
 	keepDraining bool
 	// suspectsLetGo: see forget.
 	letGo bool
+	// cautious: what stays is laid out only without ways that tables which sidecars
+	// may still hold would make circles of.
+	cautious bool
 	// firsts: one instance of every stage is looked for, more come later.
 	firsts bool
 
@@ -59,9 +62,9 @@ type node struct {
 	former bool
 	since  uint64 // it ran here, as Assignment.Changed has it
 	// awaits are the stages that another sidecar was told to let go of for this one, as
-	// of awaited; changed is when this one was told something itself.
+	// of awaited; revoked is when this one was told to let go of all it had.
 	awaits           bitset
-	awaited, changed uint64
+	awaited, revoked uint64
 	apart            bool
 	// links are the hand-overs of the table that the sidecar holds until it
 	// hears of this plan.
@@ -95,7 +98,7 @@ const (
 // reset prepares l for x.
 func (l *layout) reset(x *pipe) {
 	l.x = x
-	l.circular, l.keepDraining, l.letGo, l.apart = false, false, false, false
+	l.circular, l.keepDraining, l.letGo, l.apart, l.cautious = false, false, false, false, false
 	n := len(x.stages)
 	l.words = (n + 63) / 64
 	for len(l.at) < n {
@@ -129,8 +132,8 @@ func (l *layout) remember() {
 			continue
 		}
 		n := l.node(h)
-		l.nodes[n].changed = a.Changed
 		if a.Revoked {
+			l.nodes[n].revoked = a.Changed
 			// A revocation no longer says which stages ran there.
 			if l.nodes[n].former, l.nodes[n].since = a.MovedTo == "", a.Changed; !l.nodes[n].former {
 				l.await(a)
@@ -212,7 +215,7 @@ func (l *layout) node(h int32) int32 {
 		l.nodes = append(l.nodes, node{})
 	}
 	n := &l.nodes[i]
-	n.host, n.former, n.since, n.apart, n.awaited, n.changed = h, false, 0, false, 0, 0
+	n.host, n.former, n.since, n.apart, n.awaited, n.revoked = h, false, 0, false, 0, 0
 	n.local = blank(n.local, l.words)
 	n.bound = blank(n.bound, l.words)
 	n.awaits = blank(n.awaits, l.words)

@@ -25,6 +25,11 @@ type pipe struct {
 	step     int32  // of the plan that is being made, -1 = none
 	shifts   uint64 // Engine.shifts when it was laid out
 
+	// pass is in which pass of Balance nothing of it could be moved, failed in how many
+	// since something was.
+	pass   uint64
+	failed uint8
+
 	// What came of the newest layout: its figures, and which stages have a place.
 	figures figures
 	placed  []bool
