@@ -316,6 +316,9 @@ func (l *Loaded) complete(in Input, faults *Faults) {
 		faults.add(l.source("liveness.expire_after", ""), "liveness.expire_after",
 			"%s is not longer than liveness.suspect_after, %s", c.Liveness.ExpireAfter, c.Liveness.SuspectAfter)
 	}
+	if d := c.Placement.BalanceInterval; d > 0 && d < time.Second && !faults.about("placement.balance_interval") {
+		faults.add(l.source("placement.balance_interval", ""), "placement.balance_interval", "%s is shorter than a second; 0s turns it off", d)
+	}
 	if every := c.Backup.Every; every > 0 && !faults.about("backup.every", "backup.to") {
 		switch {
 		case every < time.Minute:

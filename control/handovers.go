@@ -39,12 +39,6 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 		holders := m.holders(st.Pipeline)
 		free, waiting := m.engine.Defer(st, func(stage, sidecar string) bool { return holders[stage].but(sidecar) })
 		now, h := p.postpone(m, free, at)
-		if st.Urgency == placement.Even {
-			if !p.evens(st, h, at) {
-				continue
-			}
-			info.Evened += st.Moves
-		}
 		info.Waiting += waiting
 		info.Unplaced += waiting + free.Moves - now.Moves
 		if waiting > 0 || h.Later > 0 {
@@ -63,14 +57,23 @@ func (p *Placer) now(m *mirror, steps []placement.Step, w *waits, info *PlanInfo
 		todo = append(todo, now)
 	}
 	p.setHeld(held)
-	changes := changesOf(todo)
+	return p.commands(m, todo, ms, func(pipeline, sidecar string) bool {
+		return m.draining[sidecar] || m.hasLeaving(sidecar) || held[pipeline].Later > 0
+	})
+}
+
+// commands puts the changes of steps into commands. all is true for those of which all
+// that is let go of is noted, and not only what others wait for: somebody wants to know
+// when the sidecar has heard of it. ms is the time of the state.
+func (p *Placer) commands(m *mirror, steps []placement.Step, ms uint64, all func(pipeline, sidecar string) bool) []*commandpb.AssignmentChange {
+	changes := changesOf(steps)
 	k := 0
-	for i := range todo {
-		for j := range todo[i].Changes {
+	for i := range steps {
+		for j := range steps[i].Changes {
 			c := changes[k]
 			k++
-			if m.draining[c.SidecarId] || m.hasLeaving(c.SidecarId) || held[c.PipelineId].Later > 0 {
-				c.SharedReleases = slices.DeleteFunc(slices.Clone(todo[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
+			if all(c.PipelineId, c.SidecarId) {
+				c.SharedReleases = slices.DeleteFunc(slices.Clone(steps[i].Changes[j].Releases), func(s string) bool { return slices.Contains(c.Releases, s) })
 			}
 			if len(c.Releases)+len(c.SharedReleases) > 0 {
 				c.ReleaseTimeoutMs = uint64(p.releaseTimeout(m, c.SidecarId, ms).Milliseconds())

@@ -515,7 +515,12 @@ func oneOwner(t *testing.T, seed uint64) {
 				r.applied(id)
 			}
 		}
-		beat(l, 3*time.Minute, sidecars...)
+		for range 15 { // those that had expired have stayed for long enough to get their share
+			beat(l, time.Minute, sidecars...)
+			for _, id := range sidecars {
+				r.applied(id)
+			}
+		}
 		before, plans := r.table(), r.planned()
 		beat(l, 3*time.Minute, sidecars...)
 		if r.table() != before || r.planned() != plans || len(r.handovers()) > 0 {

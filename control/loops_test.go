@@ -210,7 +210,7 @@ func (r *replica) inBubble(test func(t *testing.T, l *Liveness)) {
 		r.enter()
 		ctx, cancel := context.WithCancel(context.Background())
 		l := r.liveness()
-		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, MovesPerMinute: r.budget, BalanceInterval: r.balance,
+		p := NewPlacer(PlacerConfig{Node: r, State: r, Submit: r, MovesPerMinute: r.budget, BalanceInterval: r.balance, FlapGrace: time.Minute,
 			Now: func() time.Time { return setWall(time.Now(), r.jump) }})
 		r.placer = p
 		var loops sync.WaitGroup

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 
@@ -49,6 +48,9 @@ type PlacerConfig struct {
 	// BalanceInterval is how often stages are moved for balance alone, within that
 	// bound: see placement.Engine.Balance. 0 = never.
 	BalanceInterval time.Duration
+	// FlapGrace is that of LivenessConfig: who has expired less than ten times this ago is
+	// given nothing for balance. 0 = it makes no difference.
+	FlapGrace time.Duration
 	// Planned is told about every plan that was carried out, Stopped when this node
 	// leads no more; either may be nil.
 	Planned func(PlanInfo)
@@ -103,6 +105,9 @@ func (c *PlacerConfig) EnsureDefaults() {
 	}
 	if c.HandoverTimeout <= 0 {
 		c.HandoverTimeout = 45 * time.Second
+	}
+	if c.BalanceInterval > 0 {
+		c.BalanceInterval = max(c.BalanceInterval, minBalanceInterval)
 	}
 	if c.Planned == nil {
 		c.Planned = func(PlanInfo) {}
@@ -372,7 +377,12 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 		plan := m.engine.Plan()
 		planned, moved := m.revision, false
 		info := PlanInfo{Revision: planned, Quality: plan.Quality}
-		changes := p.now(m, slices.Concat(plan.Steps, p.even(m, w, start)), w, &info, ms)
+		changes := p.now(m, plan.Steps, w, &info, ms)
+		if len(changes) == 0 {
+			changes = p.even(m, w, &info, ms)
+		} else {
+			w.even = p.evenAt
+		}
 		info.Took, info.Changes = time.Since(start), len(changes)
 		for _, chunk := range p.chunks(changes) {
 			p.older.add(m, chunk, time.Now())
@@ -392,7 +402,9 @@ func (p *Placer) plan(ctx context.Context, m *mirror, sub *router.Subscription, 
 			if res.GetChanged() { // otherwise it is the revision of somebody else
 				own[res.GetRevision()] = true
 			}
-			info.Stale += int(res.GetStale())
+			if info.Stale += int(res.GetStale()); info.Stale > 0 {
+				info.Evened = 0 // not all of it, at least
+			}
 			// A large plan is more than what is kept for subscribers. Whoever took its
 			// changes over only at the end would have lost its place by then, and
 			// read the whole state again.

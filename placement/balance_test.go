@@ -402,3 +402,27 @@ func TestBalanceLeavesAlone(t *testing.T) {
 		t.Fatalf("p0 is to be left alone: %+v", steps)
 	}
 }
+
+// TestDriftCountsWhoTakes: changes of sidecars that are given nothing do not make up for
+// others that come, which have to be noticed.
+func TestDriftCountsWhoTakes(t *testing.T) {
+	m := newModel()
+	for _, id := range []string{"a", "b"} {
+		m.putSidecar(&Sidecar{ID: id, Endpoint: id, Generation: 1, Condition: Expired, Offers: parseOffers(t, []string{"lake:sink"})})
+	}
+	m.change("a", func(s *Sidecar) { s.Condition = Alive })
+	for i := range 4 {
+		m.putPipeline(parsePipeline(t, fmt.Sprint("p", i), "lake:sink"))
+	}
+	m.carryOut(m.engine.Plan())
+	m.balanced(1, false)
+	for range 3 {
+		m.change("b", func(s *Sidecar) { s.Grace = !s.Grace })
+	}
+	m.change("b", func(s *Sidecar) { s.Condition, s.Grace = Alive, false })
+	m.carryOut(m.engine.Plan())
+	m.carryOut(Plan{Steps: m.balanced(10, false)})
+	if load := m.load(); load["b"] != 2 {
+		t.Fatalf("the loads are %v", load)
+	}
+}

@@ -31,8 +31,8 @@ func (e *Engine) PutSidecar(s *Sidecar) {
 		e.countOpen(h, -1)
 		x.set(s)
 		e.countOpen(h, +1)
-		if old.takes() == s.takes() && old.capacity() == s.capacity() {
-			e.drift -= 2 * s.capacity()
+		if old.takes() && s.takes() && old.capacity() == s.capacity() {
+			e.drift -= 2 * s.capacity() // nothing came or went
 		}
 	}
 	other := !slices.EqualFunc(old.Offers, s.Offers, sameOffer)

@@ -37,7 +37,7 @@ func newControlLoops(s *Server) (*controlLoops, error) {
 	c.placer = control.NewPlacer(control.PlacerConfig{
 		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Logger: s.log.With("part", "placement"), Now: s.o.Now,
 		HandoverTimeout: s.handoverTimeout(), MovesPerMinute: int(s.c.Placement.MovesPerMinute),
-		BalanceInterval: s.c.Placement.BalanceInterval,
+		BalanceInterval: s.c.Placement.BalanceInterval, FlapGrace: s.c.Placement.FlapGrace,
 		Planned: func(p control.PlanInfo) {
 			if p.Stale == 0 {
 				c.planned.set(p.Revision)
