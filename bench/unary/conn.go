@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -139,6 +140,10 @@ func (c *Conn) Invoke(ctx context.Context, method string, args, reply any, opts 
 		<-call.ended // it ended at the same time
 	}
 	if call.err != nil {
+		// A server may notice that the call's time is over before this side does.
+		if end, ok := ctx.Deadline(); ok && status.Code(call.err) == codes.Canceled && !time.Now().Before(end) {
+			return status.FromContextError(context.DeadlineExceeded).Err()
+		}
 		return call.err
 	}
 	body, err := messageOf(call.in)

@@ -355,7 +355,11 @@ func (l *link) take(f http2.Frame) error {
 		}
 	case *http2.RSTStreamFrame:
 		if call != nil {
-			l.end(call, status.Error(codes.Unavailable, "unary: the server ended the call: "+f.ErrCode.String()))
+			code := codes.Unavailable
+			if f.ErrCode == http2.ErrCodeCancel {
+				code = codes.Canceled // as gRPC has it
+			}
+			l.end(call, status.Error(code, "unary: the server ended the call: "+f.ErrCode.String()))
 		}
 	case *http2.SettingsFrame:
 		return l.settings(f)
