@@ -55,6 +55,7 @@ func (p *Placer) even(m *mirror, w *waits, info *PlanInfo, ms uint64) []*command
 		// As a whole and now, or not at all: it runs well where it is, and must not wait
 		// for other tables to be forgotten while it runs nowhere.
 		if h.Later > 0 || !p.budget.take(st.Moves, at) {
+			m.engine.Declined(st.Pipeline)
 			continue
 		}
 		info.Evened += st.Moves

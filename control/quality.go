@@ -80,8 +80,8 @@ type Scores struct {
 	Last Moves
 	// Plans counts plans, Moves and Least add up theirs.
 	Plans, Moves, Least uint64
-	// Evened counts the stages that were moved for balance alone, which are not among
-	// Moves: no plan had to.
+	// Evened counts the stages that were moved for balance alone. Those that another
+	// sidecar had to let go of first begin in a plan of their own, and are among Moves, too.
 	Evened uint64
 	// Took is how long the newest plan took.
 	Took time.Duration

@@ -112,7 +112,7 @@ func (n *node) launch() (*exec.Cmd, error) {
 		"--listen-addr", n.o.clientAddr(n.id), "--raft-addr", n.o.peerAddr(n.id),
 		"--liveness-heartbeat-interval", n.o.Leases.HeartbeatEvery.String(),
 		"--liveness-suspect-after", n.o.Leases.SuspectAfter.String(), "--liveness-expire-after", n.o.Leases.ExpireAfter.String(),
-		"--placement-balance-interval", n.o.Leases.ExpireAfter.String(),
+		"--placement-balance-interval", min(max(n.o.Leases.ExpireAfter, time.Second), time.Hour).String(),
 	}
 	for i := 1; i <= n.o.Nodes; i++ {
 		args = append(args, "--peers", fmt.Sprintf("%d:%s", i, n.o.peerAddr(i)))

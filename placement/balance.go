@@ -57,29 +57,66 @@ func (e *Engine) Balance(limits Limits) []Step {
 		e.shares() // even one sidecar that came has a share
 	}
 	b := balance{e: e, Limits: limits, left: limits.Moves, wants: make(map[int32]supplied)}
-	for _, t := range b.todo() {
+	over := b.over()
+	if len(over) == 0 {
+		e.pass++
+		return nil
+	}
+	defer b.skip()()
+	todo, all := b.todo(over)
+	for _, t := range todo {
 		if b.left <= 0 || b.looks > maxLooks || b.laid > maxLaid {
+			all = false
 			break
 		}
 		x := &e.pipes[t.pipe]
 		if x.circular || b.SkipPipeline != nil && b.SkipPipeline(x.id) || !slices.ContainsFunc(t.from, b.uneven) {
 			continue
 		}
-		if x.pass == e.pass {
-			continue // nothing of it could be moved, and others have not had their turn
-		}
+		before := b.laid
 		if st, ok := b.move(x, t.from); ok {
-			x.failed = 0
+			x.failed /= 2
 			b.steps = append(b.steps, st)
-		} else {
-			x.failed++
-			x.pass = e.pass
+		} else if before == 0 || b.laid <= maxLaid { // otherwise others left nothing for it
+			e.Declined(x.id)
 		}
 	}
-	if b.looks <= maxLooks && b.laid <= maxLaid {
+	if all {
 		e.pass++
 	}
 	return b.steps
+}
+
+// Declined is told that a pipeline's step was not carried out: Balance comes to the others
+// first, and asks for less of it the next time.
+func (e *Engine) Declined(pipeline string) {
+	if i, ok := e.pipeID[pipeline]; ok {
+		x := &e.pipes[i]
+		x.failed++
+		x.pass = e.pass
+	}
+}
+
+// skip lets nobody find those who are given nothing until the returned function is
+// called: the least loaded of many would stand for all of them.
+func (b *balance) skip() (end func()) {
+	e := b.e
+	var hidden []int32
+	set := func(h int32, to bool) {
+		e.hosts[h].skipped = to
+		e.refresh(h)
+	}
+	for h := range e.hosts {
+		if x := &e.hosts[h]; b.SkipSidecar != nil && x.profile >= 0 && x.takes && b.SkipSidecar(x.s.ID) {
+			hidden = append(hidden, int32(h))
+			set(int32(h), true)
+		}
+	}
+	return func() {
+		for _, h := range hidden {
+			set(h, false)
+		}
+	}
 }
 
 // balance is one call of Balance.
@@ -123,32 +160,40 @@ func (b *balance) exceeds(h, n int32) bool {
 	return float64(n) > max(1, math.Ceil(share-1.0/64)) && float64(n) > (1+worthwhile)*share
 }
 
-// todo lists what can be moved, the most loaded sidecars' pipelines first; of one
-// sidecar's those before the others that nobody has to let go of first.
-func (b *balance) todo() []relief {
+// over lists the sidecars that have too much, the most loaded first.
+func (b *balance) over() (over []int32) {
 	e := b.e
-	var over []int32
 	for h := range e.hosts {
 		if b.uneven(int32(h)) {
 			over = append(over, int32(h))
 		}
 	}
-	if len(over) == 0 {
-		return nil
-	}
-	key := func(h int32) uint64 { return weigh(e.hosts[h].load, e.hosts[h].capacity) }
-	slices.SortFunc(over, func(a, c int32) int { return cmp.Or(-cmp.Compare(key(a), key(c)), e.compareIDs(a, c)) })
+	slices.SortFunc(over, func(a, c int32) int { return cmp.Or(-cmp.Compare(b.key(a), b.key(c)), e.compareIDs(a, c)) })
+	return over
+}
+
+// key is how loaded h is.
+func (b *balance) key(h int32) uint64 { return weigh(b.e.hosts[h].load, b.e.hosts[h].capacity) }
+
+// todo lists what can be moved from those that have too much and was not found
+// impossible in this pass: the most loaded sidecars' pipelines first, and of one sidecar's those before
+// the others that nobody has to let go of first. all is false when that is not all,
+// since there is too much of it.
+func (b *balance) todo(over []int32) (out []relief, all bool) {
+	e := b.e
+	all = true
 	at := make(map[int32]int) // pipe -> place in out
-	var out []relief
 	for _, h := range over {
+		if b.looks > maxLooks {
+			all = false
+			break
+		}
 		for _, p := range e.hosts[h].pipes {
 			x := &e.pipes[p]
-			if b.looks++; b.looks > maxLooks {
-				return out
-			}
-			if x.spec == nil || !x.spec.Enabled || x.dirty {
+			if x.spec == nil || !x.spec.Enabled || x.dirty || x.pass == e.pass {
 				continue
 			}
+			b.looks++
 			hope, source := b.hope(x, h)
 			if !hope {
 				continue
@@ -157,7 +202,7 @@ func (b *balance) todo() []relief {
 			if !known {
 				k = len(out)
 				at[p] = k
-				out = append(out, relief{pipe: p, load: key(h), source: source})
+				out = append(out, relief{pipe: p, load: b.key(h), source: source})
 			}
 			out[k].from = append(out[k].from, h)
 		}
@@ -165,7 +210,8 @@ func (b *balance) todo() []relief {
 	slices.SortFunc(out, func(a, c relief) int {
 		return cmp.Or(-cmp.Compare(a.load, c.load), compareBools(a.source, c.source), cmp.Compare(e.pipes[a.pipe].id, e.pipes[c.pipe].id))
 	})
-	return out
+	b.looks = 0
+	return out, all
 }
 
 // hope is false when for some stage of x that h runs there is nobody who would be
@@ -262,10 +308,11 @@ func (b *balance) arrange(x *pipe, from []int32) []transfer {
 	was := l.evaluate()
 	todo := b.transfers(x, from)
 	if n := len(todo); n > 0 { // not those first that could not be made the last time
-		todo = slices.Concat(todo[int(x.failed)*maxTries%n:], todo[:int(x.failed)*maxTries%n])
+		todo = slices.Concat(todo[int(x.failed)%n:], todo[:int(x.failed)%n])
 	}
 	for try := 0; len(todo) > 0 && try < maxTries; {
-		moves := todo
+		// Fewer together each time: of a wide pipeline there is not more than one try.
+		moves := todo[:max(1, len(todo)>>min(x.failed, 20))]
 		for {
 			try++
 			b.laid += len(l.nodes)
@@ -506,7 +553,7 @@ func (b *balance) taker(node, has int32, ins [][]int32, parts []int32, given map
 // suits is true when a sidecar may be given all that a node runs, runs none of it, and
 // no records would go round if all others handed over as they do.
 func (b *balance) suits(node, to int32, ins [][]int32) bool {
-	if b.SkipSidecar != nil && b.SkipSidecar(b.e.hosts[to].s.ID) {
+	if b.e.hosts[to].skipped {
 		return false
 	}
 	l := &b.e.l

@@ -426,3 +426,64 @@ func TestDriftCountsWhoTakes(t *testing.T) {
 		t.Fatalf("the loads are %v", load)
 	}
 }
+
+// TestBalanceLooksPastTheSkipped: a sidecar that is to be given nothing, and is the least
+// loaded of its like, does not hide the others.
+func TestBalanceLooksPastTheSkipped(t *testing.T) {
+	for _, skipped := range []string{"b", "c"} {
+		m := newModel()
+		put := func(id string) {
+			m.putSidecar(&Sidecar{ID: id, Endpoint: id + ":1", Generation: 1, Zone: "east", Offers: parseOffers(t, []string{"lake:sink"})})
+		}
+		put("a")
+		for i := range 6 {
+			m.putPipeline(parsePipeline(t, fmt.Sprint("p", i), "lake:sink"))
+		}
+		m.carryOut(m.engine.Plan())
+		put("b")
+		put("c")
+		m.carryOut(m.engine.Plan())
+		m.carryOut(Plan{Steps: m.engine.Balance(Limits{Moves: 10, SkipSidecar: func(id string) bool { return id == skipped }})})
+		if load := m.load(); load["a"] > 3 || load[skipped] != 0 {
+			t.Fatalf("%s is skipped, the loads are %v", skipped, load)
+		}
+		if len(m.engine.Balance(Limits{Moves: 10})) == 0 {
+			t.Fatalf("%s is not skipped any more, and still gets nothing", skipped)
+		}
+	}
+}
+
+// TestBalanceOfMoreThanItLooksAt: what is more than one call looks at is evened by many.
+func TestBalanceOfMoreThanItLooksAt(t *testing.T) {
+	m := newModel()
+	put := func(id string) {
+		m.putSidecar(&Sidecar{ID: id, Endpoint: id + ":1", Generation: 1, Offers: parseOffers(t, []string{"lake:sink"})})
+	}
+	const wide, pipelines = 1500, 180
+	for i := range wide {
+		put(fmt.Sprintf("a%05d", i))
+	}
+	for i := range pipelines {
+		m.putPipeline(parsePipeline(t, fmt.Sprintf("w%03d", i), fmt.Sprintf("lake:sink*%d", wide)))
+	}
+	m.carryOut(m.engine.Plan())
+	for i := range wide {
+		put(fmt.Sprintf("b%05d", i))
+	}
+	m.carryOut(m.engine.Plan())
+	if wide*pipelines <= maxLooks {
+		t.Fatal("that is not more")
+	}
+	moves := 0
+	for range 3 {
+		steps := m.balanced(2000, true)
+		for _, st := range steps {
+			moves += st.Moves
+		}
+		m.carryOut(Plan{Steps: steps})
+		m.carryOut(m.engine.Plan())
+	}
+	if moves < 5000 {
+		t.Fatalf("%d stages were moved in three calls of up to 2,000", moves)
+	}
+}

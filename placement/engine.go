@@ -81,6 +81,7 @@ type host struct {
 	inbound  int32 // sidecars that hand over to it, over all pipelines
 	takes    bool  // it may be given stages
 	held     bool  // the pipeline that is being laid out looks at it by itself
+	skipped  bool  // Balance gives it nothing
 	// order is the place of its id among those of the first view, -1 for a later
 	// one.
 	order int32

@@ -21,8 +21,8 @@ type layout struct {
 	keepDraining bool
 	// suspectsLetGo: see forget.
 	letGo bool
-	// cautious: what stays is laid out only without ways that tables which sidecars
-	// may still hold would make circles of.
+	// cautious: nobody hands over in a way that tables which sidecars may still hold
+	// would make a circle of.
 	cautious bool
 	// firsts: one instance of every stage is looked for, more come later.
 	firsts bool
@@ -339,6 +339,7 @@ func (l *layout) place(stg, h int32, careful bool) bool {
 
 // route makes sure that from can hand over to stage stg if that runs anywhere.
 func (l *layout) route(from, stg int32, careful bool) bool {
+	careful = careful || l.cautious
 	if l.nodes[from].local.has(stg) {
 		return true
 	}

@@ -25,10 +25,10 @@ type pipe struct {
 	step     int32  // of the plan that is being made, -1 = none
 	shifts   uint64 // Engine.shifts when it was laid out
 
-	// pass is in which pass of Balance nothing of it could be moved, failed in how many
-	// since something was.
+	// pass is in which pass of Balance nothing of it could be moved, failed in how many,
+	// less what went well since.
 	pass   uint64
-	failed uint8
+	failed uint32
 
 	// What came of the newest layout: its figures, and which stages have a place.
 	figures figures

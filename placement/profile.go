@@ -189,7 +189,7 @@ func (e *Engine) zoneOf(p *profile, zone int32) (lo, hi int) {
 // hostKey is the key of h in its profile.
 func (e *Engine) hostKey(h int32) uint64 {
 	x := &e.hosts[h]
-	if x.held || !x.takes {
+	if x.held || x.skipped || !x.takes {
 		return closed
 	}
 	return weigh(x.load+1, x.capacity)

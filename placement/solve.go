@@ -235,7 +235,7 @@ func (l *layout) keepRoutes() bool {
 	for _, i := range l.x.order {
 		for _, from := range l.at[i] {
 			for _, d := range l.x.stages[i].down {
-				if !l.route(from, d, true) && (l.cautious || !l.route(from, d, false)) {
+				if !l.route(from, d, true) && !l.route(from, d, false) {
 					return false
 				}
 			}

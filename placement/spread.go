@@ -123,6 +123,7 @@ func (l *layout) feed(d *donors, idle int32, careful bool) bool {
 // does, and as long as this goes on nobody will. Of those that idle itself hands
 // records to it tries only so many.
 func (l *layout) feedFrom(list *[]int32, stg, idle int32, careful bool) bool {
+	careful = careful || l.cautious
 	spare := func(from int32) bool {
 		to, _ := l.nodes[from].next(stg)
 		return l.nodes[to].fanIn(stg) >= 2

@@ -18,6 +18,9 @@ import (
 	"google.golang.org/grpc/status"
 )
 
+// cancelled is the code of a stream that the other side has given up.
+const cancelled = http2.ErrCodeCancel
+
 const (
 	// What the server may send in one reply, and in all of them before it is told
 	// that they were read. The former is never raised, so it is the bound of a reply.
@@ -356,7 +359,7 @@ func (l *link) take(f http2.Frame) error {
 	case *http2.RSTStreamFrame:
 		if call != nil {
 			code := codes.Unavailable
-			if f.ErrCode == http2.ErrCodeCancel {
+			if f.ErrCode == cancelled {
 				code = codes.Canceled // as gRPC has it
 			}
 			l.end(call, status.Error(code, "unary: the server ended the call: "+f.ErrCode.String()))
