@@ -358,8 +358,8 @@ func (l *link) take(f http2.Frame) error {
 		}
 	case *http2.RSTStreamFrame:
 		if call != nil {
-			code := codes.Unavailable
-			if f.ErrCode == cancelled {
+			code, reason := codes.Unavailable, f.ErrCode
+			if reason == cancelled {
 				code = codes.Canceled // as gRPC has it
 			}
 			l.end(call, status.Error(code, "unary: the server ended the call: "+f.ErrCode.String()))
