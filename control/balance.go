@@ -4,21 +4,18 @@ import (
 	"time"
 
 	"conveyor.etl/router/placement"
+	"conveyor.etl/router/router"
 	"conveyor.etl/router/router/commandpb"
 )
 
 // minBalanceInterval is the shortest time between two looks for what can be evened.
 const minBalanceInterval = time.Second
 
-// flapFactor times the grace is how long a sidecar that has expired counts as one that
-// may do so again; the state machine goes by the same.
-const flapFactor = 10
-
 // even returns the changes that even the load, once every BalanceInterval. Plans keep
 // everything where it runs well, so that without it a sidecar that joins would stay
 // idle until something is new or lost.
 //
-// It is asked only when a plan changes nothing, so that nobody waits for it, and not
+// It is asked only when a plan changes nothing, so that no plan waits for it, and not
 // while moves for the sake of pipelines' edges wait for the budget: it would use up what
 // is saved for them.
 func (p *Placer) even(m *mirror, w *waits, info *PlanInfo, ms uint64) []*commandpb.AssignmentChange {
@@ -38,7 +35,7 @@ func (p *Placer) even(m *mirror, w *waits, info *PlanInfo, ms uint64) []*command
 		// One that comes and goes would draw its share to itself with every return.
 		SkipSidecar: func(id string) bool {
 			s := m.sidecars[id]
-			return s.GetExpiredAtMs() > 0 && now <= s.GetExpiredAtMs()+flapFactor*uint64(p.c.FlapGrace.Milliseconds())
+			return s.GetExpiredAtMs() > 0 && now <= s.GetExpiredAtMs()+router.FlapFactor*uint64(p.c.FlapGrace.Milliseconds())
 		},
 	})
 	// After the look, which takes its time: the next one has to be later than this one.

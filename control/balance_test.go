@@ -9,6 +9,19 @@ import (
 	"conveyor.etl/router/router"
 )
 
+// sixOnOne is a state in which a runs all of six pipelines, and load is evened every 30 s.
+// all is what it takes to run them.
+func sixOnOne(t *testing.T) (r *replica, all []string) {
+	t.Helper()
+	r, all = newReplica(t, router.Options{}), []string{"orders:source", "clean:transform", "lake:sink"}
+	r.balance = 30 * time.Second
+	r.register("a", all...)
+	for i := range 6 {
+		r.putPipeline(fmt.Sprint("p", i), threeStages)
+	}
+	return r, all
+}
+
 // share counts the pipelines of which a sidecar runs the source.
 func (r *replica) share(pipelines int, sidecar string) (n int) {
 	for i := range pipelines {
@@ -25,13 +38,7 @@ func (r *replica) share(pipelines int, sidecar string) (n int) {
 func TestNewcomerGetsItsShare(t *testing.T) {
 	for _, changes := range []bool{false, true} {
 		t.Run(fmt.Sprint("leader changes ", changes), func(t *testing.T) {
-			r := newReplica(t, router.Options{})
-			r.balance = 30 * time.Second
-			all := []string{"orders:source", "clean:transform", "lake:sink"}
-			r.register("a", all...)
-			for i := range 6 {
-				r.putPipeline(fmt.Sprint("p", i), threeStages)
-			}
+			r, all := sixOnOne(t)
 			r.inBubble(func(t *testing.T, l *Liveness) {
 				r.setLeading(true)
 				beat(l, time.Minute, "a")
@@ -130,13 +137,7 @@ func TestBudgetSaysWhen(t *testing.T) {
 // TestFlappingSidecarDrawsNothing: a sidecar that comes and goes is not given a share each
 // time it is back; one that has stayed for long enough is.
 func TestFlappingSidecarDrawsNothing(t *testing.T) {
-	r := newReplica(t, router.Options{})
-	r.balance = 30 * time.Second
-	all := []string{"orders:source", "clean:transform", "lake:sink"}
-	r.register("a", all...)
-	for i := range 6 {
-		r.putPipeline(fmt.Sprint("p", i), threeStages)
-	}
+	r, all := sixOnOne(t)
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		turn := func(d time.Duration, ids ...string) {
 			for end := time.Now().Add(d); time.Now().Before(end); {
@@ -248,13 +249,7 @@ func TestBalanceLeavesHandoversAlone(t *testing.T) {
 // TestStaleMoveIsMadeAgain: a move that the state has overtaken is not counted, and comes
 // with the next look.
 func TestStaleMoveIsMadeAgain(t *testing.T) {
-	r := newReplica(t, router.Options{})
-	r.balance = 30 * time.Second
-	all := []string{"orders:source", "clean:transform", "lake:sink"}
-	r.register("a", all...)
-	for i := range 6 {
-		r.putPipeline(fmt.Sprint("p", i), threeStages)
-	}
+	r, all := sixOnOne(t)
 	r.inBubble(func(t *testing.T, l *Liveness) {
 		r.setLeading(true)
 		beat(l, time.Minute, "a")

@@ -20,6 +20,9 @@ const (
 	// maxTries is how often one pipeline is laid out in one call, since some of its
 	// moves cannot be made together.
 	maxTries = 12
+	// maxFailed bounds how little of a pipeline is asked for after failures: a 64th of what
+	// could be moved. More would only make it slow when it can be helped again.
+	maxFailed = 6
 	// maxOffers is how many sidecars are compared for one move.
 	maxOffers = 16
 )
@@ -35,7 +38,7 @@ type Limits struct {
 	SkipPipeline, SkipSidecar func(id string) bool
 }
 
-// Balance returns steps that move up to most stages from sidecars that have more than
+// Balance returns steps that move up to limits.Moves stages from sidecars that have more than
 // their share of load to others that have less, those of the most loaded first. Plan
 // keeps everything where it runs well, so that a sidecar that joins gets only what is
 // new or was lost; this is what gives it its share.
@@ -92,7 +95,7 @@ func (e *Engine) Balance(limits Limits) []Step {
 func (e *Engine) Declined(pipeline string) {
 	if i, ok := e.pipeID[pipeline]; ok {
 		x := &e.pipes[i]
-		x.failed++
+		x.failed = min(x.failed+1, maxFailed)
 		x.pass = e.pass
 	}
 }
@@ -176,9 +179,9 @@ func (b *balance) over() (over []int32) {
 func (b *balance) key(h int32) uint64 { return weigh(b.e.hosts[h].load, b.e.hosts[h].capacity) }
 
 // todo lists what can be moved from those that have too much and was not found
-// impossible in this pass: the most loaded sidecars' pipelines first, and of one sidecar's those before
-// the others that nobody has to let go of first. all is false when that is not all,
-// since there is too much of it.
+// impossible in this pass: the most loaded sidecars' pipelines first, and of one
+// sidecar's those before the others that nobody has to let go of first. all is false when
+// that is not all, since there is too much of it.
 func (b *balance) todo(over []int32) (out []relief, all bool) {
 	e := b.e
 	all = true
@@ -307,12 +310,13 @@ func (b *balance) arrange(x *pipe, from []int32) []transfer {
 	b.laid += len(l.nodes)
 	was := l.evaluate()
 	todo := b.transfers(x, from)
-	if n := len(todo); n > 0 { // not those first that could not be made the last time
-		todo = slices.Concat(todo[int(x.failed)%n:], todo[:int(x.failed)%n])
+	if n := len(todo); n > 0 { // others first in each pass: some cannot be made
+		k := int(b.e.pass % uint64(n))
+		todo = slices.Concat(todo[k:], todo[:k])
 	}
 	for try := 0; len(todo) > 0 && try < maxTries; {
 		// Fewer together each time: of a wide pipeline there is not more than one try.
-		moves := todo[:max(1, len(todo)>>min(x.failed, 20))]
+		moves := todo[:max(1, len(todo)>>x.failed)]
 		for {
 			try++
 			b.laid += len(l.nodes)

@@ -26,9 +26,9 @@ type pipe struct {
 	shifts   uint64 // Engine.shifts when it was laid out
 
 	// pass is in which pass of Balance nothing of it could be moved, failed in how many,
-	// less what went well since.
+	// up to maxFailed; half of that after each that went well.
 	pass   uint64
-	failed uint32
+	failed uint8
 
 	// What came of the newest layout: its figures, and which stages have a place.
 	figures figures

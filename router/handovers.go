@@ -9,13 +9,14 @@ import (
 	"conveyor.etl/router/router/commandpb"
 )
 
+// FlapFactor: who expires again within so many times the grace it would get comes and
+// goes. Part of the state machine, so no option.
+const FlapFactor = 10
+
 // Bounds of what may be waited for. Part of the state machine, so no options.
 const (
 	maxReleaseMS = 60 * 60 * 1000
 	maxDrainMS   = 24 * 60 * 60 * 1000
-	// flapFactor: who expires again within so many times the grace it would get
-	// comes and goes.
-	flapFactor = 10
 	// maxCountedOwners is up to which parallelism the owners of an entry stage are
 	// counted. Where more may run it, counting them for each change would cost a look
 	// at all of them, and one too many is not what a source cannot bear.

@@ -187,7 +187,7 @@ func (t *tx) transitionSidecar(c *commandpb.TransitionSidecar) *commandpb.Reject
 	next.State, next.StateChangedAtMs = c.State, t.now
 	next.GraceUntilMs = 0
 	if grace := min(c.GraceMs, maxReleaseMS); expired && grace > 0 {
-		if prev.ExpiredAtMs > 0 && t.now <= prev.ExpiredAtMs+flapFactor*grace {
+		if prev.ExpiredAtMs > 0 && t.now <= prev.ExpiredAtMs+FlapFactor*grace {
 			next.GraceUntilMs = t.now + grace
 		}
 		next.ExpiredAtMs = t.now

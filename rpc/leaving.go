@@ -98,8 +98,9 @@ func (l *leavers) on(sidecar string) (map[string]*commandpb.Service, error) {
 	return out, nil
 }
 
-// maxLeaversAsked bounds of how many sidecars of one stage it is looked for services that
-// drain: each costs a scan, and a stage may run on ten thousand.
+// maxLeaversAsked bounds on how many sidecars of one stage it is looked for services that
+// drain: each costs a scan, and a stage may run on ten thousand. Those that drain on
+// others are not told of here; the sidecars themselves show them.
 const maxLeaversAsked = 1000
 
 // reason says which of the services that a stage runs with drain, and until when; "" when
@@ -108,7 +109,7 @@ func (l *leavers) reason(by []runner) (string, error) {
 	n, until := 0, uint64(0)
 	var first *commandpb.Service
 	if len(by) > maxLeaversAsked {
-		by = by[:maxLeaversAsked] // who drains is found all the same when there are many
+		by = by[:maxLeaversAsked]
 	}
 	for _, r := range by {
 		s, err := l.of(r)
