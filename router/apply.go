@@ -173,6 +173,7 @@ func (s *FSM) commit(t *tx) error {
 	}
 	t.home.current = true
 	s.records.unblock()
+	t.home.pace.wrote(b.Len())
 	if err := b.Close(); err != nil {
 		return err
 	}

@@ -87,8 +87,10 @@ type database struct {
 	refs     atomic.Int64
 	obsolete atomic.Bool
 
-	// held schedules the compactions; nil for what is only read.
+	// held schedules the compactions, and pace is that of flushes and compactions;
+	// nil for what is only read.
 	held *heldCompactions
+	pace *background
 
 	// stale is set after each flush; the next Durable looks again.
 	stale   atomic.Bool
@@ -144,12 +146,14 @@ func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database,
 	// and filters of the tables thrown out, and read them from disk again.
 	cache := pebble.NewCache(o.CacheBytes + 2*o.MemTableBytes)
 	defer cache.Unref()
-	po := pebbleOptions(fs, o, cache)
+	d.pace = newBackground(o.MemTableBytes)
+	po := pebbleOptions(d.pace.files(fs), o, cache)
 	po.ErrorIfNotExists = !create
 	po.ErrorIfExists = create
 	po.EventListener = &pebble.EventListener{
 		// Called with Pebble's lock held: only leave a note.
-		FlushEnd: func(i pebble.FlushInfo) { d.stale.Store(true); d.held.flushed() },
+		FlushBegin: func(pebble.FlushInfo) { d.pace.flushBegan() },
+		FlushEnd:   func(i pebble.FlushInfo) { d.stale.Store(true); d.held.flushed() },
 		BackgroundError: func(err error) {
 			if !errors.Is(err, pebble.ErrCancelledCompaction) {
 				d.report(err)
@@ -168,6 +172,7 @@ func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database,
 		return nil, nil, fmt.Errorf("router: open state in %s: %w", dir, formatError(err))
 	}
 	d.db = pdb
+	d.pace.opened(pdb)
 	if create {
 		return d, release, nil
 	}
@@ -343,8 +348,14 @@ func (d *database) lastError() error {
 	return d.last
 }
 
-// flush makes everything written so far durable, or says why not.
+// flush makes everything written so far durable, or says why not. Somebody waits for it.
 func (d *database) flush() error {
+	defer d.pace.Hurry()()
+	return d.flushAtEase()
+}
+
+// flushAtEase is flush for who can wait: writes go first.
+func (d *database) flushAtEase() error {
 	trouble, err := d.troubles()
 	if err != nil {
 		return err
@@ -419,6 +430,7 @@ func (d *database) release() error {
 	}
 	if d.held != nil { // an image that is only read has none
 		d.held.end()
+		d.pace.Hurry() // Close waits for what goes on
 	}
 	err := d.db.Close()
 	if d.obsolete.Load() {

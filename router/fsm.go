@@ -295,7 +295,8 @@ func (s *FSM) Durable() uint64 {
 }
 
 // Flush makes durable what is applied now and returns the new Durable index.
-// It blocks on the disk; Apply may go on. On a full disk it fails with
+// It blocks on the disk; Apply may go on, and goes first: while it is called often, Flush
+// takes some times as long. On a full disk it fails with
 // ErrNoSpace and may be tried again.
 func (s *FSM) Flush() (uint64, error) {
 	d, err := s.acquire()
@@ -307,7 +308,7 @@ func (s *FSM) Flush() (uint64, error) {
 	if i, err := d.durableIndex(); err == nil && i >= applied {
 		return i, nil
 	}
-	if err := d.flush(); err != nil {
+	if err := d.flushAtEase(); err != nil {
 		return d.durable.Load(), err
 	}
 	return d.durableIndex()

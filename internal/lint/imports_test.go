@@ -81,7 +81,7 @@ var importRules = []importRule{{
 }, {
 	from:      "./router",
 	forbidden: []string{"./...", grpcPkg},
-	except:    []string{"./router/commandpb"},
+	except:    []string{"./router/commandpb", "./internal/pace"},
 	tests:     true,
 	reason:    "the state is a pure function of the log; whoever calls it depends on it, never the other way round (and API types must not get into the log)",
 }, {
@@ -94,6 +94,11 @@ var importRules = []importRule{{
 	forbidden: []string{"./..."},
 	tests:     true,
 	reason:    "the log format is replicated for ever; it must not change because the API does",
+}, {
+	from:      "./internal/pace",
+	forbidden: []string{"./...", pebblePkg},
+	except:    []string{vfsPkg},
+	reason:    "when work rests is decided by who knows what it is for",
 }, {
 	from:      "./rpc",
 	forbidden: []string{"./...", pebblePkg, "go.etcd.io/etcd/..."},

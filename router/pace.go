@@ -1,0 +1,97 @@
+package router
+
+import (
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"conveyor.etl/router/internal/pace"
+)
+
+// restTimes is for how long a flush or a compaction rests, in times of what it worked: it
+// gets a fifth of a processor, in turns of a millisecond. A flush of a memtable, a tenth
+// of a second of work, then takes half a second, where the quickest clients need two
+// seconds to fill the next one.
+const restTimes = 4
+
+// Categories that Pebble creates the files of its background work under.
+const (
+	flushCategory      vfs.DiskWriteCategory = "pebble-memtable-flush"
+	compactionCategory vfs.DiskWriteCategory = "pebble-compaction"
+)
+
+// background is the pace of the flushes and the compactions of one database. Writes go
+// first while there are any, and as long as the work keeps up with them: at its slow
+// pace it must not come to what Pebble makes writes wait for, full memtables and a high L0.
+type background struct {
+	*pace.Pace
+	memTable uint64
+	// written counts the bytes of all batches so far; flushing is what it was when the
+	// flush that goes on began.
+	written, flushing atomic.Uint64
+	// height returns the height of L0; nil until the database is open.
+	height atomic.Pointer[func() int]
+}
+
+func newBackground(memTableBytes int64) *background {
+	return &background{Pace: pace.New(), memTable: uint64(memTableBytes)}
+}
+
+// files returns fsys for the database.
+func (b *background) files(fsys vfs.FS) vfs.FS {
+	return b.Files(fsys, func(c vfs.DiskWriteCategory) func() float64 {
+		switch c {
+		case flushCategory:
+			return b.flushTimes
+		case compactionCategory:
+			return b.compactionTimes()
+		}
+		return nil
+	})
+}
+
+// wrote is called after each batch of n bytes.
+func (b *background) wrote(n int) {
+	b.written.Add(uint64(n))
+	b.Used()
+}
+
+// flushBegan is called before a flush reads what it flushes.
+func (b *background) flushBegan() { b.flushing.Store(b.written.Load()) }
+
+// flushTimes ends all rests once half of the next memtable is full, by the bytes of what
+// is written, of which a memtable takes some more.
+func (b *background) flushTimes() float64 {
+	full := float64(b.written.Load()-b.flushing.Load()) / float64(b.memTable)
+	return restTimes * max(0, 1-2*full)
+}
+
+// heightEvery is for how many rests of a compaction the height of L0 is taken to be the
+// same: to ask for it takes Pebble's lock, and a fraction of a second is nothing to L0.
+const heightEvery = 32
+
+// compactionTimes returns what ends the rests of one compaction by and by as L0 grows beyond
+// the height at which compactions begin: at the latest with the height at which none is held
+// any more.
+func (b *background) compactionTimes() func() float64 {
+	asked, times := 0, 0.0
+	return func() float64 {
+		if asked++; asked%heightEvery != 1 {
+			return times
+		}
+		height := b.height.Load()
+		if height == nil {
+			return 0
+		}
+		const room = maxHeldL0 - l0CompactionThreshold
+		times = restTimes * min(1, max(0, float64(maxHeldL0-(*height)())/room))
+		return times
+	}
+}
+
+// opened is called once the database is open.
+func (b *background) opened(db *pebble.DB) {
+	height := func() int { return int(db.Metrics().Levels[0].Sublevels) }
+	b.height.Store(&height)
+}
