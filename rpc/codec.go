@@ -84,6 +84,8 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 // so the contiguous form of data can go back to the pool at once.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	switch m := v.(type) {
+	case bufferDecoder:
+		return m.decodeBuffer(data.MaterializeToBuffer(buffers))
 	case frameDecoder:
 		buf := data.MaterializeToBuffer(buffers)
 		defer buf.Free()

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
+	"conveyor.etl/router/internal/background"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/rpc/peerpb"
 	"conveyor.etl/router/snap"
@@ -86,7 +87,9 @@ func FetchState(ctx context.Context, o FetchOptions) (string, error) {
 		var errs []error
 		for i := 0; i < len(peers) && ctx.Err() == nil; {
 			before := state
-			id, err := o.fetchFrom(ctx, d, peers[i], &state)
+			var id string
+			var err error
+			background.Do(func() { id, err = o.fetchFrom(ctx, d, peers[i], &state) })
 			if err == nil {
 				return id, nil
 			}
@@ -170,6 +173,7 @@ func (o *FetchOptions) fetchFrom(ctx context.Context, d peerDialer, p raftnode.M
 		}
 	}()
 	f := &imageIn{}
+	defer f.free()
 	for {
 		if r.Offset() == first.GetSize() {
 			info, err := r.Commit()
@@ -186,7 +190,7 @@ func (o *FetchOptions) fetchFrom(ctx context.Context, d peerDialer, p raftnode.M
 		if err := stream.RecvMsg(f); err != nil {
 			return "", fromPeer(p.ID, err)
 		}
-		err := r.Write(snap.Chunk{Offset: f.GetOffset(), Data: f.GetData(), CRC: f.GetCrc(), Last: f.GetLast()})
+		err := r.Write(snap.Chunk{Offset: f.offset, Data: f.data, CRC: f.crc, Last: f.last})
 		if err != nil {
 			broken = true
 			return "", err

@@ -157,6 +157,11 @@ func FuzzFrames(f *testing.F) {
 		_ = m.decodeFrame(data)
 		_ = c.decodeFrame(data)
 		_ = r.decodeFrame(data)
+		var i imageIn
+		_ = i.decodeBuffer(mem.SliceBuffer(data))
+		if len(i.data)+len(i.message) > len(data) {
+			t.Error("the parts of an image frame are larger than it")
+		}
 		if !bytes.Equal(keep, data) {
 			t.Error("decoding changed the frame")
 		}

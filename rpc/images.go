@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"conveyor.etl/router/internal/background"
 	"conveyor.etl/router/rpc/peerpb"
 	"conveyor.etl/router/snap"
 )
@@ -71,7 +72,9 @@ func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image 
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		reached, err := t.sendImageOnce(ctx, to, raw, image, note)
+		var reached int64
+		var err error
+		background.Do(func() { reached, err = t.sendImageOnce(ctx, to, raw, image, note) })
 		if err == nil {
 			return nil
 		}
@@ -165,24 +168,20 @@ func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []
 		return -1, fmt.Errorf("%w: it holds %d of %d bytes", ErrMalformed, held, image.Size())
 	}
 	note(held)
-	// One buffer for all chunks: what is sent was copied when Send returns.
-	buf := make([]byte, t.o.ImageChunkBytes)
 	for offset := held; ; {
-		frame := &peerpb.ImageFrame{Offset: offset}
-		chunk, err := t.o.ImageLimit.ReadChunkInto(ctx, image, buf, offset)
+		frame, err := readFrame(ctx, t.o.ImageLimit, image, offset, t.o.ImageChunkBytes)
 		switch {
 		case errors.Is(err, io.EOF): // everything is there, only the end is missing
-			frame.Last = true
+			frame = &imageOut{ImageFrame: peerpb.ImageFrame{Offset: offset, Last: true}}
 		case err != nil:
 			return held, err
 		default:
-			frame.Data, frame.Crc, frame.Last = chunk.Data, chunk.CRC, chunk.Last
-			offset += int64(len(chunk.Data))
+			offset += int64(len(*frame.data))
 		}
 		if frame.Last {
 			frame.Message = message
 		}
-		if err := stream.Send(frame); err != nil {
+		if err := stream.SendMsg(frame); err != nil {
 			return held, failed(err)
 		}
 		note(offset)
@@ -231,35 +230,43 @@ func (s *PeerServer) SendImage(stream peerpb.Peer_SendImageServer) error {
 	if err := stream.Send(&peerpb.ImageProgress{Hello: s.c.Transport.identity().hello(from), Offset: held}); err != nil {
 		return err
 	}
+	background.Do(func() { err = s.receiveImage(stream, r, id, from) })
+	return err
+}
+
+// receiveImage has r take what comes and steps the message that ends it.
+func (s *PeerServer) receiveImage(stream peerpb.Peer_SendImageServer, r *snap.Receiver, id string, from uint64) error {
 	f := &imageIn{}
+	defer f.free()
 	for {
 		if err := stream.RecvMsg(f); err != nil {
 			return endOfStream(err)
 		}
-		if len(f.GetData()) > 0 {
+		if len(f.data) > 0 {
 			if r == nil {
 				return Status(fmt.Errorf("%w: data of an image that is here", ErrMalformed)).Err()
 			}
-			err := r.Write(snap.Chunk{Offset: f.GetOffset(), Data: f.GetData(), CRC: f.GetCrc(), Last: f.GetLast()})
+			err := r.Write(snap.Chunk{Offset: f.offset, Data: f.data, CRC: f.crc, Last: f.last})
 			if err != nil {
 				return Status(err).Err()
 			}
 		}
-		if f.GetLast() {
-			return s.finishImage(stream, r, id, from, f.GetMessage())
+		if f.last {
+			return s.finishImage(stream, r, id, from, f.message)
 		}
 	}
 }
 
-// imageIn is a received ImageFrame whose data is read into the same buffer each
-// time: to leave it to the garbage collector costs more than to store it.
-type imageIn struct{ peerpb.ImageFrame }
-
-func (f *imageIn) decodeFrame(b []byte) error {
-	data := f.Data[:0]
-	f.Reset()
-	f.Data = data
-	return f.UnmarshalVT(b)
+// readFrame reads the next chunk of image, of at most size bytes, at the pace of limit.
+func readFrame(ctx context.Context, limit *snap.RateLimit, image *snap.Reader, offset int64, size int) (*imageOut, error) {
+	buf := buffers.Get(size)
+	chunk, err := limit.ReadChunkInto(ctx, image, *buf, offset)
+	if err != nil {
+		buffers.Put(buf)
+		return nil, err
+	}
+	*buf = chunk.Data
+	return &imageOut{peerpb.ImageFrame{Offset: chunk.Offset, Crc: chunk.CRC, Last: chunk.Last}, buf}, nil
 }
 
 // finishImage stores what r received and steps the message raw.
@@ -284,6 +291,9 @@ func (s *PeerServer) finishImage(stream peerpb.Peer_SendImageServer, r *snap.Rec
 	}
 	return stream.Send(&peerpb.ImageProgress{Stored: true})
 }
+
+// fetchChunkBytes is the size of the chunks of an image that was asked for.
+const fetchChunkBytes = 256 << 10
 
 // FetchImage implements peerpb.PeerServer.
 func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Peer_FetchImageServer) error {
@@ -317,27 +327,34 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 		Size:    image.Size(),
 		Offset:  offset,
 	})
-	buf := make([]byte, 256<<10)
-	for err == nil {
+	if err == nil {
+		background.Do(func() { err = s.sendImage(ctx, stream, image, offset, note) })
+	}
+	if err != nil {
+		return Status(err).Err()
+	}
+	return nil
+}
+
+// sendImage sends what image has from offset on.
+func (s *PeerServer) sendImage(ctx context.Context, stream peerpb.Peer_FetchImageServer, image *snap.Reader, offset int64, note func(int64)) error {
+	for {
 		note(offset)
-		var chunk snap.Chunk
-		chunk, err = s.c.ImageLimit.ReadChunkInto(ctx, image, buf, offset)
+		frame, err := readFrame(ctx, s.c.ImageLimit, image, offset, fetchChunkBytes)
 		if errors.Is(err, io.EOF) {
-			err = nil
 			return nil
 		}
 		if ctx.Err() != nil { // the stream itself does not notice
 			err = context.Cause(ctx)
 		}
 		if err != nil {
-			return Status(err).Err()
+			return err
 		}
-		err = stream.Send(&peerpb.ImageFrame{
-			Offset: chunk.Offset, Data: chunk.Data, Crc: chunk.CRC, Last: chunk.Last,
-		})
-		offset += int64(len(chunk.Data))
+		offset += int64(len(*frame.data))
+		if err := stream.SendMsg(frame); err != nil {
+			return err
+		}
 	}
-	return err
 }
 
 // imageFor returns the image a FetchImage asked for, and the offset to begin

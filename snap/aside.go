@@ -1,6 +1,10 @@
 package snap
 
-import "sync"
+import (
+	"sync"
+
+	"conveyor.etl/router/internal/background"
+)
 
 // aside does work in order, beside whoever gives it, and keeps the first error. It
 // is for one giver at a time. The zero value is ready; end must be called.
@@ -32,6 +36,7 @@ func (a *aside) do(job func() error) error {
 		jobs := make(chan func() error, asideJobs)
 		a.jobs = jobs
 		a.done.Go(func() {
+			background.Thread()
 			for job := range jobs {
 				if a.failed() == nil {
 					a.note(job())

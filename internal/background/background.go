@@ -1,0 +1,29 @@
+// Package background has work done that nobody waits for closely, without taking the
+// processors from work that somebody does wait for.
+//
+// A node that sends or receives an image of its state is busy for seconds, with copying
+// for the most part. The kernel shares the processors fairly among threads: one that
+// wakes up to pass on a client's write waits until one that copies has had its slice,
+// which is some milliseconds, and a write is passed on by several threads.
+package background
+
+import "runtime"
+
+// Thread makes the calling goroutine run on a thread of its own, which others are
+// preferred to, until the goroutine ends; the thread ends with it. It is for goroutines
+// that do such work and nothing else. Where the system cannot prefer others it changes nothing.
+func Thread() {
+	runtime.LockOSThread() // never unlocked: the thread cannot become what it was again
+	lower()
+}
+
+// Do calls work on such a thread, and returns when work does.
+func Do(work func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		Thread()
+		work()
+	}()
+	<-done
+}
