@@ -72,9 +72,7 @@ func (t *PeerTransport) SendImage(ctx context.Context, m *raftpb.Message, image 
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		var reached int64
-		var err error
-		background.Do(func() { reached, err = t.sendImageOnce(ctx, to, raw, image, note) })
+		reached, err := t.sendImageOnce(ctx, to, raw, image, note)
 		if err == nil {
 			return nil
 		}
@@ -328,7 +326,7 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 		Offset:  offset,
 	})
 	if err == nil {
-		background.Do(func() { err = s.sendImage(ctx, stream, image, offset, note) })
+		err = s.sendImage(ctx, stream, image, offset, note)
 	}
 	if err != nil {
 		return Status(err).Err()

@@ -1,10 +1,15 @@
 // Package background has work done that nobody waits for closely, without taking the
 // processors from work that somebody does wait for.
 //
-// A node that sends or receives an image of its state is busy for seconds, with copying
-// for the most part. The kernel shares the processors fairly among threads: one that
-// wakes up to pass on a client's write waits until one that copies has had its slice,
-// which is some milliseconds, and a write is passed on by several threads.
+// A node that receives an image of a state is busy for seconds, with copying for the
+// most part. The kernel shares the processors fairly among threads: one that wakes up to
+// pass on a client's write waits until one that copies has had its slice, which is some
+// milliseconds, and a write is passed on by several threads, of several processes where
+// nodes share a machine.
+//
+// It is for nodes that nobody waits for, which is who receives. In a node that serves, a
+// thread that waits for its turn keeps one of Go's processors from its other goroutines,
+// and holds up each garbage collection: there it makes the slowest writes slower.
 package background
 
 import "runtime"
