@@ -42,8 +42,14 @@ var importRules = []importRule{{
 }, {
 	from:      "./snap",
 	forbidden: []string{"./...", grpcPkg},
+	except:    []string{"./internal/background"},
 	tests:     true,
 	reason:    "images are bytes with checksums; what they mean and how they travel is for others to know",
+}, {
+	from:      "./internal/background",
+	forbidden: []string{"./..."},
+	tests:     true,
+	reason:    "what has work done knows nothing of the work, so that any package may use it",
 }, {
 	from:      "./snap",
 	forbidden: []string{pebblePkg},
@@ -103,7 +109,7 @@ var importRules = []importRule{{
 	from:      "./rpc",
 	forbidden: []string{"./...", pebblePkg, "go.etcd.io/etcd/..."},
 	except: []string{"./raftnode", "./router", "./router/commandpb", "./snap", "./rpc/peerpb", "./rpc/routerpb/...",
-		"./recovery", "./backup/archive", "./backup/shelf", "./placement"},
+		"./recovery", "./backup/archive", "./backup/shelf", "./placement", "./internal/background"},
 	reason: "the edge translates; it never touches a disk and decides nothing",
 }, {
 	from:      "./rpc/client",
