@@ -324,5 +324,5 @@ func (r *Reader) SetHeader(ctx context.Context, revision, epoch uint64) {
 			MetadataClusterID, r.clusterID)}
 		r.header.Store(h)
 	}
-	_ = grpc.SetHeader(ctx, h.md) // which copies it
+	_ = grpc.SendHeader(ctx, h.md) // SetHeader would copy it
 }
