@@ -65,16 +65,15 @@ func TestHurry(t *testing.T) {
 			return time.Since(began)
 		}
 		pass(4 * time.Millisecond)
-		var ends []func()
+		first := make(chan func(), 1)
 		go func() {
 			pass(time.Millisecond)
-			ends = append(ends, p.Hurry())
+			first <- p.Hurry()
 		}()
 		if took := rest(); took != time.Millisecond {
 			t.Errorf("a rest that was cut short after 1 ms took %v", took)
 		}
-		ends = append(ends, p.Hurry())
-		for _, end := range ends {
+		for _, end := range []func(){<-first, p.Hurry()} {
 			pass(4 * time.Millisecond)
 			if took := rest(); took != 0 {
 				t.Errorf("rested %v while somebody was in a hurry", took)
