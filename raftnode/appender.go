@@ -2,6 +2,7 @@ package raftnode
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -130,6 +131,14 @@ func (a *appender) append(hs *raftpb.HardState, ents []*raftpb.Entry, answers bo
 	sync := answers && a.dirty
 	if hs == nil && len(ents) == 0 && !sync {
 		return nil
+	}
+	if sync {
+		// A thread that syncs keeps its processor from the goroutines that wait for it,
+		// until the runtime takes it away. Among them are those that send this very
+		// batch to the other nodes, for they were woken together with this one: the
+		// second of two followers got it up to a millisecond later than the first, which
+		// is when this node's own sync was done.
+		runtime.Gosched()
 	}
 	start := a.clock.Now()
 	if err := a.log.Append(hs, ents, sync); err != nil {
