@@ -350,7 +350,7 @@ func (d *database) lastError() error {
 
 // flush makes everything written so far durable, or says why not. Somebody waits for it.
 func (d *database) flush() error {
-	defer d.pace.Hurry()()
+	defer d.pace.flushes.Hurry()()
 	return d.flushAtEase()
 }
 
@@ -430,7 +430,7 @@ func (d *database) release() error {
 	}
 	if d.held != nil { // an image that is only read has none
 		d.held.end()
-		d.pace.Hurry() // Close waits for what goes on
+		d.pace.closing()
 	}
 	err := d.db.Close()
 	if d.obsolete.Load() {

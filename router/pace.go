@@ -10,22 +10,26 @@ import (
 )
 
 // restTimes is for how long a flush or a compaction rests, in times of what it worked: it
-// gets a fifth of a processor, in turns of a millisecond. A flush of a memtable, a tenth
-// of a second of work, then takes half a second, where the quickest clients need two
-// seconds to fill the next one.
+// gets a fifth of a processor, in turns of a millisecond. A flush of what the log holds
+// between two truncations, a tenth of a second of work, then takes half a second, where
+// the quickest clients need two seconds to fill the next one.
 const restTimes = 4
 
 // Categories that Pebble creates the files of its background work under.
 const (
 	flushCategory      vfs.DiskWriteCategory = "pebble-memtable-flush"
 	compactionCategory vfs.DiskWriteCategory = "pebble-compaction"
+	rewriteCategory    vfs.DiskWriteCategory = "pebble-blob-file-rewrite"
 )
 
 // background is the pace of the flushes and the compactions of one database. Writes go
 // first while there are any, and as long as the work keeps up with them: at its slow
 // pace it must not come to what Pebble makes writes wait for, full memtables and a high L0.
 type background struct {
-	*pace.Pace
+	// Apart, since who waits for a flush does not wait for a compaction, which
+	// would get in the way of that flush.
+	flushes, compactions *pace.Pace
+
 	memTable uint64
 	// written counts the bytes of all batches so far; flushing is what it was when the
 	// flush that goes on began.
@@ -35,26 +39,42 @@ type background struct {
 }
 
 func newBackground(memTableBytes int64) *background {
-	return &background{Pace: pace.New(), memTable: uint64(memTableBytes)}
+	return &background{flushes: pace.New(), compactions: pace.New(), memTable: uint64(memTableBytes)}
 }
 
 // files returns fsys for the database.
 func (b *background) files(fsys vfs.FS) vfs.FS {
-	return b.Files(fsys, func(c vfs.DiskWriteCategory) func() float64 {
-		switch c {
-		case flushCategory:
+	fsys = b.flushes.Files(fsys, func(c vfs.DiskWriteCategory) func() float64 {
+		if c == flushCategory {
 			return b.flushTimes
-		case compactionCategory:
+		}
+		return nil
+	})
+	return b.compactions.Files(fsys, func(c vfs.DiskWriteCategory) func() float64 {
+		if c == compactionCategory || c == rewriteCategory {
 			return b.compactionTimes()
 		}
 		return nil
 	})
 }
 
+// opened is called once the database is open.
+func (b *background) opened(db *pebble.DB) {
+	height := func() int { return int(db.Metrics().Levels[0].Sublevels) }
+	b.height.Store(&height)
+}
+
+// closing is called before the database is closed, which waits for all that goes on.
+func (b *background) closing() {
+	b.flushes.Hurry()
+	b.compactions.Hurry()
+}
+
 // wrote is called after each batch of n bytes.
 func (b *background) wrote(n int) {
 	b.written.Add(uint64(n))
-	b.Used()
+	b.flushes.Used()
+	b.compactions.Used()
 }
 
 // flushBegan is called before a flush reads what it flushes.
@@ -88,10 +108,4 @@ func (b *background) compactionTimes() func() float64 {
 		times = restTimes * min(1, max(0, float64(maxHeldL0-(*height)())/room))
 		return times
 	}
-}
-
-// opened is called once the database is open.
-func (b *background) opened(db *pebble.DB) {
-	height := func() int { return int(db.Metrics().Levels[0].Sublevels) }
-	b.height.Store(&height)
 }

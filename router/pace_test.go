@@ -11,6 +11,8 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"conveyor.etl/router/router/commandpb"
 )
 
 // workingFS lets a millisecond pass, on the clock of the bubble, with each piece of a
@@ -90,6 +92,37 @@ func whileWritten(d *database, n int, do func() error) error {
 	return err
 }
 
+// beside returns do as it is called while batches of n bytes are written; not at all for 0.
+func beside(d *database, n int, do func() error) func() error {
+	if n == 0 {
+		return do
+	}
+	return func() error { return whileWritten(d, n, do) }
+}
+
+// timesWorked returns how long do takes, in times of what was worked meanwhile.
+func (w *workingFS) timesWorked(t *testing.T, what string, do func() error) float64 {
+	t.Helper()
+	w.taken()
+	began := time.Now()
+	noError(t, do())
+	took, worked := time.Since(began), w.taken()
+	t.Logf("%s took %v, of which %v were work", what, took, worked)
+	if worked < 50*time.Millisecond {
+		t.Fatalf("%s is too little work to tell", what)
+	}
+	// What comes next begins when nobody has written for a while.
+	<-time.NewTimer(time.Second).C
+	return float64(took) / float64(worked)
+}
+
+func within(t *testing.T, what string, times, least, most float64) {
+	t.Helper()
+	if times < least || times > most {
+		t.Errorf("%s took %.2f times as long as it worked, want %.1f to %.1f", what, times, least, most)
+	}
+}
+
 // Flushes and compactions give way to writes, unless somebody waits for them, nobody
 // writes, or they would not keep up.
 func TestBackgroundGivesWay(t *testing.T) {
@@ -104,10 +137,10 @@ func TestBackgroundGivesWay(t *testing.T) {
 		few := 100
 		many := int(o.MemTableBytes / 800) // half of a memtable is full after two seconds
 		for _, c := range []struct {
-			what     string
-			written  int
-			do       func() error
-			min, max float64 // in times of what was worked
+			what        string
+			written     int
+			do          func() error
+			least, most float64
 		}{
 			{"a flush beside writes", few, d.flushAtEase, 4, 5.5},
 			{"a flush somebody waits for", few, d.flush, 1, 1.2},
@@ -117,20 +150,7 @@ func TestBackgroundGivesWay(t *testing.T) {
 			{"a compaction nobody writes beside", 0, compact, 1, 1.2},
 		} {
 			fill(t, d, r, 1000)
-			fs.taken()
-			began := time.Now()
-			do := c.do
-			if c.written > 0 {
-				do = func() error { return whileWritten(d, c.written, c.do) }
-			}
-			noError(t, do())
-			took, worked := time.Since(began), fs.taken()
-			if times := float64(took) / float64(worked); worked < 50*time.Millisecond || times < c.min || times > c.max {
-				t.Errorf("%s took %v, of which %v were work: %.2f times as long, want %.1f to %.1f",
-					c.what, took, worked, times, c.min, c.max)
-			}
-			// The next case begins when nobody has written for a while.
-			<-time.NewTimer(time.Second).C
+			within(t, c.what, fs.timesWorked(t, c.what, beside(d, c.written, c.do)), c.least, c.most)
 		}
 		// What goes by these names is what must give way; other files must not.
 		for category := range fs.categories {
@@ -141,6 +161,87 @@ func TestBackgroundGivesWay(t *testing.T) {
 		if len(fs.categories) != 2 {
 			t.Errorf("tables were written under the categories %v, want those of flushes and compactions", fs.categories)
 		}
+	})
+}
+
+// Who waits for a flush, or for the end, does not wait for a compaction that goes on, and
+// does not set it going faster.
+func TestHurryIsOfFlushes(t *testing.T) {
+	r := randomness(t)
+	synctest.Test(t, func(t *testing.T) {
+		fs := &workingFS{FS: vfs.NewMem()}
+		o := Options{MemTableBytes: 64 << 20}
+		d, err := openDatabase(fs, "/db", "db", o.EnsureDefaults(), true)
+		noError(t, err)
+		fill(t, d, r, 2000)
+		noError(t, d.flush())
+		fill(t, d, r, 2000)
+		noError(t, d.flush())
+		compacted := make(chan error, 1)
+		noError(t, whileWritten(d, 100, func() error {
+			go func() { compacted <- d.db.Compact(t.Context(), []byte("a"), []byte("z"), false) }()
+			<-time.NewTimer(100 * time.Millisecond).C
+			fill(t, d, r, 200)
+			// Both write: what was worked is more than the time it took if the compaction hurries too.
+			times := fs.timesWorked(t, "a flush beside a compaction", func() error { return d.flush() })
+			within(t, "a flush beside a compaction", times, 0.7, 1)
+			select {
+			case <-compacted:
+				t.Fatal("the compaction has ended already")
+			default:
+			}
+			times = fs.timesWorked(t, "closing", d.release)
+			within(t, "closing", times, 1, 1.2)
+			return nil
+		}))
+		if err := <-compacted; err != nil {
+			t.Log(err) // of a database that is closed
+		}
+	})
+}
+
+// The state itself is at that pace: what the log is truncated for gives way to commands,
+// an image does not.
+func TestStateGivesWay(t *testing.T) {
+	r := randomness(t)
+	synctest.Test(t, func(t *testing.T) {
+		fs := &workingFS{FS: vfs.NewMem()}
+		o := testOptions()
+		o.MemTableBytes = 64 << 20
+		s, err := Open(fs, "state", o)
+		noError(t, err)
+		defer func() { noError(t, s.Close()) }()
+		fill := func() {
+			for i := range 500 {
+				data := make([]byte, 8<<10)
+				r.Read(data)
+				apply(t, s, &commandpb.Command{Op: &commandpb.Command_SaveCheckpoint{SaveCheckpoint: &commandpb.SaveCheckpoint{
+					ServiceId: fmt.Sprintf("s%d", i), CheckpointId: "c", Data: data}}})
+			}
+		}
+		// One command each 5 ms, as clients would send them.
+		serving := func(do func() error) func() error {
+			return func() error {
+				done := make(chan error, 1)
+				go func() { done <- do() }()
+				for {
+					select {
+					case err := <-done:
+						return err
+					case <-time.NewTimer(5 * time.Millisecond).C:
+						apply(t, s, command(t, `save_checkpoint { service_id: "busy" checkpoint_id: "c" }`))
+					}
+				}
+			}
+		}
+		flush := func() error { _, err := s.Flush(); return err }
+		image := func() error { _, err := s.Image("image"); return err }
+		fill()
+		within(t, "a flush for the log", fs.timesWorked(t, "a flush for the log", serving(flush)), 4, 5.5)
+		fill()
+		within(t, "an image", fs.timesWorked(t, "an image", serving(image)), 1, 1.2)
+		fill()
+		within(t, "a flush nobody is served beside", fs.timesWorked(t, "a flush nobody is served beside", flush), 1, 1.2)
 	})
 }
 

@@ -123,7 +123,7 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, c compa
 	spec := specFromAPI(cfg)
 	if v := router.ValidatePipeline(spec); len(v) > 0 {
 		out := &putResult{violations: v, revision: a.cfg.State.Revision(), epoch: a.cfg.State.Epoch()}
-		a.reader.SetHeader(ctx, out.revision, out.epoch)
+		a.reader.SendHeader(ctx, out.revision, out.epoch)
 		return out, nil
 	}
 	current, at, err := a.pipeline(ctx, spec.Id, fence)
@@ -186,7 +186,7 @@ func (a *adminAPI) pipeline(ctx context.Context, id string, fence *uint64) (*com
 	if err != nil {
 		return nil, readPoint{}, err
 	}
-	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
+	a.reader.SendHeader(ctx, v.Revision(), v.Epoch())
 	return p, readPoint{v.Revision(), v.Epoch()}, nil
 }
 

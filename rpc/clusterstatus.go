@@ -35,7 +35,7 @@ const (
 func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterStatusRequest) (*adminpb.GetClusterStatusResponse, error) {
 	st := a.cfg.Node.Status()
 	own := a.clusterStatus(st)
-	a.reader.SetHeader(ctx, own.Revision, a.cfg.State.Epoch())
+	a.reader.SendHeader(ctx, own.Revision, a.cfg.State.Epoch())
 	if len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
 		return own, nil
 	}

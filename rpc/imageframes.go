@@ -60,6 +60,8 @@ type imageIn struct {
 	buf           mem.Buffer
 }
 
+// decodeBuffer takes b, also when it fails. A field of a wrong type is read as none: what
+// such a frame lacks then is noticed by who stores it, by offset, checksum and size.
 func (f *imageIn) decodeBuffer(b mem.Buffer) error {
 	f.free()
 	f.buf = b

@@ -312,10 +312,12 @@ func noIndex(last error) error {
 		"or read with metadata %s: stale", raftnode.ErrNoLeader, text, MetadataConsistency)
 }
 
-// SetHeader puts the revision of the answer, its epoch, and the cluster it comes
-// from, into the headers of the reply. A failure (no gRPC call in ctx, or headers
-// already sent) leaves a reply without them, which is no reason to fail it.
-func (r *Reader) SetHeader(ctx context.Context, revision, epoch uint64) {
+// SendHeader sends the headers of the reply, with the revision of the answer, its epoch,
+// and the cluster it comes from. It is to be called once a call, at most, and nothing can
+// be added to the headers afterwards: gRPC keeps those that are sent at once as they are,
+// and copies those that are set. A failure (no gRPC call in ctx, or one that has ended)
+// leaves a reply without them, which is no reason to fail it.
+func (r *Reader) SendHeader(ctx context.Context, revision, epoch uint64) {
 	h := r.header.Load()
 	if h == nil || h.revision != revision || h.epoch != epoch {
 		h = &replyHeader{revision, epoch, metadata.Pairs(
@@ -324,5 +326,5 @@ func (r *Reader) SetHeader(ctx context.Context, revision, epoch uint64) {
 			MetadataClusterID, r.clusterID)}
 		r.header.Store(h)
 	}
-	_ = grpc.SendHeader(ctx, h.md) // SetHeader would copy it
+	_ = grpc.SendHeader(ctx, h.md)
 }
