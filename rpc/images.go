@@ -328,10 +328,13 @@ func (s *PeerServer) FetchImage(req *peerpb.FetchImageRequest, stream peerpb.Pee
 	if err == nil {
 		err = s.sendImage(ctx, stream, image, offset, note)
 	}
-	return err
+	if err != nil {
+		return Status(err).Err()
+	}
+	return nil
 }
 
-// sendImage sends what image has from offset on. Its errors are those of a call.
+// sendImage sends what image has from offset on.
 func (s *PeerServer) sendImage(ctx context.Context, stream peerpb.Peer_FetchImageServer, image *snap.Reader, offset int64, note func(int64)) error {
 	for {
 		note(offset)
@@ -339,18 +342,18 @@ func (s *PeerServer) sendImage(ctx context.Context, stream peerpb.Peer_FetchImag
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
-		if err != nil {
-			if ctx.Err() != nil {
-				err = context.Cause(ctx)
+		if ctx.Err() != nil { // the stream itself does not notice
+			if err == nil {
+				buffers.Put(frame.data)
 			}
-			return Status(err).Err()
+			err = context.Cause(ctx)
+		}
+		if err != nil {
+			return err
 		}
 		offset += int64(len(*frame.data))
 		if err := stream.SendMsg(frame); err != nil {
 			return err
-		}
-		if ctx.Err() != nil { // the stream itself does not notice
-			return Status(context.Cause(ctx)).Err()
 		}
 	}
 }
