@@ -147,7 +147,7 @@ func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database,
 	cache := pebble.NewCache(o.CacheBytes + 2*o.MemTableBytes)
 	defer cache.Unref()
 	d.pace = newBackground(o.MemTableBytes)
-	po := pebbleOptions(d.pace.files(fs), o, cache)
+	po := pebbleOptions(d.pace.files(&largeWritesFS{fs}), o, cache)
 	po.ErrorIfNotExists = !create
 	po.ErrorIfExists = create
 	po.EventListener = &pebble.EventListener{

@@ -1,0 +1,104 @@
+package router
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+)
+
+func read(t *testing.T, fs vfs.FS, name string) []byte {
+	t.Helper()
+	f, err := fs.Open(name)
+	noError(t, err)
+	defer f.Close()
+	b, err := io.ReadAll(f)
+	noError(t, err)
+	return b
+}
+
+// What is written in pieces of all sizes is what is in the file, and what was synced
+// is there after a crash.
+func TestLargeWritesAreWhatWasWritten(t *testing.T) {
+	r := randomness(t)
+	for range 50 {
+		mem := vfs.NewCrashableMem()
+		fs := &largeWritesFS{mem}
+		f, err := fs.Create("table", flushCategory)
+		noError(t, err)
+		dir, err := mem.OpenDir("")
+		noError(t, err)
+		noError(t, dir.Sync())
+		var want []byte
+		synced := 0
+		for range 1 + r.Intn(20) {
+			p := make([]byte, r.Intn(3*largeWrite/2))
+			r.Read(p)
+			want = append(want, p...)
+			n, err := f.Write(p)
+			if noError(t, err); n != len(p) {
+				t.Fatalf("wrote %d of %d bytes", n, len(p))
+			}
+			clear(p) // the caller's again
+			switch r.Intn(6) {
+			case 0:
+				noError(t, f.Sync())
+				synced = len(want)
+			case 1:
+				noError(t, f.SyncData())
+				synced = len(want)
+			case 2:
+				_, err := f.SyncTo(int64(len(want)))
+				noError(t, err)
+			}
+		}
+		if left := read(t, mem.CrashClone(vfs.CrashCloneCfg{}), "table"); len(left) < synced || !bytes.Equal(left[:synced], want[:synced]) {
+			t.Fatalf("of %d bytes that were synced %d are left by a crash, or others", synced, len(left))
+		}
+		noError(t, f.Close())
+		if got := read(t, mem, "table"); !bytes.Equal(got, want) {
+			t.Fatalf("%d bytes were written, %d are there, or others", len(want), len(got))
+		}
+	}
+}
+
+// A write that fails after it was answered fails all that comes after it, the end
+// included: nobody takes the file for complete.
+func TestLargeWritesFailForGood(t *testing.T) {
+	full := errors.New("no space")
+	broken := false
+	fs := &largeWritesFS{errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if broken && op.Kind == errorfs.OpFileWrite {
+			broken = false // the next one would succeed
+			return full
+		}
+		return nil
+	}))}
+	for what, call := range map[string]func(vfs.File) error{
+		"Sync":     vfs.File.Sync,
+		"SyncData": vfs.File.SyncData,
+		"SyncTo":   func(f vfs.File) error { _, err := f.SyncTo(1); return err },
+		"Write":    func(f vfs.File) error { _, err := f.Write(make([]byte, 2*largeWrite)); return err },
+	} {
+		f, err := fs.Create(what, compactionCategory)
+		noError(t, err)
+		_, err = f.Write([]byte("something"))
+		noError(t, err)
+		broken = true
+		if err := call(f); !errors.Is(err, full) {
+			t.Errorf("%s: %v, want that there is no space", what, err)
+		}
+		if _, err := f.Write([]byte("more")); !errors.Is(err, full) {
+			t.Errorf("a write after a failed %s: %v", what, err)
+		}
+		if err := f.Sync(); !errors.Is(err, full) {
+			t.Errorf("a sync after a failed %s: %v", what, err)
+		}
+		if err := f.Close(); !errors.Is(err, full) {
+			t.Errorf("the end after a failed %s: %v", what, err)
+		}
+	}
+}
