@@ -314,6 +314,17 @@ func (s *FSM) Flush() (uint64, error) {
 	return d.durableIndex()
 }
 
+// Unflushed returns about how many bytes were written since what was flushed last: those
+// of commands applied while a flush goes on count, those it flushes do not. It is cheap.
+func (s *FSM) Unflushed() int64 {
+	d, err := s.acquire()
+	if err != nil {
+		return 0
+	}
+	defer func() { _ = d.release() }() // not the last reference, or an old database
+	return d.pace.unflushed()
+}
+
 // Close flushes and closes the state. Open views stay readable; the files are
 // released when the last of them is closed. After a failed flush the log still
 // holds what is missing.

@@ -80,10 +80,13 @@ func (b *background) wrote(n int) {
 // flushBegan is called before a flush reads what it flushes.
 func (b *background) flushBegan() { b.flushing.Store(b.written.Load()) }
 
+// unflushed returns how many bytes were written since the last flush began.
+func (b *background) unflushed() int64 { return int64(b.written.Load() - b.flushing.Load()) }
+
 // flushTimes ends all rests once half of the next memtable is full, by the bytes of what
 // is written, of which a memtable takes some more.
 func (b *background) flushTimes() float64 {
-	full := float64(b.written.Load()-b.flushing.Load()) / float64(b.memTable)
+	full := float64(b.unflushed()) / float64(b.memTable)
 	return restTimes * max(0, 1-2*full)
 }
 

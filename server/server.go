@@ -268,6 +268,8 @@ func (s *Server) runNode() {
 	s.loops.Go(func() { s.recovery.Run(loops) })
 	warmer := &warmer{images: s.disk.images, root: s.disk.fsm.Dir(), log: s.log}
 	s.loops.Go(func() { warmer.run(loops) })
+	early := &earlyFlusher{s.disk.fsm}
+	s.loops.Go(func() { early.run(loops) })
 	s.loops.Go(func() { s.reportAddress(loops, actual(s.c.AdvertiseRaftAddr, s.peerLis)) })
 	s.control.start(loops, &s.loops)
 }
