@@ -153,7 +153,11 @@ func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database,
 	po.EventListener = &pebble.EventListener{
 		// Called with Pebble's lock held: only leave a note.
 		FlushBegin: func(pebble.FlushInfo) { d.pace.flushBegan() },
-		FlushEnd:   func(i pebble.FlushInfo) { d.stale.Store(true); d.held.flushed() },
+		FlushEnd: func(i pebble.FlushInfo) {
+			d.stale.Store(true)
+			d.held.flushed()
+			d.pace.flushEnded(i.Err)
+		},
 		BackgroundError: func(err error) {
 			if !errors.Is(err, pebble.ErrCancelledCompaction) {
 				d.report(err)

@@ -314,15 +314,17 @@ func (s *FSM) Flush() (uint64, error) {
 	return d.durableIndex()
 }
 
-// Unflushed returns about how many bytes were written since what was flushed last: those
-// of commands applied while a flush goes on count, those it flushes do not. It is cheap.
-func (s *FSM) Unflushed() int64 {
+// Written returns how many bytes of commands' changes were written since the state was
+// opened, and about how many of them since what was flushed last: those that are written
+// while a flush goes on count, those it flushes do not. Another state that takes the place
+// of this one begins anew. It is cheap.
+func (s *FSM) Written() (all, unflushed int64) {
 	d, err := s.acquire()
 	if err != nil {
-		return 0
+		return 0, 0
 	}
 	defer func() { _ = d.release() }() // not the last reference, or an old database
-	return d.pace.unflushed()
+	return int64(d.pace.written.Load()), d.pace.unflushed()
 }
 
 // Close flushes and closes the state. Open views stay readable; the files are

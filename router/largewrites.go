@@ -31,7 +31,7 @@ type largeWritesFile struct {
 	vfs.File
 	gathered []byte
 	// failure is of a write that was answered before it was made: every later call
-	// fails with it, or the file would be taken for complete.
+	// fails with it, or the file would be taken for complete. The file is closed then.
 	failure error
 }
 
@@ -52,10 +52,14 @@ func (f *largeWritesFile) Write(p []byte) (int, error) {
 	return taken, nil
 }
 
-// hand hands on what was gathered.
+// hand hands on what was gathered. If that fails it closes the file: Pebble syncs what it
+// gives up before it closes it, and does not close what it cannot sync, so a file that
+// was removed would hold its space on a disk that is full until it is collected.
 func (f *largeWritesFile) hand() error {
 	if f.failure == nil && len(f.gathered) > 0 {
-		_, f.failure = f.File.Write(f.gathered)
+		if _, f.failure = f.File.Write(f.gathered); f.failure != nil {
+			_ = f.File.Close() // nothing in it counts
+		}
 		f.gathered = f.gathered[:0]
 	}
 	return f.failure
@@ -85,11 +89,10 @@ func (f *largeWritesFile) SyncTo(length int64) (bool, error) {
 	return f.File.SyncTo(length)
 }
 
-// Close implements vfs.File. It closes the file in any case.
+// Close implements vfs.File. The file is closed in any case.
 func (f *largeWritesFile) Close() error {
-	err := f.hand()
-	if cerr := f.File.Close(); err == nil {
-		err = cerr
+	if err := f.hand(); err != nil {
+		return err
 	}
-	return err
+	return f.File.Close()
 }

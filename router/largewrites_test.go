@@ -3,9 +3,15 @@ package router
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"math/rand"
+	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 )
@@ -100,5 +106,78 @@ func TestLargeWritesFailForGood(t *testing.T) {
 		if err := f.Close(); !errors.Is(err, full) {
 			t.Errorf("the end after a failed %s: %v", what, err)
 		}
+	}
+}
+
+// openFiles counts the tables that were created and not closed.
+type openFiles struct {
+	vfs.FS
+	n atomic.Int64
+}
+
+type openFile struct {
+	vfs.File
+	n *atomic.Int64
+}
+
+func (o *openFiles) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
+	f, err := o.FS.Create(name, c)
+	if err != nil || c != flushCategory {
+		return f, err
+	}
+	o.n.Add(1)
+	return openFile{f, &o.n}, nil
+}
+
+func (f openFile) Close() error {
+	f.n.Add(-1)
+	return f.File.Close()
+}
+
+// While the disk is full Pebble tries to flush again and again, and none of the tables it
+// gives up stays open: they would hold the space that everybody waits for.
+func TestFullDiskLeavesNoFilesOpen(t *testing.T) {
+	var failures atomic.Int64
+	failures.Store(40)
+	full := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if op.Kind == errorfs.OpFileWrite && strings.HasSuffix(op.Path, ".sst") && failures.Add(-1) >= 0 {
+			return syscall.ENOSPC
+		}
+		return nil
+	}))
+	files := &openFiles{FS: full}
+	o := Options{}
+	d, err := openDatabase(files, "/db", "db", o.EnsureDefaults(), true)
+	noError(t, err)
+	fill(t, d, randomness(t), 100)
+	for err = d.flush(); errors.Is(err, ErrNoSpace); err = d.flush() {
+	}
+	noError(t, err)
+	noError(t, d.release())
+	if left := failures.Load(); left >= 0 {
+		t.Fatalf("%d of 40 writes did not fail", left+1)
+	}
+	if n := files.n.Load(); n != 0 {
+		t.Fatalf("%d tables were never closed", n)
+	}
+}
+
+// BenchmarkFlush measures the flush of 60,000 records of 300 bytes, which is about what
+// the log holds between two truncations, onto the disk of the temporary directory.
+func BenchmarkFlush(b *testing.B) {
+	o := Options{MemTableBytes: 64 << 20}
+	d, err := openDatabase(vfs.Default, b.TempDir()+"/db", "db", o.EnsureDefaults(), true)
+	noError(b, err)
+	b.Cleanup(func() { noError(b, d.release()) })
+	r := rand.New(rand.NewSource(1))
+	v := make([]byte, 300)
+	for range b.N {
+		b.StopTimer()
+		for range 60_000 {
+			r.Read(v)
+			noError(b, d.db.Set(fmt.Appendf(nil, "c%015x", r.Uint64()>>4), v, pebble.NoSync))
+		}
+		b.StartTimer()
+		noError(b, d.flush())
 	}
 }

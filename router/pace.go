@@ -32,8 +32,8 @@ type background struct {
 
 	memTable uint64
 	// written counts the bytes of all batches so far; flushing is what it was when the
-	// flush that goes on began.
-	written, flushing atomic.Uint64
+	// last flush began that has not failed, and flushed when the last one did that has ended.
+	written, flushing, flushed atomic.Uint64
 	// height returns the height of L0; nil until the database is open.
 	height atomic.Pointer[func() int]
 }
@@ -77,10 +77,20 @@ func (b *background) wrote(n int) {
 	b.compactions.Used()
 }
 
-// flushBegan is called before a flush reads what it flushes.
+// flushBegan is called before a flush reads what it flushes, one at a time.
 func (b *background) flushBegan() { b.flushing.Store(b.written.Load()) }
 
-// unflushed returns how many bytes were written since the last flush began.
+// flushEnded is called after each. One that failed is tried again by Pebble.
+func (b *background) flushEnded(err error) {
+	if err != nil {
+		b.flushing.Store(b.flushed.Load())
+		return
+	}
+	b.flushed.Store(b.flushing.Load())
+}
+
+// unflushed returns how many bytes were written since the last flush began, and not what was
+// written between the rotation of a memtable and its flush, which may wait for another one.
 func (b *background) unflushed() int64 { return int64(b.written.Load() - b.flushing.Load()) }
 
 // flushTimes ends all rests once half of the next memtable is full, by the bytes of what

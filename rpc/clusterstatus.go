@@ -35,7 +35,8 @@ const (
 func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterStatusRequest) (*adminpb.GetClusterStatusResponse, error) {
 	st := a.cfg.Node.Status()
 	own := a.clusterStatus(st)
-	a.reader.SendHeader(ctx, own.Revision, a.cfg.State.Epoch())
+	epoch := a.cfg.State.Epoch()
+	defer func() { a.reader.SendHeader(ctx, own.Revision, epoch) }()
 	if len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
 		return own, nil
 	}

@@ -2,20 +2,25 @@ package server
 
 import (
 	"context"
+	"errors"
 	"time"
+
+	"conveyor.etl/router/router"
 )
 
 const (
 	// flushEvery is how often it is looked whether there is something to flush.
 	flushEvery = time.Second
 	// flushLeast is how much must have been written for that: an image whose flush writes
-	// less is made in a few hundredths of a second, and each flush is a file more to
-	// compact.
+	// less is made in a few hundredths of a second.
 	flushLeast = 4 << 20
 	// flushCalm is how much may have been written in the last flushEvery. When more is, the
 	// log is soon long enough that the state is flushed for its truncation.
 	flushCalm = 1 << 20
-	// flushPause is for how long a flush that failed is not tried again, as on a full disk.
+	// flushPause is for how long nothing is flushed after a flush, unless writes came in
+	// a burst meanwhile: each is a file more to compact, and a trickle flushed every 4 MiB
+	// makes compactions write twice as much. It is also for how long a flush that failed
+	// is not tried again.
 	flushPause = time.Minute
 )
 
@@ -24,32 +29,35 @@ const (
 // node that is killed replays as much.
 type earlyFlusher struct {
 	state interface {
-		Unflushed() int64
+		Written() (all, unflushed int64)
 		Flush() (uint64, error)
 	}
 }
 
-// run works until ctx is done.
+// run works until ctx is done, or the state can no longer be written.
 func (f *earlyFlusher) run(ctx context.Context) {
 	tick := time.NewTicker(flushEvery)
 	defer tick.Stop()
-	before := f.state.Unflushed()
-	var notBefore time.Time
+	before, _ := f.state.Written()
+	burst := false
+	var last time.Time // of the last flush
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		now := f.state.Unflushed()
-		// A flush by somebody else makes it less, which is calm as well.
-		if now >= flushLeast && now-before <= flushCalm && !time.Now().Before(notBefore) {
-			if _, err := f.state.Flush(); err != nil {
-				// The state has told it already.
-				notBefore = time.Now().Add(flushPause)
-			}
-			now = f.state.Unflushed()
-		}
+		now, unflushed := f.state.Written()
+		calm := now-before <= flushCalm
 		before = now
+		burst = burst || !calm
+		if !calm || unflushed < flushLeast || !burst && time.Since(last) < flushPause {
+			continue
+		}
+		burst, last = false, time.Now()
+		// The state has told what is wrong already.
+		if _, err := f.state.Flush(); err != nil && !errors.Is(err, router.ErrNoSpace) {
+			return
+		}
 	}
 }

@@ -6,15 +6,17 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"conveyor.etl/router/router"
 )
 
 // writtenState is a state of which only is known how much was written.
 type writtenState struct {
-	unflushed, flushes int64
-	failure            error
+	all, unflushed, flushes int64
+	failure                 error
 }
 
-func (s *writtenState) Unflushed() int64 { return s.unflushed }
+func (s *writtenState) Written() (all, unflushed int64) { return s.all, s.unflushed }
 
 func (s *writtenState) Flush() (uint64, error) {
 	s.flushes++
@@ -25,8 +27,8 @@ func (s *writtenState) Flush() (uint64, error) {
 	return 1, nil
 }
 
-// Goal: the state is flushed once a burst of writes is over, and while few come; not in a
-// burst, not for little, and not again and again when it fails.
+// Goal: the state is flushed once a burst of writes is over, and now and then while few come;
+// not in a burst, not for little, and not again and again when it fails.
 func TestEarlyFlush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &writtenState{}
@@ -44,6 +46,7 @@ func TestEarlyFlush(t *testing.T) {
 		<-time.NewTimer(flushEvery / 2).C
 		write := func(seconds int, perSecond int64) {
 			for range seconds {
+				s.all += perSecond
 				s.unflushed += perSecond
 				<-time.NewTimer(time.Second).C
 			}
@@ -56,22 +59,31 @@ func TestEarlyFlush(t *testing.T) {
 			s.flushes = 0
 		}
 		write(5, 8<<20)
+		s.unflushed = 0 // for the truncation of the log
+		write(5, 8<<20)
 		expect("in a burst", 0)
 		write(3, 0)
 		expect("once it is over", 1)
 		write(60, 0)
 		expect("while nothing is written", 0)
-		write(60, 400<<10)
-		expect("while 24 MB are written in a minute", 5)
+		write(600, 400<<10)
+		expect("in ten minutes in which few write", 10)
+		write(1, 8<<20)
+		write(2, 400<<10)
+		expect("after a second in which many did", 1)
 		s.unflushed = 0
-		write(10, flushLeast/20)
+		write(200, flushLeast/400)
 		expect("for little", 0)
-		s.failure = errors.New("no space")
+		s.failure = router.ErrNoSpace
 		write(1, flushLeast)
-		write(59, 0)
-		expect("in a minute in which it fails", 1)
+		write(60, 0)
+		expect("in a minute in which the disk is full", 1)
 		s.failure = nil
 		write(60, 0)
-		expect("once it does not fail", 1)
+		expect("once it is not", 1)
+		s.failure = errors.New("broken")
+		write(1, flushLeast)
+		write(600, 0)
+		expect("when it can never be written again", 1)
 	})
 }
