@@ -207,6 +207,36 @@ func TestReplyHeaders(t *testing.T) {
 	r, err := a.checkpoint.GetSourceOffset(a.ctx(), &checkpointpb.GetOffsetRequest{SourceId: "s"}, grpc.Header(&md))
 	noError(t, err)
 	check(r.Revision)
+	// These read before they write, and may have nothing to write: the headers are of
+	// what the reply is about.
+	cfg := chain("p", "kafka-events", "warehouse")
+	for range 2 {
+		md = nil
+		created, err := a.admin.CreatePipeline(a.ctx(), &adminpb.CreatePipelineRequest{Config: cfg}, grpc.Header(&md))
+		noError(t, err)
+		check(created.Revision)
+		md = nil
+		updated, err := a.admin.UpdatePipeline(a.ctx(), &adminpb.UpdatePipelineRequest{PipelineId: "p", Config: cfg}, grpc.Header(&md))
+		noError(t, err)
+		check(updated.Revision)
+		cfg.Name = "another name"
+	}
+	for range 2 {
+		md = nil
+		disabled, err := a.admin.DisablePipeline(a.ctx(), &adminpb.DisablePipelineRequest{PipelineId: "p"}, grpc.Header(&md))
+		noError(t, err)
+		check(disabled.Revision)
+	}
+	for range 2 {
+		md = nil
+		deleted, err := a.admin.DeletePipeline(a.ctx(), &adminpb.DeletePipelineRequest{PipelineId: "p"}, grpc.Header(&md))
+		noError(t, err)
+		check(deleted.Revision)
+	}
+	md = nil
+	status, err := a.admin.GetClusterStatus(a.ctx(), &adminpb.GetClusterStatusRequest{}, grpc.Header(&md))
+	noError(t, err)
+	check(status.Revision)
 }
 
 // Goal: consistency metadata is honoured: a stale read works without a leader, a
