@@ -75,6 +75,9 @@ func (h *heldCompactions) release(in int) {
 	}
 }
 
+// holding reports whether compactions are held.
+func (h *heldCompactions) holding() bool { return !h.may.Load() }
+
 // flushed is called after each flush, with Pebble's lock held.
 func (h *heldCompactions) flushed() {
 	h.mu.Lock()
@@ -132,7 +135,7 @@ func (d heldDatabase) GetAllowedWithoutPermission() int {
 // called, which may be done more than once. It is for who makes an image, or sends
 // one: the flush for it often is the one that makes a compaction due, and that would
 // then take a processor for a second, just while the image needs one and clients
-// write. One that runs already goes on. The hold ends by itself after some flushes,
+// write. One that runs already all but stands still while somebody writes. The hold ends by itself after some flushes,
 // and when another state takes the place of this one. Neither call waits for a compaction.
 func (s *FSM) HoldCompactions() (release func()) {
 	d, err := s.acquire()

@@ -146,7 +146,8 @@ func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database,
 	// and filters of the tables thrown out, and read them from disk again.
 	cache := pebble.NewCache(o.CacheBytes + 2*o.MemTableBytes)
 	defer cache.Unref()
-	d.pace = newBackground(o.MemTableBytes)
+	d.held, release = holdCompactions()
+	d.pace = newBackground(o.MemTableBytes, d.held.holding)
 	po := pebbleOptions(d.pace.files(&largeWritesFS{fs}), o, cache)
 	po.ErrorIfNotExists = !create
 	po.ErrorIfExists = create
@@ -169,7 +170,6 @@ func openHeld(fs vfs.FS, dir, name string, o Options, create bool) (_ *database,
 			d.report(fmt.Errorf("%w: %s: %w", ErrCorrupt, i.Path, i.Details))
 		},
 	}
-	d.held, release = holdCompactions()
 	po.Experimental.CompactionScheduler = d.held
 	pdb, err := pebble.Open(dir, po)
 	if err != nil {

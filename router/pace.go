@@ -15,6 +15,11 @@ import (
 // the quickest clients need two seconds to fill the next one.
 const restTimes = 4
 
+// heldRestTimes is the same of a compaction that was under way when compactions were
+// held: it all but stands still. At its usual pace one lasts for seconds, so that many an
+// image would be sent beside one.
+const heldRestTimes = 20
+
 // Categories that Pebble creates the files of its background work under.
 const (
 	flushCategory      vfs.DiskWriteCategory = "pebble-memtable-flush"
@@ -31,6 +36,8 @@ type background struct {
 	flushes, compactions *pace.Pace
 
 	memTable uint64
+	// held: no compaction may begin.
+	held func() bool
 	// written counts the bytes of all batches so far; flushing is what it was when the
 	// last flush began that has not failed, and flushed when the last one did that has ended.
 	written, flushing, flushed atomic.Uint64
@@ -38,8 +45,8 @@ type background struct {
 	height atomic.Pointer[func() int]
 }
 
-func newBackground(memTableBytes int64) *background {
-	return &background{flushes: pace.New(), compactions: pace.New(), memTable: uint64(memTableBytes)}
+func newBackground(memTableBytes int64, held func() bool) *background {
+	return &background{flushes: pace.New(), compactions: pace.New(), memTable: uint64(memTableBytes), held: held}
 }
 
 // files returns fsys for the database.
@@ -108,17 +115,19 @@ const heightEvery = 32
 // the height at which compactions begin: at the latest with the height at which none is held
 // any more.
 func (b *background) compactionTimes() func() float64 {
-	asked, times := 0, 0.0
+	asked, room := 0, 0.0
 	return func() float64 {
-		if asked++; asked%heightEvery != 1 {
-			return times
+		if asked++; asked%heightEvery == 1 {
+			height := b.height.Load()
+			if height == nil {
+				asked--
+				return 0
+			}
+			room = min(1, max(0, float64(maxHeldL0-(*height)())/(maxHeldL0-l0CompactionThreshold)))
 		}
-		height := b.height.Load()
-		if height == nil {
-			return 0
+		if b.held() {
+			return heldRestTimes * room
 		}
-		const room = maxHeldL0 - l0CompactionThreshold
-		times = restTimes * min(1, max(0, float64(maxHeldL0-(*height)())/room))
-		return times
+		return restTimes * room
 	}
 }

@@ -253,7 +253,8 @@ func TestStateGivesWay(t *testing.T) {
 
 // A compaction stops resting as L0 grows: before Pebble makes writes wait for it.
 func TestCompactionsCatchUp(t *testing.T) {
-	b := newBackground(1 << 20)
+	held := false
+	b := newBackground(1<<20, func() bool { return held })
 	at := func(height int) float64 {
 		h := func() int { return height }
 		b.height.Store(&h)
@@ -274,6 +275,14 @@ func TestCompactionsCatchUp(t *testing.T) {
 			last = now
 		}
 	}
+	held = true
+	if got := at(l0CompactionThreshold); got != heldRestTimes {
+		t.Errorf("a compaction rests %g times as long while compactions are held, want %d", got, heldRestTimes)
+	}
+	if got := at(maxHeldL0); got != 0 {
+		t.Errorf("a compaction rests %g times as long while compactions are held and L0 is high", got)
+	}
+	held = false
 	if last != 0 || at(maxHeldL0+5) != 0 {
 		t.Errorf("a compaction still rests %g times as long at height %d", last, maxHeldL0)
 	}
