@@ -46,7 +46,9 @@ type Limits struct {
 // What one sidecar runs of a pipeline moves as a whole, so that no edge leaves its pod
 // by it; and rather to where no other edge becomes longer, as compareRanks has it: who
 // has room first, and near of those. Of two sidecars the higher load becomes lower by
-// each move, so that after so many calls there is nothing more to do.
+// each move, so that after so many calls there is nothing more to do. A move is not made
+// when a plan would have more to change afterwards, as where a stage finds a place that
+// had led records round: that would load again whom it was to relieve.
 //
 // Pipelines that Plan has yet to change, as it last told, are left alone. Whoever calls
 // it carries the steps out before the next Plan, or not at all. A step whose stages have
@@ -321,7 +323,7 @@ func (b *balance) arrange(x *pipe, from []int32) []transfer {
 			try++
 			b.laid += len(l.nodes)
 			if l.shift(x, moves) {
-				if f := l.evaluate(); f.placed == was.placed && f.pod >= was.pod {
+				if f := l.evaluate(); f.placed == was.placed && f.pod >= was.pod && l.settled() {
 					return moves
 				}
 			}

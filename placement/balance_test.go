@@ -334,6 +334,49 @@ func TestBalanceTriesAnother(t *testing.T) {
 	}
 }
 
+// TestBalanceLeavesNothingToAPlan: a move that would let a stage run once more, as soon as
+// the tables it replaces are gone, is not made. The instance would bring back as much load
+// as the move took away, and others can be moved instead.
+func TestBalanceLeavesNothingToAPlan(t *testing.T) {
+	m := newModel()
+	put := func(id string, offers ...string) {
+		m.putSidecar(&Sidecar{ID: id, Endpoint: id + ":1", Generation: 1, Offers: parseOffers(t, offers)})
+	}
+	put("in", "orders:source")
+	put("a", "lake:sink")
+	put("b", "filter:transform")
+	m.putPipeline(parsePipeline(t, "p", "orders:source*2 -> filter:transform -> lake:sink"))
+	for i := range 3 {
+		m.putPipeline(parsePipeline(t, fmt.Sprint("q", i), "lake:sink"))
+	}
+	m.carryOut(m.engine.Plan())
+	// The second source could run on a only, where its records would come back to. They
+	// would not if the sink of p were on c.
+	m.change("a", func(s *Sidecar) { s.Offers = parseOffers(t, []string{"lake:sink", "orders:source"}) })
+	put("c", "lake:sink")
+	m.carryOut(m.engine.Plan())
+	if load := m.load(); load["a"] != 4 || load["c"] != 0 {
+		t.Fatalf("the loads are %v", load)
+	}
+	for call := 0; ; call++ {
+		steps := m.balanced(1, false)
+		if len(steps) == 0 {
+			break
+		}
+		if call == 10 {
+			t.Fatal("there is always something to even")
+		}
+		m.carryOut(Plan{Steps: steps})
+		m.check(t)
+		if more := m.engine.Plan(); len(more.Steps) > 0 {
+			t.Fatalf("after %+v a plan has more to change: %+v", steps, more.Steps)
+		}
+	}
+	if load := m.load(); load["a"] != 2 || load["c"] != 2 {
+		t.Fatalf("the loads are %v", load)
+	}
+}
+
 // TestBalanceComesToAll: pipelines that cannot be helped, and are too many to look at in
 // one call, do not keep one that can be from its turn.
 func TestBalanceComesToAll(t *testing.T) {

@@ -400,8 +400,8 @@ func (l *layout) upstream(i int32) (n int) {
 // grow adds instances until every stage has as many as asked for, as far as
 // there are candidates and no circle comes of it, and spreads the hand-overs
 // over them. It goes on until nothing more can be done: otherwise the next plan
-// would find something to do although nothing happened.
-func (l *layout) grow() {
+// would find something to do although nothing happened. It tells whether it did any.
+func (l *layout) grow() (grown bool) {
 	for {
 		changed := l.add()
 		for _, i := range l.x.order {
@@ -410,9 +410,26 @@ func (l *layout) grow() {
 			}
 		}
 		if !changed {
-			return
+			return grown
+		}
+		grown = true
+	}
+}
+
+// settled is true when grow finds nothing more to do once every sidecar has heard of
+// this layout. Tables that are replaced by it may stand in the way of an instance or a
+// hand-over now, and do not then. When it returns false the layout is not to be used
+// any more; it forgets what sidecars hold until they hear of it.
+func (l *layout) settled() bool {
+	l.cautious = false
+	for i := range l.nodes {
+		n := &l.nodes[i]
+		n.was, n.links = append(n.was[:0], n.hops...), n.links[:0]
+		for _, h := range n.hops {
+			n.links = append(n.links, h.to)
 		}
 	}
+	return !l.grow()
 }
 
 // add places more instances of the stages that have too few.
