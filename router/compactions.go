@@ -135,8 +135,9 @@ func (d heldDatabase) GetAllowedWithoutPermission() int {
 // called, which may be done more than once. It is for who makes an image, or sends
 // one: the flush for it often is the one that makes a compaction due, and that would
 // then take a processor for a second, just while the image needs one and clients
-// write. One that runs already all but stands still while somebody writes. The hold ends by itself after some flushes,
-// and when another state takes the place of this one. Neither call waits for a compaction.
+// write. One that runs already all but stands still while somebody writes. The hold ends
+// by itself after some flushes, and when another state takes the place of this one.
+// Neither call waits for a compaction.
 func (s *FSM) HoldCompactions() (release func()) {
 	d, err := s.acquire()
 	if err != nil {

@@ -296,8 +296,7 @@ func (s *FSM) Durable() uint64 {
 
 // Flush makes durable what is applied now and returns the new Durable index.
 // It blocks on the disk; Apply may go on, and goes first: while it is called often, Flush
-// takes some times as long. On a full disk it fails with
-// ErrNoSpace and may be tried again.
+// takes some times as long. On a full disk it fails with ErrNoSpace and may be tried again.
 func (s *FSM) Flush() (uint64, error) {
 	d, err := s.acquire()
 	if err != nil {

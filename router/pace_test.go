@@ -71,6 +71,19 @@ func fill(t *testing.T, d *database, r *rand.Rand, records int) {
 	}
 }
 
+// workingMemTable is large enough that nothing is flushed that was not asked for.
+const workingMemTable = 64 << 20
+
+// openWorking opens a database on a file system of its own.
+func openWorking(t *testing.T) (*database, *workingFS) {
+	t.Helper()
+	fs := &workingFS{FS: vfs.NewMem()}
+	o := Options{MemTableBytes: workingMemTable}
+	d, err := openDatabase(fs, "/db", "db", o.EnsureDefaults(), true)
+	noError(t, err)
+	return d, fs
+}
+
 // whileWritten calls do while batches of n bytes are written every few milliseconds.
 func whileWritten(d *database, n int, do func() error) error {
 	end := make(chan struct{})
@@ -130,14 +143,11 @@ func within(t *testing.T, what string, times, least, most float64) {
 func TestBackgroundGivesWay(t *testing.T) {
 	r := randomness(t)
 	synctest.Test(t, func(t *testing.T) {
-		fs := &workingFS{FS: vfs.NewMem()}
-		o := Options{MemTableBytes: 64 << 20}
-		d, err := openDatabase(fs, "/db", "db", o.EnsureDefaults(), true)
-		noError(t, err)
+		d, fs := openWorking(t)
 		defer func() { noError(t, d.release()) }()
 		compact := func() error { return d.db.Compact(t.Context(), []byte("a"), []byte("z"), false) }
 		few := 100
-		many := int(o.MemTableBytes / 48) // half of a memtable is full after an eighth of a second
+		many := workingMemTable / 48 // half of a memtable is full after an eighth of a second
 		for _, c := range []struct {
 			what        string
 			written     int
@@ -172,10 +182,7 @@ func TestBackgroundGivesWay(t *testing.T) {
 func TestHurryIsOfFlushes(t *testing.T) {
 	r := randomness(t)
 	synctest.Test(t, func(t *testing.T) {
-		fs := &workingFS{FS: vfs.NewMem()}
-		o := Options{MemTableBytes: 64 << 20}
-		d, err := openDatabase(fs, "/db", "db", o.EnsureDefaults(), true)
-		noError(t, err)
+		d, fs := openWorking(t)
 		fill(t, d, r, 2000)
 		noError(t, d.flush())
 		fill(t, d, r, 2000)
@@ -210,7 +217,7 @@ func TestStateGivesWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		fs := &workingFS{FS: vfs.NewMem()}
 		o := testOptions()
-		o.MemTableBytes = 64 << 20
+		o.MemTableBytes = workingMemTable
 		s, err := Open(fs, "state", o)
 		noError(t, err)
 		defer func() { noError(t, s.Close()) }()

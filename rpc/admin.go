@@ -123,7 +123,7 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, c compa
 	spec := specFromAPI(cfg)
 	if v := router.ValidatePipeline(spec); len(v) > 0 {
 		out := &putResult{violations: v, revision: a.cfg.State.Revision(), epoch: a.cfg.State.Epoch()}
-		a.reader.SendHeader(ctx, out.revision, out.epoch)
+		a.reader.SetHeader(ctx, out.revision, out.epoch)
 		return out, nil
 	}
 	current, at, err := a.pipeline(ctx, spec.Id, fence)
@@ -141,7 +141,6 @@ func (a *adminAPI) put(ctx context.Context, cfg *adminpb.PipelineConfig, c compa
 		return nil, err
 	}
 	if matches && (same && request == "" || validateOnly) {
-		a.reader.SendHeader(ctx, at.revision, at.epoch)
 		return &putResult{version: current.GetVersion(), revision: at.revision, epoch: at.epoch}, nil
 	}
 	if validateOnly {
@@ -168,8 +167,7 @@ type readPoint struct{ revision, epoch uint64 }
 
 // pipeline reads one pipeline, nil when there is none, as current as can be: it
 // decides whether a command is needed, so a request for stale reads does not
-// apply to it. When the state is of another epoch than fence it fails. The headers of
-// the reply are left to the caller, whose command may be answered with later ones.
+// apply to it. When the state is of another epoch than fence it fails.
 func (a *adminAPI) pipeline(ctx context.Context, id string, fence *uint64) (*commandpb.Pipeline, readPoint, error) {
 	if _, err := a.cfg.Node.ReadIndex(ctx); err != nil {
 		// No read, no shortcut: Wait does the waiting for a leader.
@@ -188,6 +186,7 @@ func (a *adminAPI) pipeline(ctx context.Context, id string, fence *uint64) (*com
 	if err != nil {
 		return nil, readPoint{}, err
 	}
+	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return p, readPoint{v.Revision(), v.Epoch()}, nil
 }
 
@@ -246,7 +245,6 @@ func (a *adminAPI) DeletePipeline(ctx context.Context, req *adminpb.DeletePipeli
 		// A repeated request goes to the log, which remembers whether the first
 		// one found the pipeline.
 		if request == "" {
-			a.reader.SendHeader(ctx, at.revision, at.epoch)
 			return &adminpb.DeletePipelineResponse{Success: true, Revision: at.revision, Epoch: at.epoch}, nil
 		}
 	}
@@ -310,7 +308,6 @@ func (a *adminAPI) setEnabled(ctx context.Context, id string, enabled, abrupt bo
 		return nil, err
 	}
 	if request == "" && current != nil && current.GetSpec().GetEnabled() == enabled && (expected == nil || *expected == current.Version) {
-		a.reader.SendHeader(ctx, at.revision, at.epoch)
 		return &putResult{version: current.Version, revision: at.revision, epoch: at.epoch}, nil
 	}
 	res, err := a.submit(ctx, &commandpb.Command{ExpectedEpoch: fence, Op: &commandpb.Command_SetPipelineEnabled{

@@ -156,7 +156,7 @@ func (a *backupAPI) CreateSnapshot(ctx context.Context, req *backuppb.CreateSnap
 	if err != nil {
 		return nil, err
 	}
-	a.reader.SendHeader(ctx, rec.Revision, rec.Epoch)
+	a.reader.SetHeader(ctx, rec.Revision, rec.Epoch)
 	return &backuppb.CreateSnapshotResponse{
 		SnapshotId: id, SizeBytes: uint64(rec.Bytes), CommitIndex: rec.Index, Term: rec.Term, Timestamp: uint64(rec.CreatedMS),
 		Revision: rec.Revision, Epoch: rec.Epoch, NodeId: a.cfg.NodeID, ClusterId: fmt.Sprintf("%016x", rec.ClusterID),
@@ -325,7 +325,7 @@ func (a *backupAPI) awaitRestore(ctx context.Context, resp *backuppb.RestoreSnap
 		resp.Message = op.GetMessage()
 	}
 	resp.Revision, resp.Epoch = a.cfg.State.Revision(), a.cfg.State.Epoch()
-	a.reader.SendHeader(ctx, resp.Revision, resp.Epoch)
+	a.reader.SetHeader(ctx, resp.Revision, resp.Epoch)
 	return nil
 }
 

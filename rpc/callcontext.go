@@ -4,6 +4,9 @@ import (
 	"context"
 	"sync"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 )
 
 // callContext is the context of a unary call with a deadline of ours: a fixed
@@ -25,6 +28,28 @@ type callContext struct {
 	timed  context.Context // nil until somebody asked for Done
 	cancel context.CancelFunc
 	ended  bool
+	header metadata.MD // of the reply; nil for none
+}
+
+// callKey finds the callContext a context was derived from.
+type callKey struct{}
+
+// setHeader notes the headers of the reply, which nobody may change any more.
+func (c *callContext) setHeader(md metadata.MD) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.header = md
+}
+
+// sendHeader sends what was noted, right before the reply. grpc.SetHeader, which could be
+// called with each, copies it, and joins what it is given.
+func (c *callContext) sendHeader() {
+	c.mu.Lock()
+	md := c.header
+	c.mu.Unlock()
+	if md != nil {
+		_ = grpc.SendHeader(c.Context, md) // it fails if the call has ended: nobody listens
+	}
 }
 
 // answerMargin is how long before the client's deadline a call that waits is
@@ -91,6 +116,9 @@ func (c *callContext) Err() error {
 // that the context package finds it and links children to it directly instead
 // of with a goroutine.
 func (c *callContext) Value(key any) any {
+	if _, ok := key.(callKey); ok {
+		return c
+	}
 	c.mu.Lock()
 	timed := c.timed
 	c.mu.Unlock()

@@ -62,7 +62,7 @@ func (a *clusterAPI) GetStateHash(ctx context.Context, _ *clusterpb.GetStateHash
 	if err != nil {
 		return nil, err
 	}
-	a.reader.SendHeader(ctx, v.Revision(), v.Epoch())
+	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return &clusterpb.GetStateHashResponse{
 		NodeId: a.cfg.NodeID, AppliedIndex: v.Applied(), Revision: v.Revision(), Hash: hash,
 	}, nil
@@ -296,7 +296,7 @@ func (a *clusterAPI) WatchChanges(req *clusterpb.WatchChangesRequest, stream clu
 	}
 	defer sub.Close()
 	// Tells the caller from where on it is watching, before anything happens.
-	a.reader.SendHeader(ctx, from, epoch)
+	a.reader.SetHeader(ctx, from, epoch)
 	for {
 		changes, _, err := sub.Next(ctx)
 		if err != nil {

@@ -35,13 +35,13 @@ const (
 func (a *adminAPI) GetClusterStatus(ctx context.Context, _ *adminpb.GetClusterStatusRequest) (*adminpb.GetClusterStatusResponse, error) {
 	st := a.cfg.Node.Status()
 	own := a.clusterStatus(st)
-	epoch := a.cfg.State.Epoch()
-	defer func() { a.reader.SendHeader(ctx, own.Revision, epoch) }()
+	a.reader.SetHeader(ctx, own.Revision, a.cfg.State.Epoch())
 	if len(metadata.ValueFromIncomingContext(ctx, metadataRelayed)) > 0 {
 		return own, nil
 	}
 	if st.Leader != st.ID {
 		own = a.asTheLeaderSees(ctx, st, own)
+		a.reader.SetHeader(ctx, own.Revision, a.cfg.State.Epoch())
 	}
 	a.askNodes(ctx, own)
 	return own, nil

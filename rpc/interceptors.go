@@ -25,20 +25,22 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	if err := s.gated(info.FullMethod); err != nil {
 		return nil, s.statusOf(info.FullMethod, err)
 	}
+	timeout := s.cfg.CallTimeout
 	if longCall(info.FullMethod) {
-		c := newCallContext(ctx, s.cfg.LongCallTimeout)
-		defer c.end()
+		timeout = s.cfg.LongCallTimeout
+	}
+	c := newCallContext(ctx, timeout)
+	defer c.end()
+	ctx = c
+	if longCall(info.FullMethod) {
 		// A stop must not wait for what goes on elsewhere, or after a restart.
 		bound, cancel := context.WithCancel(c)
 		defer cancel()
 		defer context.AfterFunc(s.run, cancel)()
 		ctx = bound
-	} else {
-		c := newCallContext(ctx, s.cfg.CallTimeout)
-		defer c.end()
-		ctx = c
 	}
 	resp, err = handler(ctx, req)
+	c.sendHeader()
 	if err != nil {
 		if errors.Is(err, context.Canceled) && s.run.Err() != nil {
 			err = fmt.Errorf("%w: this node is stopping; what the call began may go on: 'router operation list' on another node shows it",

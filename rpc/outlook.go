@@ -201,6 +201,6 @@ func (a *clusterAPI) wholeQuality(ctx context.Context, req *clusterpb.GetPlaceme
 	if resp.LastPlan.GetRevision() == 0 {
 		resp.LastPlan = nil
 	}
-	a.reader.SendHeader(ctx, resp.Revision, resp.Epoch)
+	a.reader.SetHeader(ctx, resp.Revision, resp.Epoch)
 	return resp, nil
 }

@@ -312,12 +312,12 @@ func noIndex(last error) error {
 		"or read with metadata %s: stale", raftnode.ErrNoLeader, text, MetadataConsistency)
 }
 
-// SendHeader sends the headers of the reply, with the revision of the answer, its epoch,
-// and the cluster it comes from. It is to be called once a call, at most, and nothing can
-// be added to the headers afterwards: gRPC keeps those that are sent at once as they are,
-// and copies those that are set. A failure (no gRPC call in ctx, or one that has ended)
-// leaves a reply without them, which is no reason to fail it.
-func (r *Reader) SendHeader(ctx context.Context, revision, epoch uint64) {
+// SetHeader has the reply carry the revision of the answer, its epoch, and the cluster it
+// comes from in its headers. Of several times in one unary call the last counts: a command
+// that is proposed after a read, or again, is what its reply is about. A stream's headers are
+// sent at once, and once. A failure (no gRPC call in ctx, or one that has ended) leaves a
+// reply without them, which is no reason to fail it.
+func (r *Reader) SetHeader(ctx context.Context, revision, epoch uint64) {
 	h := r.header.Load()
 	if h == nil || h.revision != revision || h.epoch != epoch {
 		h = &replyHeader{revision, epoch, metadata.Pairs(
@@ -325,6 +325,10 @@ func (r *Reader) SendHeader(ctx context.Context, revision, epoch uint64) {
 			MetadataEpoch, strconv.FormatUint(epoch, 10),
 			MetadataClusterID, r.clusterID)}
 		r.header.Store(h)
+	}
+	if c, ok := ctx.Value(callKey{}).(*callContext); ok {
+		c.setHeader(h.md)
+		return
 	}
 	_ = grpc.SendHeader(ctx, h.md)
 }

@@ -42,7 +42,7 @@ func (a *registryAPI) WatchServices(req *registrypb.WatchServicesRequest, stream
 	if err := a.reader.Wait(ctx); err != nil {
 		return err
 	}
-	a.reader.SendHeader(ctx, a.cfg.State.Revision(), a.cfg.State.Epoch())
+	a.reader.SetHeader(ctx, a.cfg.State.Revision(), a.cfg.State.Epoch())
 	from := req.GetFromRevision()
 	w.epoch = a.cfg.State.Epoch()
 	if known := req.GetFromEpoch(); from > 0 && known != 0 && known != w.epoch {

@@ -145,7 +145,7 @@ func (a *sidecarAPI) answerRival(ctx context.Context, id, reason string, resp *s
 	if err := tellRival(v, id, reason, resp); err != nil {
 		return nil, err
 	}
-	a.reader.SendHeader(ctx, v.Revision(), v.Epoch())
+	a.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return resp, nil
 }
 

@@ -452,7 +452,7 @@ func (s *Server) submit(ctx context.Context, cmd *commandpb.Command) (*commandpb
 	if err != nil {
 		return nil, err
 	}
-	s.reader.SendHeader(ctx, res.GetRevision(), res.GetEpoch())
+	s.reader.SetHeader(ctx, res.GetRevision(), res.GetEpoch())
 	if res.GetRejection().GetCode() == commandpb.Code_CODE_EPOCH {
 		// Not in a reply, where it would be one refusal of many: everything the
 		// caller knows is of another state.
@@ -468,7 +468,7 @@ func (s *Server) view(ctx context.Context) (*router.View, error) {
 		return nil, err
 	}
 	v := s.cfg.State.View()
-	s.reader.SendHeader(ctx, v.Revision(), v.Epoch())
+	s.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return v, nil
 }
 
@@ -478,7 +478,7 @@ func (s *Server) latest(ctx context.Context) (*router.View, error) {
 		return nil, err
 	}
 	v := s.cfg.State.Latest()
-	s.reader.SendHeader(ctx, v.Revision(), v.Epoch())
+	s.reader.SetHeader(ctx, v.Revision(), v.Epoch())
 	return v, nil
 }
 

@@ -209,6 +209,12 @@ func TestReplyHeaders(t *testing.T) {
 	check(r.Revision)
 	// These read before they write, and may have nothing to write: the headers are of
 	// what the reply is about.
+	_, err = a.registry.Register(a.ctx(), registration("m", "reader"))
+	noError(t, err)
+	md = nil
+	joined, err := a.registry.JoinGroup(a.ctx(), &registrypb.JoinGroupRequest{ServiceId: "m", GroupId: "g"}, grpc.Header(&md))
+	noError(t, err)
+	check(joined.Revision)
 	cfg := chain("p", "kafka-events", "warehouse")
 	for range 2 {
 		md = nil

@@ -190,7 +190,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 		}
 		if reason != "" {
 			resp.Reason, resp.Revision = reason, a.cfg.State.Revision()
-			a.reader.SendHeader(ctx, resp.Revision, a.cfg.State.Epoch())
+			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
 			return resp, nil
 		}
 	}
@@ -221,7 +221,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 			a.told.forget(id)
 			resp.Reason = unknownSidecar(id)
 			resp.Revision = a.cfg.State.Revision()
-			a.reader.SendHeader(ctx, resp.Revision, a.cfg.State.Epoch())
+			a.reader.SetHeader(ctx, resp.Revision, a.cfg.State.Epoch())
 			return resp, nil
 		}
 	}
@@ -260,7 +260,7 @@ func (a *sidecarAPI) Heartbeat(ctx context.Context, req *sidecarpb.SidecarHeartb
 			a.told.again(id)
 		}
 	}
-	a.reader.SendHeader(ctx, resp.Revision, epoch)
+	a.reader.SetHeader(ctx, resp.Revision, epoch)
 	a.noteHealth(id, entry, req.GetServiceHealth())
 	if len(resp.Commands) > 0 {
 		entry.telling(ctx)

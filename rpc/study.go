@@ -96,7 +96,7 @@ func (a *clusterAPI) ExplainPipeline(ctx context.Context, req *clusterpb.Explain
 	if err != nil {
 		return nil, err
 	}
-	a.reader.SendHeader(ctx, at.Revision, at.Epoch)
+	a.reader.SetHeader(ctx, at.Revision, at.Epoch)
 	resp := &clusterpb.ExplainPipelineResponse{Revision: at.Revision, Epoch: at.Epoch}
 	size := 0
 	for i := range stages {
@@ -226,7 +226,7 @@ func (a *clusterAPI) PlanPipelines(ctx context.Context, req *clusterpb.PlanPipel
 	if err != nil {
 		return nil, err
 	}
-	a.reader.SendHeader(ctx, at.Revision, at.Epoch)
+	a.reader.SetHeader(ctx, at.Revision, at.Epoch)
 	resp.Revision, resp.Epoch, resp.Outlook = at.Revision, at.Epoch, outlookToAPI(&o, specs, limit)
 	return resp, nil
 }
@@ -315,7 +315,7 @@ func (a *clusterAPI) WhatIf(ctx context.Context, req *clusterpb.WhatIfRequest) (
 	if err != nil {
 		return nil, err
 	}
-	a.reader.SendHeader(ctx, at.Revision, at.Epoch)
+	a.reader.SetHeader(ctx, at.Revision, at.Epoch)
 	return &clusterpb.WhatIfResponse{Revision: at.Revision, Epoch: at.Epoch, Lost: lost, Outlook: outlookToAPI(&o, specs, limit)}, nil
 }
 

@@ -58,7 +58,7 @@ func (a *sidecarAPI) firstState(ctx context.Context, w *assignmentWatch, req *si
 	}
 	if err == nil {
 		a.push.firsts.Add(1)
-		a.reader.SendHeader(ctx, revision, w.epoch)
+		a.reader.SetHeader(ctx, revision, w.epoch)
 	}
 	return err
 }
