@@ -36,20 +36,39 @@ type awaitedView struct {
 	ready chan *View // of one; nil when the state went past the index
 }
 
+// SettledView returns a view of what its index is of on every replica. That of View
+// need not be: a restore is recorded in the state it replaces, at the index of the
+// state that replaces it, and until that one is there a view shows the old one under
+// the new one's index. It waits for the run that is being applied, which may be such a
+// swap. It fails when this replica must stop. The caller closes the view.
+func (s *FSM) SettledView() (*View, error) {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	return s.settledView()
+}
+
+// settledView is SettledView for one who holds applyMu.
+func (s *FSM) settledView() (*View, error) {
+	if s.broken != nil { // perhaps in the middle of a swap
+		return nil, s.broken
+	}
+	return s.View(), nil
+}
+
 // ViewAt returns a view of the state at exactly index. It waits, until ctx is
 // done, for the state to get there; ErrIndexPassed means that it is further, or
 // went past in one step: only an index at which a run ends is seen for certain,
-// which are the multiples of Boundary and the newest of a log that stands still.
-// The caller closes the view.
+// which are the multiples of Boundary and the newest of a log that stands still. Other
+// errors are as with SettledView. The caller closes the view.
 func (s *FSM) ViewAt(ctx context.Context, index uint64) (*View, error) {
 	w := &awaitedView{index: index, ready: make(chan *View, 1)}
 	s.applyMu.Lock()
 	at := s.Applied().Index
 	switch {
 	case at == index:
-		v := s.View()
+		v, err := s.settledView()
 		s.applyMu.Unlock()
-		return v, nil
+		return v, err
 	case at > index:
 		s.applyMu.Unlock()
 		return nil, fmt.Errorf("%w: it is at %d, asked was for %d", ErrIndexPassed, at, index)
@@ -109,13 +128,13 @@ func (s *FSM) HashAt(ctx context.Context, index uint64) (StateHash, error) {
 		return StateHash{}, ErrHashBusy
 	}
 	defer s.hashing.Unlock()
-	v := s.View()
+	look := s.SettledView
 	if index != 0 {
-		_ = v.Close()
-		var err error
-		if v, err = s.ViewAt(ctx, index); err != nil {
-			return StateHash{}, err
-		}
+		look = func() (*View, error) { return s.ViewAt(ctx, index) }
+	}
+	v, err := look()
+	if err != nil {
+		return StateHash{}, err
 	}
 	defer v.Close()
 	// A record that is not what was written differs from nobody's as long as

@@ -1,10 +1,16 @@
 package router
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 )
 
 // Goal: replicas that are fed the same log in runs of different lengths hand out
@@ -47,6 +53,57 @@ func awaitRequest(s *FSM) {
 		s.applyMu.Lock()
 		waiting = len(s.awaited) > 0
 		s.applyMu.Unlock()
+	}
+}
+
+// Goal: no index has two hashes, not even while a restore replaces the state. Method: one
+// who asks for a hash between the record that the swap is due and the swap. It is
+// answered at once, or after the swap; with the hash of the index it names.
+func TestHashDuringSwap(t *testing.T) {
+	mem := vfs.NewMem()
+	g := &commands{r: randomness(t), time: 1_000_000}
+	withBackup(t, mem, g, 20)
+	var s *FSM
+	var asked sync.WaitGroup
+	var during StateHash
+	hooked := false
+	fs := faulty(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if op.Kind != errorfs.OpRename || !strings.Contains(op.Path, undoPrefix) || hooked {
+			return nil
+		}
+		hooked = true
+		answered := make(chan struct{})
+		asked.Go(func() {
+			defer close(answered)
+			h, err := s.HashAt(t.Context(), 0)
+			if err != nil {
+				t.Errorf("the hash: %v", err)
+			}
+			during = h
+		})
+		select {
+		case <-answered: // before the swap
+		case <-time.After(100 * time.Millisecond): // it waits for the swap
+		}
+		return nil
+	}))
+	s = open(t, fs, "state")
+	accepted(t, s, stageCommands(t, fs, "image", "op")...)
+	noError(t, s.Prepare(t.Context(), "op"))
+	accepted(t, s, report("op", 1))
+	before, err := s.HashAt(t.Context(), 0)
+	noError(t, err)
+	accepted(t, s, swap("op"))
+	asked.Wait()
+	after, err := s.HashAt(t.Context(), 0)
+	noError(t, err)
+	if !hooked {
+		t.Fatal("nobody asked in the middle of the swap")
+	}
+	for _, known := range []StateHash{before, after} {
+		if known.Index == during.Index && !bytes.Equal(known.Hash, during.Hash) {
+			t.Errorf("index %d has the hashes %x and, for one who asks during the swap, %x", known.Index, known.Hash, during.Hash)
+		}
 	}
 }
 
