@@ -2,6 +2,7 @@ package wal
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -266,13 +267,18 @@ func parseRecord(b []byte, rec *record) bool {
 	return rec.typ > 0
 }
 
+// zeros is what bytes are compared with, many at a time: what a segment was extended by
+// may be all but megabytes of it.
+var zeros [16 << 10]byte
+
 func allZero(b []byte) bool {
-	for _, v := range b {
-		if v != 0 {
+	for len(b) > len(zeros) {
+		if !bytes.Equal(b[:len(zeros)], zeros[:]) {
 			return false
 		}
+		b = b[len(zeros):]
 	}
-	return true
+	return bytes.Equal(b, zeros[:len(b)])
 }
 
 // hasZeroSector tells whether the part of b in any one disk sector is all zero,
@@ -287,3 +293,43 @@ func hasZeroSector(b []byte, off int64) bool {
 	}
 	return false
 }
+
+// entryHead reads index and term of an encoded entry, and refuses what proto.Unmarshal
+// refuses: the underlying package panics on it. It copies nothing, while to decode all of
+// it copies the command, which is most of what a scan of a log would take.
+func entryHead(b []byte) (index, term uint64, err error) {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return 0, 0, protowire.ParseError(n)
+		}
+		if num > protowire.MaxValidNumber {
+			return 0, 0, fmt.Errorf("%d is no number of a field", num)
+		}
+		b = b[n:]
+		var v uint64
+		if typ == protowire.VarintType {
+			v, n = protowire.ConsumeVarint(b)
+		} else {
+			n = protowire.ConsumeFieldValue(num, typ, b)
+		}
+		if n < 0 {
+			return 0, 0, protowire.ParseError(n)
+		}
+		b = b[n:]
+		switch {
+		case typ != protowire.VarintType:
+		case num == entryTerm:
+			term = v
+		case num == entryIndex:
+			index = v
+		}
+	}
+	return index, term, nil
+}
+
+// Field numbers of raftpb.Entry.
+const (
+	entryTerm  = protowire.Number(2)
+	entryIndex = protowire.Number(3)
+)

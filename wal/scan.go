@@ -187,11 +187,11 @@ func (s *scanResult) record(info *segmentInfo, rec *record) error {
 	case etcdwal.MetadataType:
 		return s.metadata(rec.data)
 	case etcdwal.EntryType:
-		e := &raftpb.Entry{}
-		if err := proto.Unmarshal(rec.data, e); err != nil {
+		i, term, err := entryHead(rec.data)
+		if err != nil {
 			return &CorruptError{Reason: "an entry cannot be decoded: " + err.Error()}
 		}
-		return s.entry(info, e)
+		return s.entry(info, i, term)
 	case etcdwal.StateType:
 		hs := &raftpb.HardState{}
 		if err := proto.Unmarshal(rec.data, hs); err != nil {
@@ -228,8 +228,7 @@ func (s *scanResult) metadata(b []byte) error {
 	return nil
 }
 
-func (s *scanResult) entry(info *segmentInfo, e *raftpb.Entry) error {
-	i := e.GetIndex()
+func (s *scanResult) entry(info *segmentInfo, i, term uint64) error {
 	info.entries++
 	if info.first == 0 || i < info.first {
 		info.first = i
@@ -249,7 +248,7 @@ func (s *scanResult) entry(info *segmentInfo, e *raftpb.Entry) error {
 		// stretch that was rewritten from further back.
 		s.base, s.baseTerm, s.terms = i-1, 0, nil
 	}
-	s.terms = append(s.terms[:i-s.base-1], e.GetTerm())
+	s.terms = append(s.terms[:i-s.base-1], term)
 	return nil
 }
 
