@@ -172,6 +172,18 @@ func (s *Store) claim(id string) (*partial, error) {
 	return p, nil
 }
 
+// receiving reports whether an image is being received.
+func (s *Store) receiving() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.partials {
+		if p.active {
+			return true
+		}
+	}
+	return false
+}
+
 func (s *Store) statErr(path string) error {
 	_, err := s.fs.Stat(path)
 	return err

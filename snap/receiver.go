@@ -32,6 +32,10 @@ type Receiver struct {
 	// index and pos say which file, and where in it, offset is.
 	index int
 	pos   int64
+	// sum is the checksum of what was taken of that file, from its beginning if whole;
+	// otherwise an earlier receive has begun it.
+	sum   uint32
+	whole bool
 	// file is info.Files[index] when it is open.
 	file    vfs.File
 	journal vfs.File
@@ -42,8 +46,9 @@ type Receiver struct {
 	// fully is set when this file system can only sync as a whole what it is asked
 	// to begin writing back.
 	fully bool
-	// sealed tells of the files of info that this receive has made durable, and then
-	// read back, what they were at that time. It belongs to side until that has ended.
+	// sealed tells of the files of info that this receive has made durable, and found to
+	// be the sender's, what they were at that time. It belongs to side until that has
+	// ended.
 	sealed []fileIdentity
 	// block is what side reads into.
 	block []byte
@@ -77,7 +82,7 @@ func (r *Receiver) Write(c Chunk) error {
 	if err := r.admitLocked(&c); err != nil {
 		return err
 	}
-	if err := r.takeLocked(c.Data); err != nil {
+	if err := r.takeLocked(c.Data, c.CRC); err != nil {
 		return r.failLocked(err)
 	}
 	// The journal entry follows the data: an entry whose data is missing is
@@ -122,15 +127,20 @@ func (r *Receiver) admitLocked(c *Chunk) error {
 	return nil
 }
 
-// takeLocked stores data, which continues the stream.
-func (r *Receiver) takeLocked(data []byte) error {
+// takeLocked stores data, which continues the stream and has the checksum crc.
+func (r *Receiver) takeLocked(data []byte, crc uint32) error {
+	all := len(data)
 	for len(data) > 0 {
 		var n int
 		var err error
 		if r.info == nil {
 			n, err = r.takeManifestLocked(data)
 		} else {
-			n, err = r.takeFileLocked(data)
+			part := data[:min(r.nextFileLocked(), int64(len(data)))]
+			if n = len(part); n < all {
+				crc = crc32.Checksum(part, castagnoli)
+			}
+			err = r.takeFileLocked(part, crc)
 		}
 		if err != nil {
 			return err
@@ -193,38 +203,52 @@ func (r *Receiver) openImageLocked() error {
 		}
 	}
 	r.begun(info)
-	r.index, r.pos = 0, 0
+	r.index, r.pos, r.sum, r.whole = 0, 0, 0, true
 	return syncDir(s.fs, r.imageDir)
 }
 
-// takeFileLocked writes what data holds of the current file.
-func (r *Receiver) takeFileLocked(data []byte) (int, error) {
+// nextFileLocked moves on to the file that the next byte of the stream is of, and returns
+// how much of it is missing. There is one: a chunk does not go beyond the image.
+func (r *Receiver) nextFileLocked() int64 {
 	for r.pos == r.info.Files[r.index].Size {
-		if err := r.closeFileLocked(); err != nil {
-			return 0, err
-		}
-		r.index, r.pos = r.index+1, 0
+		r.index, r.pos, r.sum, r.whole = r.index+1, 0, 0, true
 	}
+	return r.info.Files[r.index].Size - r.pos
+}
+
+// takeFileLocked writes data, which has the checksum crc, into the current file, which it
+// does not go beyond.
+func (r *Receiver) takeFileLocked(data []byte, crc uint32) error {
 	f := r.info.Files[r.index]
 	path := r.store.fs.PathJoin(r.imageDir, f.Name)
 	if r.file == nil {
 		file, err := r.store.fs.OpenReadWrite(path, writeCategory)
 		if err != nil {
-			return 0, fmt.Errorf("snap: open %s: %w", path, err)
+			return fmt.Errorf("snap: open %s: %w", path, err)
 		}
 		r.file = file
+		if r.pos == 0 && f.Size >= preallocateBytes {
+			// Where it cannot be done, the file grows as usual.
+			_ = file.Preallocate(0, f.Size)
+		}
 	}
-	n := int(min(f.Size-r.pos, int64(len(data))))
-	if _, err := r.file.WriteAt(data[:n], r.pos); err != nil {
-		return 0, fmt.Errorf("snap: write %s: %w", path, err)
+	n := int64(len(data))
+	if _, err := r.file.WriteAt(data, r.pos); err != nil {
+		return fmt.Errorf("snap: write %s: %w", path, err)
 	}
-	r.pos += int64(n)
+	r.pos += n
+	r.sum = combine(r.sum, crc, n)
 	if r.pos == f.Size {
 		r.ahead = 0
-		return n, r.fileEndedLocked(r.index)
+		return r.fileEndedLocked()
 	}
-	return n, r.writeBackLocked(int64(n))
+	return r.writeBackLocked(n)
 }
+
+// preallocateBytes is the size from which on a file gets its place on the disk before its
+// content: to find it block by block takes longer than to copy what the blocks hold, and
+// what lies in one piece is written back in fewer.
+const preallocateBytes = 1 << 20
 
 // writeBackLocked is told of n more bytes in the current file, and begins to write
 // back what waits when that is much.
@@ -262,17 +286,25 @@ func (r *Receiver) begun(info *Info) {
 	r.info, r.sealed = info, make([]fileIdentity, len(info.Files))
 }
 
-// fileEndedLocked has the current file, which is whole, made durable, closed and
-// read back. Commit would take a good part of the time of the transfer to do it for
-// all files, and all of a processor.
-func (r *Receiver) fileEndedLocked(index int) error {
-	file, f := r.file, r.info.Files[index]
+// fileEndedLocked has the current file, which has all its bytes, made durable and closed,
+// and compares it with the manifest. Commit would take a good part of the time of the
+// transfer to do it for all files, and all of a processor.
+func (r *Receiver) fileEndedLocked() error {
+	index, file, f, whole := r.index, r.file, r.info.Files[r.index], r.whole
 	r.file = nil
-	if err := r.side.failed(); err != nil {
-		return errors.Join(err, file.Close()) // what comes after a failure is not done
+	err := r.side.failed() // what comes after a failure is not done
+	if err == nil && whole && r.sum != f.CRC {
+		err = &CorruptError{Image: r.id, File: f.Name,
+			Detail: fmt.Sprintf("what was sent has the checksum %08x, the manifest says %08x", r.sum, f.CRC)}
+	}
+	if err != nil {
+		return errors.Join(err, file.Close())
 	}
 	return r.side.do(func() error {
-		err := file.Sync()
+		st, err := file.Stat()
+		if err == nil {
+			err = file.Sync()
+		}
 		if err == nil {
 			err = file.Close()
 		} else {
@@ -281,29 +313,33 @@ func (r *Receiver) fileEndedLocked(index int) error {
 		if err != nil {
 			return fmt.Errorf("snap: fsync and close %s of image %s: %w", f.Name, r.id, err)
 		}
-		return r.seal(index)
+		return r.seal(index, st, whole)
 	})
 }
 
-// seal reads file index back, as Commit would, and notes that it was done.
-func (r *Receiver) seal(index int) error {
+// seal notes that file index, which is durable and was st then, is the sender's. What was
+// there when this receive began is read back, as Commit would; what came since was
+// compared with checksums on its way into the file. To read it again would find the same
+// memory, not the disk, and take processor time from the writes of clients.
+func (r *Receiver) seal(index int, st vfs.FileInfo, whole bool) error {
 	fsys, f := r.store.fs, r.info.Files[index]
 	// What changes from here on makes it another file, for Commit to look at.
-	st, err := fsys.Stat(fsys.PathJoin(r.imageDir, f.Name))
-	if err != nil {
-		return fmt.Errorf("snap: stat %s of image %s: %w", f.Name, r.id, err)
-	}
 	id, ok := identify(st)
-	if !ok {
+	if !ok || id.size != f.Size {
 		return nil // Commit reads it
 	}
-	if r.block == nil {
-		r.block = make([]byte, readBlock)
-	}
-	if err := checkFile(context.Background(), fsys, r.imageDir, r.id, f, false, r.block); err != nil {
-		return err
+	if !whole {
+		if r.block == nil {
+			r.block = make([]byte, readBlock)
+		}
+		if err := checkFile(context.Background(), fsys, r.imageDir, r.id, f, false, r.block); err != nil {
+			return err
+		}
 	}
 	r.sealed[index] = id
+	if immutable(f.Name) {
+		r.store.opts.Sums.put(id, f.CRC, true) // who makes an image of it need not read it
+	}
 	return nil
 }
 
@@ -312,7 +348,7 @@ func (r *Receiver) seek() {
 	if r.info == nil {
 		return
 	}
-	r.index, r.pos = 0, r.offset-int64(len(r.manifest))
+	r.index, r.pos, r.sum, r.whole = 0, r.offset-int64(len(r.manifest)), 0, false
 	for r.index < len(r.info.Files) && r.pos > r.info.Files[r.index].Size {
 		r.pos -= r.info.Files[r.index].Size
 		r.index++
@@ -340,8 +376,9 @@ func (r *Receiver) syncLocked() error {
 	})
 }
 
-// Commit reads the whole image back, compares every checksum, makes it durable
-// and adds it to the store. It takes time in proportion to the image.
+// Commit compares all that was not compared on its way, or has changed since, with the
+// manifest, makes the image durable and adds it to the store. It takes time in
+// proportion to what it reads, which is the whole image where files have no identity.
 //
 // Called before the end of the stream, it returns ErrOutOfOrder and changes
 // nothing. After any other error, ErrCorrupt among them, what was received is
@@ -377,8 +414,7 @@ func (r *Receiver) commitLocked() (Info, error) {
 	if err := r.side.end(); err != nil {
 		return Info{}, err
 	}
-	// Everything from the disk: what arrived was checked on arrival, what was
-	// stored has not been, unless it is sealed, and parts of it an earlier process
+	// Everything that is not sealed from the disk: parts of it an earlier process
 	// may have stored and not fsynced. (The manifest is always fsynced: it is written before the
 	// journal can hold a chunk that completes it, and no receive is resumed
 	// without such a chunk.)

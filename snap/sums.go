@@ -2,6 +2,7 @@ package snap
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -160,7 +161,8 @@ func (c *SumCache) sum(ctx context.Context, f vfs.File, name string, limit int64
 // checksums are not known yet, at the pace of limit (nil: none), so that the next
 // Create has little to read. It returns how many bytes it has read. It may run
 // beside everything else, blocks while it reads, and ends early when ctx is done.
-// Tables that vanish meanwhile are left out.
+// Tables that vanish meanwhile are left out. While an image is received it reads
+// nothing, or no more: what comes takes the place of the tables, and is known then.
 func (s *Store) Warm(ctx context.Context, dir string, limit *RateLimit) (int64, error) {
 	names, err := s.fs.List(dir)
 	if err != nil {
@@ -175,6 +177,9 @@ func (s *Store) Warm(ctx context.Context, dir string, limit *RateLimit) (int64, 
 		}
 		read, err := s.warmFile(ctx, s.fs.PathJoin(dir, name), name, limit, buf)
 		total += read
+		if errors.Is(err, errReceiving) {
+			return total, nil
+		}
 		if err != nil && !isNotExist(err) {
 			return total, fmt.Errorf("snap: warm: read %s: %w", s.fs.PathJoin(dir, name), err)
 		}
@@ -200,18 +205,24 @@ func (s *Store) warmFile(ctx context.Context, path, name string, limit *RateLimi
 		return 0, err
 	}
 	defer f.Close()
-	_, read, err := s.opts.Sums.sum(ctx, pacedFile{f, ctx, limit}, name, id.size, buf)
+	_, read, err := s.opts.Sums.sum(ctx, warmedFile{f, s, ctx, limit}, name, id.size, buf)
 	return read, err
 }
 
-// pacedFile is read at the pace of a limit.
-type pacedFile struct {
+var errReceiving = errors.New("snap: an image is being received")
+
+// warmedFile is read at the pace of a limit, until an image is received.
+type warmedFile struct {
 	vfs.File
+	store *Store
 	ctx   context.Context
 	limit *RateLimit
 }
 
-func (f pacedFile) Read(p []byte) (int, error) {
+func (f warmedFile) Read(p []byte) (int, error) {
+	if f.store.receiving() {
+		return 0, errReceiving
+	}
 	if f.limit != nil {
 		if err := f.limit.Wait(f.ctx, len(p)); err != nil {
 			return 0, err
