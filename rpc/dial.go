@@ -37,6 +37,16 @@ const (
 	peerConnWindow   = 16 << 20
 )
 
+// Buffers of a connection between nodes: what is read at once, and what is gathered to
+// be written at once where an image goes out. With gRPC's 32 KiB an image takes four times
+// as many packets and wake-ups of its receiver, and the writes of clients wait for them.
+// Read buffers are in use while there is something to read; one for writing always is, so
+// only images have a large one.
+const (
+	peerReadBuffer   = 128 << 10
+	imageWriteBuffer = 256 << 10
+)
+
 // peerDialer opens gRPC connections to peers.
 type peerDialer struct {
 	dial    Dialer
@@ -70,11 +80,11 @@ func dialTCP(timeout time.Duration) Dialer {
 
 // conn returns a connection to addr that is set up by the first call on it.
 // That call fails when the first attempt does: waiting and repeating is left to
-// the callers, which know when it is worth it.
-func (d peerDialer) conn(addr string) (*grpc.ClientConn, error) {
+// the callers, which know when it is worth it. more are options beside the usual ones.
+func (d peerDialer) conn(addr string, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	// passthrough: the dialer resolves names at every attempt, so a peer that
 	// came back with another address is found.
-	return grpc.NewClient("passthrough:///"+addr,
+	return grpc.NewClient("passthrough:///"+addr, append(more,
 		grpc.WithContextDialer(d.dial),
 		grpc.WithTransportCredentials(d.creds),
 		grpc.WithDisableServiceConfig(),
@@ -82,6 +92,7 @@ func (d peerDialer) conn(addr string) (*grpc.ClientConn, error) {
 		grpc.WithIdleTimeout(0),
 		grpc.WithStaticStreamWindowSize(peerStreamWindow),
 		grpc.WithStaticConnWindowSize(peerConnWindow),
+		grpc.WithReadBufferSize(peerReadBuffer),
 		dialBuffers(),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1, MaxDelay: time.Second},
@@ -96,7 +107,7 @@ func (d peerDialer) conn(addr string) (*grpc.ClientConn, error) {
 			grpc.ForceCodecV2(NewCodec()),
 			grpc.MaxCallRecvMsgSize(maxPeerMessage),
 		),
-	)
+	)...)
 }
 
 // PeerServerOptions returns the options of a grpc.Server that serves
@@ -113,6 +124,7 @@ func PeerServerOptions() []grpc.ServerOption {
 		grpc.WaitForHandlers(true),
 		grpc.StaticStreamWindowSize(peerStreamWindow),
 		grpc.StaticConnWindowSize(peerConnWindow),
+		grpc.ReadBufferSize(peerReadBuffer),
 		serveBuffers(),
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -120,7 +121,7 @@ func final(err error) bool {
 func (t *PeerTransport) sendImageOnce(ctx context.Context, to uint64, message []byte, image *snap.Reader, note func(int64)) (int64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	conn, err := t.connect(to)
+	conn, err := t.connect(to, grpc.WithWriteBufferSize(imageWriteBuffer))
 	if err != nil {
 		return -1, err
 	}

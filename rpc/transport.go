@@ -405,12 +405,12 @@ func (t *PeerTransport) peerAddr(id uint64) string {
 }
 
 // connect returns a new connection to node id; the caller closes it.
-func (t *PeerTransport) connect(id uint64) (*grpc.ClientConn, error) {
+func (t *PeerTransport) connect(id uint64, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	addr := t.peerAddr(id)
 	if addr == "" {
 		return nil, fmt.Errorf("%w: the address of node %d is not known here", ErrUnreachable, id)
 	}
-	return t.dialer.conn(addr)
+	return t.dialer.conn(addr, more...)
 }
 
 // PeerStats describes the connection to one peer.
