@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/iotest"
@@ -309,10 +310,13 @@ func TestFailingDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		n, hit := 0, false
+		var mu sync.Mutex // files are stored beside each other
 		fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
 			if op.Kind.ReadOrWrite() == errorfs.OpIsRead || op.Kind == errorfs.OpRemoveAll {
 				return nil
 			}
+			mu.Lock()
+			defer mu.Unlock()
 			if n++; n-1 == fail {
 				hit = true
 				return syscall.ENOSPC

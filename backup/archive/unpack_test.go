@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -70,10 +71,13 @@ func TestUnpackThatIsNotSettled(t *testing.T) {
 	}
 	for fail := 0; ; fail++ {
 		mem, n, hit := vfs.NewMem(), 0, false
+		var mu sync.Mutex
 		disk := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
 			if op.Kind != errorfs.OpFileSync && op.Kind != errorfs.OpFileSyncData && op.Kind != errorfs.OpFileClose {
 				return nil
 			}
+			mu.Lock()
+			defer mu.Unlock()
 			if n++; n-1 == fail {
 				hit = true
 				return syscall.EIO
