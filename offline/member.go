@@ -10,10 +10,11 @@ import (
 	"conveyor.etl/router/raftnode"
 )
 
-// makeMember makes the content of an empty data directory: fill makes the state
-// and says whose it is and where it stands, the rest is made here. On an error nothing is left in it, and the directory itself
-// only if it was there before.
-func makeMember(dir string, s *Settings, fill func(dir string) (datadir.Identity, raftnode.Position, error)) (err error) {
+// makeMember makes the content of an empty data directory: fill makes the state, and
+// calls rest with whose it is and where it stands, which makes everything else. What fill
+// returns after that decides as well. On an error nothing is left in it, and the directory
+// itself only if it was there before.
+func makeMember(dir string, s *Settings, fill func(dir string, rest restMaker) error) (err error) {
 	_, statErr := os.Stat(dir)
 	created := errors.Is(statErr, os.ErrNotExist)
 	if !created {
@@ -64,17 +65,19 @@ func makeMember(dir string, s *Settings, fill func(dir string) (datadir.Identity
 		}
 	}()
 	s.Point(stepBegin)
-	id, pos, err := fill(r.Dir())
+	err = fill(r.Dir(), func(id datadir.Identity, pos raftnode.Position) error {
+		s.Point(stepState)
+		return makeRest(r.Dir(), id, pos, s)
+	})
 	if err != nil {
-		return err
-	}
-	s.Point(stepState)
-	if err := makeRest(r.Dir(), id, pos, s); err != nil {
 		return err
 	}
 	decided, err = r.Commit()
 	return err
 }
+
+// restMaker makes what a data directory holds beside the state, which stands at pos.
+type restMaker func(id datadir.Identity, pos raftnode.Position) error
 
 // ErrNotEmpty: a new data directory must be empty.
 var ErrNotEmpty = errors.New("the data directory is not empty")

@@ -162,8 +162,11 @@ func recoverState(d *Directory, b base, p *Plan, dir string, o *RecoverOptions) 
 func alsoMake(m NewMember, id datadir.Identity, pos raftnode.Position, from string, s *Settings) error {
 	// Its directory gets an id of its own at the first start.
 	id.NodeID, id.DiskID = m.ID, 0
-	return makeMember(m.Dir, s, func(dir string) (datadir.Identity, raftnode.Position, error) {
-		return id, pos, installInto(dir, filepath.Join(from, datadir.StateName), s)
+	return makeMember(m.Dir, s, func(dir string, rest restMaker) error {
+		if err := installInto(dir, filepath.Join(from, datadir.StateName), s); err != nil {
+			return err
+		}
+		return rest(id, pos)
 	})
 }
 

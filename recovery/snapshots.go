@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -156,7 +157,14 @@ func (r *Recovery) open(ctx context.Context, s *shelf.Reader, c archive.Compress
 	if now, err := r.c.Shelf.Get(rec.ID); err == nil {
 		rec = now // with its counts
 	}
-	return archive.NewArchive(ctx, s.Reader, header(rec, hash), c, offset)
+	a, err := archive.NewArchive(ctx, s.Reader, header(rec, hash), c, offset)
+	if err == nil {
+		a.Limit(spareProcessors(runtime.GOMAXPROCS(0), func() int64 {
+			written, _ := r.c.State.Written()
+			return written
+		}))
+	}
+	return a, err
 }
 
 // header is the first entry of the archive of a snapshot.

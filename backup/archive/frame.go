@@ -9,20 +9,23 @@ import (
 
 const zstdMagic = 0xFD2FB528
 
-// zstdFrame passes on exactly one frame of its source and ends behind it. A
-// decoder would read on into whatever follows: further frames, or one that is
-// to be skipped and could hold anything.
+// zstdFrame passes on exactly one frame of its source, which begin has begun to read,
+// and ends behind it. A decoder would read on into whatever follows: further frames, or
+// one that is to be skipped and could hold anything.
 type zstdFrame struct {
 	in *bufio.Reader
 	// head is the part of the structure that was read and not passed on.
 	head []byte
 	buf  [32]byte
+	// size is how long it says that its content is, below zero when it does not.
+	size int64
 	// rest is what remains of the block.
 	rest     int64
-	begun    bool
 	last     bool
 	checksum bool
-	err      error
+	// ended: the whole frame was passed on.
+	ended bool
+	err   error
 }
 
 // errFrame: the structure of the frame is impossible.
@@ -56,9 +59,6 @@ func (f *zstdFrame) Read(p []byte) (n int, err error) {
 // next reads the next piece of the structure.
 func (f *zstdFrame) next() error {
 	switch {
-	case !f.begun:
-		f.begun = true
-		return f.begin()
 	case !f.last:
 		if err := f.take(3); err != nil {
 			return err
@@ -77,9 +77,11 @@ func (f *zstdFrame) next() error {
 		f.checksum = false
 		return f.take(4)
 	}
+	f.ended = true
 	return io.EOF
 }
 
+// begin reads the header of the frame.
 func (f *zstdFrame) begin() error {
 	if err := f.take(5); err != nil {
 		return err
@@ -90,18 +92,26 @@ func (f *zstdFrame) begin() error {
 	d := f.head[4]
 	single := d>>5&1 != 0
 	f.checksum = d>>2&1 != 0
-	n := []int{0, 1, 2, 4}[d&3]
-	n += []int{0, 2, 4, 8}[d>>6]
-	if !single || d>>6 == 0 {
-		// A single segment has no window descriptor, but then a size of at
-		// least one byte.
-		n++
+	sizeLen := []int{0, 2, 4, 8}[d>>6]
+	if single && sizeLen == 0 {
+		sizeLen = 1
 	}
-	if n == 0 {
-		return nil
+	n := []int{0, 1, 2, 4}[d&3] + sizeLen
+	if !single {
+		n++ // the window
 	}
 	_, err := io.ReadFull(f.in, f.buf[5:5+n])
 	f.head = f.buf[:5+n]
+	// The size comes last, and two bytes of it count from 256 on.
+	var size [8]byte
+	copy(size[:], f.head[5+n-sizeLen:])
+	f.size = int64(binary.LittleEndian.Uint64(size[:]))
+	switch sizeLen {
+	case 0:
+		f.size = -1
+	case 2:
+		f.size += 256
+	}
 	return unexpected(err)
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/klauspost/compress/zstd"
 
 	"conveyor.etl/router/snap"
 )
@@ -101,6 +102,37 @@ func pack(t testing.TB, img Image, c Compression, offset int64) []byte {
 		t.Fatal(err)
 	}
 	return raw
+}
+
+// frameOf returns b as one frame of zstd, an empty one too.
+func frameOf(t testing.TB, b []byte) []byte {
+	t.Helper()
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithZeroFrames(true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer z.Close()
+	return z.EncodeAll(b, nil)
+}
+
+// framesOf returns b as frames of n bytes each and what is left.
+func framesOf(t testing.TB, b []byte, n int) (frames [][]byte) {
+	for piece := range slices.Chunk(b, n) {
+		frames = append(frames, frameOf(t, piece))
+	}
+	return frames
+}
+
+// everyForm returns an archive of testContent in every compression, and one that has
+// many frames though it is small.
+func everyForm(t testing.TB) map[string][]byte {
+	img := newImage(t, testContent)
+	forms := map[string][]byte{}
+	for _, c := range all {
+		forms[c.String()] = pack(t, img, c, 0)
+	}
+	forms["many frames"] = bytes.Join(framesOf(t, forms[None.String()], 777), nil)
+	return forms
 }
 
 // extract unpacks raw into a new file system and returns what is there.

@@ -11,7 +11,6 @@ import (
 	"io"
 
 	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
 	"conveyor.etl/router/snap"
 )
@@ -113,6 +112,8 @@ type parser struct {
 	tar    io.Reader
 	limits Limits
 	packed bool
+	// frames is the same as tar in an archive of zstd.
+	frames *zstdReader
 	// close frees the decoder.
 	close func()
 
@@ -145,15 +146,11 @@ func newParser(ctx context.Context, r io.Reader, limits Limits) (*parser, error)
 		z.Multistream(false)
 		p.tar, p.packed = z, true
 	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		z, err := zstd.NewReader(&zstdFrame{in: p.in}, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-			zstd.WithDecoderMaxWindow(maxZstdWindow))
-		if p.src.err != nil {
-			return nil, p.sourceError()
-		}
+		z, err := newZstdReader(p.in)
 		if err != nil {
-			return nil, fmt.Errorf("%w: zstd: %w", ErrNotArchive, err)
+			return nil, fmt.Errorf("archive: %w", err)
 		}
-		p.tar, p.packed, p.close = z, true, z.Close
+		p.tar, p.frames, p.packed, p.close = z, z, true, z.Close
 	default:
 		p.tar = p.in
 	}
@@ -182,9 +179,14 @@ func (p *parser) full(b []byte) error {
 	default:
 		return p.bad("decompress: %v", err)
 	}
-	if p.packed && p.at > freeRatioBytes && p.at/p.limits.MaxRatio > p.src.n {
+	// What was read ahead has become nothing so far.
+	from := p.src.n
+	if p.frames != nil {
+		from -= p.frames.queued
+	}
+	if p.packed && p.at > freeRatioBytes && p.at/p.limits.MaxRatio > from {
 		return fmt.Errorf("%w: %d bytes have become %d already, the limit is %d times as many", ErrTooLarge,
-			p.src.n, p.at, p.limits.MaxRatio)
+			from, p.at, p.limits.MaxRatio)
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package archive
 
 import (
 	"hash"
+	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -98,7 +99,9 @@ func (s *sideHash) Sum() []byte {
 type sideFile struct {
 	f      vfs.File
 	blocks twoBlocks
-	ended  chan error
+	// ended receives how it became durable; givenUp: nobody needs that any more.
+	ended   chan error
+	givenUp atomic.Bool
 }
 
 // newSideFile returns a file with the blocks that another one has left, if any.
@@ -112,13 +115,20 @@ func newSideFile(f vfs.File, spare [2][]byte) *sideFile {
 
 func (s *sideFile) write(p []byte) error { return s.blocks.add(p) }
 
-// finish makes the file durable and closes it, beside the caller; wait says how
-// that went.
-func (s *sideFile) finish() {
+// finish ends the writing and returns the blocks, for another file. Then the file is made
+// durable and closed beside the caller, when it is its turn; wait says how that went.
+func (s *sideFile) finish(turns chan struct{}) ([2][]byte, error) {
+	if err := s.blocks.flush(); err != nil {
+		return [2][]byte{}, err
+	}
+	blocks := s.blocks.spare()
+	s.blocks = twoBlocks{}
 	s.ended = make(chan error, 1)
 	go func() {
-		err := s.blocks.flush()
-		if err == nil {
+		turns <- struct{}{}
+		defer func() { <-turns }()
+		var err error
+		if !s.givenUp.Load() {
 			err = s.f.Sync()
 		}
 		if cerr := s.f.Close(); err == nil {
@@ -126,14 +136,16 @@ func (s *sideFile) finish() {
 		}
 		s.ended <- err
 	}()
+	return blocks, nil
 }
 
-// wait waits for the end of finish and returns how it went.
+// wait waits for the end of what finish began and returns how it went.
 func (s *sideFile) wait() error { return <-s.ended }
 
 // abandon closes the file, whatever becomes of its content.
 func (s *sideFile) abandon() {
 	if s.ended != nil {
+		s.givenUp.Store(true)
 		<-s.ended
 		return
 	}

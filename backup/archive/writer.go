@@ -1,7 +1,6 @@
 package archive
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -18,24 +17,17 @@ type Image interface {
 	ReadAt(p []byte, offset int64) (int, error)
 }
 
-// rawBlock is how much of the tar is made at a time.
-const rawBlock = 256 << 10
-
 // Archive is the stream of one archive. It is an io.Reader for one caller at a
 // time.
 type Archive struct {
-	ctx context.Context
-	tar tarSource
-	raw []byte
-	// packed receives what pack makes; pack is nil without compression.
-	packed bytes.Buffer
-	pack   compressor
+	ctx  context.Context
+	tar  tarSource
+	pack packer
 	// out is what was made and not yet read.
 	out  []byte
 	skip int64
 	// at is the offset of the next byte that Read returns.
 	at  int64
-	end bool
 	err error
 }
 
@@ -63,8 +55,8 @@ func NewArchive(ctx context.Context, img Image, h Header, c Compression, offset 
 			return nil, fmt.Errorf("archive: file %q of image %s %s", clip(f.Name), info.ID, why)
 		}
 	}
-	a := &Archive{ctx: ctx, raw: make([]byte, rawBlock), skip: offset, at: offset}
-	if a.pack, err = c.compressor(&a.packed); err != nil {
+	a := &Archive{ctx: ctx, skip: offset, at: offset}
+	if a.pack, err = c.packer(&a.tar); err != nil {
 		return nil, err
 	}
 	a.tar = tarSource{
@@ -103,6 +95,16 @@ func tarSize(info *snap.Info, head int) int64 {
 	return size
 }
 
+// Limit has fewer pieces compressed side by side: n, which is asked now and again by
+// whoever reads, says how many may be; less than one is one. Without it, they are one more
+// than there are processors, and five at most. The stream is the same in any case. Limit
+// is called before the first Read, and matters to zstd alone.
+func (a *Archive) Limit(n func() int) {
+	if p, ok := a.pack.(*zstdPacker); ok {
+		p.limit = n
+	}
+}
+
 // RawSize returns the bytes of the whole archive before compression.
 func (a *Archive) RawSize() int64 { return a.tar.size }
 
@@ -129,43 +131,25 @@ func (a *Archive) Read(p []byte) (int, error) {
 
 // fill makes the next piece of the stream.
 func (a *Archive) fill() error {
-	if a.end {
-		if a.skip > 0 {
-			return fmt.Errorf("%w: %d, the archive has %d bytes", ErrOffset, a.at, a.at-a.skip)
-		}
-		return io.EOF
-	}
 	if err := a.ctx.Err(); err != nil {
 		return err
 	}
-	n, err := a.tar.read(a.raw)
-	a.end = errors.Is(err, io.EOF)
-	if err != nil && !a.end {
+	out, err := a.pack.next()
+	if errors.Is(err, io.EOF) && a.skip > 0 {
+		return fmt.Errorf("%w: %d, the archive has %d bytes", ErrOffset, a.at, a.at-a.skip)
+	}
+	if err != nil {
 		return err
 	}
-	if a.pack == nil {
-		a.out = a.raw[:n]
-	} else {
-		a.packed.Reset()
-		if _, err := a.pack.Write(a.raw[:n]); err != nil {
-			return fmt.Errorf("archive: compress: %w", err)
-		}
-		if a.end {
-			if err := a.pack.Close(); err != nil {
-				return fmt.Errorf("archive: compress: %w", err)
-			}
-		}
-		a.out = a.packed.Bytes()
-	}
-	drop := min(a.skip, int64(len(a.out)))
-	a.out, a.skip = a.out[drop:], a.skip-drop
+	drop := min(a.skip, int64(len(out)))
+	a.out, a.skip = out[drop:], a.skip-drop
 	return nil
 }
 
 // Close ends the stream. It does not close the image.
 func (a *Archive) Close() error {
 	if !errors.Is(a.err, ErrClosed) {
-		a.out, a.raw, a.pack, a.packed = nil, nil, nil, bytes.Buffer{}
+		a.out, a.pack = nil, nil
 		a.err = ErrClosed
 	}
 	return nil
