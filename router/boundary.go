@@ -40,10 +40,14 @@ type awaitedView struct {
 // need not be: a restore is recorded in the state it replaces, at the index of the
 // state that replaces it, and until that one is there a view shows the old one under
 // the new one's index. It waits for the run that is being applied, which may be such a
-// swap. It fails when this replica must stop. The caller closes the view.
-func (s *FSM) SettledView() (*View, error) {
+// swap, whatever becomes of ctx, and fails when ctx is done by then, or when this replica
+// must stop. The caller closes the view.
+func (s *FSM) SettledView(ctx context.Context) (*View, error) {
 	s.applyMu.Lock()
 	defer s.applyMu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return nil, err // nobody waits for what would be read
+	}
 	return s.settledView()
 }
 
@@ -128,11 +132,11 @@ func (s *FSM) HashAt(ctx context.Context, index uint64) (StateHash, error) {
 		return StateHash{}, ErrHashBusy
 	}
 	defer s.hashing.Unlock()
-	look := s.SettledView
+	look := func(ctx context.Context, _ uint64) (*View, error) { return s.SettledView(ctx) }
 	if index != 0 {
-		look = func() (*View, error) { return s.ViewAt(ctx, index) }
+		look = s.ViewAt
 	}
-	v, err := look()
+	v, err := look(ctx, index)
 	if err != nil {
 		return StateHash{}, err
 	}

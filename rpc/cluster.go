@@ -56,7 +56,7 @@ func (a *clusterAPI) TransferLeader(ctx context.Context, req *clusterpb.Transfer
 // GetStateHash returns the hash of this node's state as it is here, without
 // asking anybody: it exists to find out whether nodes differ.
 func (a *clusterAPI) GetStateHash(ctx context.Context, _ *clusterpb.GetStateHashRequest) (*clusterpb.GetStateHashResponse, error) {
-	v, err := a.cfg.State.SettledView()
+	v, err := a.cfg.State.SettledView(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"net"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -40,8 +41,8 @@ const (
 // Buffers of a connection between nodes: what is read at once, and what is gathered to
 // be written at once where an image goes out. With gRPC's 32 KiB an image takes four times
 // as many packets and wake-ups of its receiver, and the writes of clients wait for them.
-// Read buffers are in use while there is something to read; one for writing always is, so
-// only images have a large one.
+// On plain TCP a read buffer is in use only while there is something to read. One for
+// writing always is, so only a connection that an image is pushed through has a large one.
 const (
 	peerReadBuffer   = 128 << 10
 	imageWriteBuffer = 256 << 10
@@ -80,11 +81,12 @@ func dialTCP(timeout time.Duration) Dialer {
 
 // conn returns a connection to addr that is set up by the first call on it.
 // That call fails when the first attempt does: waiting and repeating is left to
-// the callers, which know when it is worth it. more are options beside the usual ones.
+// the callers, which know when it is worth it. more are options beside the usual ones,
+// which win over them.
 func (d peerDialer) conn(addr string, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	// passthrough: the dialer resolves names at every attempt, so a peer that
 	// came back with another address is found.
-	return grpc.NewClient("passthrough:///"+addr, append(more,
+	return grpc.NewClient("passthrough:///"+addr, append(slices.Clip(more),
 		grpc.WithContextDialer(d.dial),
 		grpc.WithTransportCredentials(d.creds),
 		grpc.WithDisableServiceConfig(),

@@ -15,8 +15,8 @@ import (
 
 const (
 	// warmEvery is how often a node looks for tables it has not read since it was
-	// started: those it began with, and those of an image it was sent. The others
-	// were summed up while they were written.
+	// started: those it began with. The others were summed up while they were written,
+	// or received.
 	warmEvery = time.Minute
 	// warmRate bounds how fast they are read, in bytes a second: nobody waits.
 	warmRate = 64 << 20

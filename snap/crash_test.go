@@ -212,7 +212,7 @@ func TestPowerFailure(t *testing.T) {
 			powerFails(t, op, rng, func(fs posixFS) vfs.FS { return fs })
 		})
 		// What is received is looked at again only where it may be another file than
-		// the one that was read back.
+		// the one that was compared.
 		t.Run(op.name+", inodes", func(t *testing.T) {
 			powerFails(t, op, rng, func(fs posixFS) vfs.FS { return inodeFS{fs} })
 		})

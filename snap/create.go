@@ -13,8 +13,8 @@ import (
 // subdirectories) on the store's file system, and returns what they hold.
 // Hard links are welcome; the files must not change any more.
 //
-// Create reads for the checksums what was in no image before and was not warmed
-// (see Warm), so it is slow in proportion to that; it holds up nothing else
+// Create reads for the checksums what was in no image before, was not received and not
+// warmed (see Warm), so it is slow in proportion to that; it holds up nothing else
 // meanwhile. On an error, or a crash at
 // any point, no image appears. Cancelling ctx ends it early.
 //

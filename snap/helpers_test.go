@@ -89,13 +89,34 @@ type inodeInfo struct {
 func (i *inodeInfo) Sys() any { return &i.sys }
 
 func (f inodeFS) Stat(name string) (vfs.FileInfo, error) {
-	st, err := f.posixFS.Stat(name)
+	return withInode(name)(f.posixFS.Stat(name))
+}
+
+func (f inodeFS) OpenReadWrite(name string, category vfs.DiskWriteCategory, opts ...vfs.OpenOption) (vfs.File, error) {
+	file, err := f.posixFS.OpenReadWrite(name, category, opts...)
 	if err != nil {
 		return nil, err
 	}
-	h := fnv.New64a()
-	_, _ = h.Write([]byte(name))
-	return &inodeInfo{st, syscall.Stat_t{Dev: 1, Ino: h.Sum64() | 1, Nlink: 1}}, nil
+	return &inodeFile{file, name}, nil
+}
+
+// inodeFile tells the same of itself as its path does.
+type inodeFile struct {
+	vfs.File
+	name string
+}
+
+func (f *inodeFile) Stat() (vfs.FileInfo, error) { return withInode(f.name)(f.File.Stat()) }
+
+func withInode(name string) func(vfs.FileInfo, error) (vfs.FileInfo, error) {
+	return func(st vfs.FileInfo, err error) (vfs.FileInfo, error) {
+		if err != nil {
+			return nil, err
+		}
+		h := fnv.New64a()
+		_, _ = h.Write([]byte(name))
+		return &inodeInfo{st, syscall.Stat_t{Dev: 1, Ino: h.Sum64() | 1, Nlink: 1}}, nil
+	}
 }
 
 // hookFS calls hook before every operation on fs; an error it returns is the

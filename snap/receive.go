@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io/fs"
+	"syscall"
 	"time"
 )
 
@@ -222,9 +223,11 @@ func (r *Receiver) begin() error {
 	} else {
 		r.offset = j.spans[len(j.spans)-1].end()
 	}
-	if usage, err := s.fs.GetDiskUsage(s.dir); err == nil && usage.AvailBytes < uint64(r.size-r.offset) {
+	r.seek()
+	need := r.size - r.offset - r.reserved()
+	if usage, err := s.fs.GetDiskUsage(s.dir); err == nil && usage.AvailBytes < uint64(need) {
 		return fmt.Errorf("%w: image %s needs %d bytes more, %d are free; nothing more was received",
-			ErrNoSpace, r.id, r.size-r.offset, usage.AvailBytes)
+			ErrNoSpace, r.id, need, usage.AvailBytes)
 	}
 	if err := s.fs.MkdirAll(r.imageDir, 0o750); err != nil {
 		return fmt.Errorf("snap: create directory %s: %w", r.imageDir, err)
@@ -236,11 +239,25 @@ func (r *Receiver) begin() error {
 	if err := syncDir(s.fs, r.dir); err != nil {
 		return err
 	}
-	if err := syncDir(s.fs, s.dir); err != nil {
-		return err
+	return syncDir(s.fs, s.dir)
+}
+
+// reserved returns how many bytes of the current file have their place on the disk, but
+// no content: they were preallocated, and count as used.
+func (r *Receiver) reserved() int64 {
+	if r.info == nil || r.index == len(r.info.Files) {
+		return 0
 	}
-	r.seek()
-	return nil
+	f := r.info.Files[r.index]
+	st, err := r.store.fs.Stat(r.store.fs.PathJoin(r.imageDir, f.Name))
+	if err != nil {
+		return 0
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0
+	}
+	return max(0, min(sys.Blocks*512, f.Size)-r.pos) // Blocks are always counted in 512 bytes
 }
 
 // survey reads back what an earlier attempt wrote and returns the chunks that

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -352,15 +353,111 @@ func TestReceivedTablesAreKnown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What takes a state over links to its files.
-	dir := t.TempDir()
+	// What takes a state over links to its files. An image of that would be refused by
+	// who reads it, were a checksum wrong.
+	again, err := s.Create(t.Context(), func(dir string) (Meta, error) {
+		for _, f := range info.Files {
+			if err := os.MkdirAll(dir, 0o750); err != nil {
+				return Meta{}, err
+			}
+			if err := os.Link(filepath.Join(s.Dir(info.ID), f.Name), filepath.Join(dir, f.Name)); err != nil {
+				return Meta{}, err
+			}
+		}
+		if read, err := s.Warm(t.Context(), dir, nil); err != nil || read != 0 {
+			t.Errorf("read %d bytes of tables that were just received: %v", read, err)
+		}
+		return Meta{Index: 13, Term: 3, ConfState: info.ConfState}, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Verify(again.ID); err != nil {
+		t.Error(err)
+	}
 	for _, f := range info.Files {
-		if err := os.Link(filepath.Join(s.Dir(info.ID), f.Name), filepath.Join(dir, f.Name)); err != nil {
+		st, err := vfs.Default.Stat(filepath.Join(s.Dir(info.ID), f.Name))
+		if err != nil {
 			t.Fatal(err)
 		}
+		id, _ := identify(st)
+		if _, durable, known := s.opts.Sums.get(id); known && !durable {
+			t.Errorf("%s, which is durable, would be synced for the next image", f.Name)
+		}
 	}
-	if read, err := s.Warm(t.Context(), dir, nil); err != nil || read != 0 {
-		t.Fatalf("read %d bytes of tables that were just received: %v", read, err)
+}
+
+// scarceFS has as much room as is said, and cannot preallocate if that is said.
+type scarceFS struct {
+	vfs.FS
+	room            *uint64
+	noPreallocation bool
+}
+
+func (f scarceFS) GetDiskUsage(string) (vfs.DiskUsage, error) {
+	return vfs.DiskUsage{AvailBytes: *f.room}, nil
+}
+
+func (f scarceFS) OpenReadWrite(name string, c vfs.DiskWriteCategory, opts ...vfs.OpenOption) (vfs.File, error) {
+	file, err := f.FS.OpenReadWrite(name, c, opts...)
+	if err != nil || !f.noPreallocation {
+		return file, err
+	}
+	return unplanned{file}, nil
+}
+
+// unplanned is a file that cannot be preallocated.
+type unplanned struct{ vfs.File }
+
+func (unplanned) Preallocate(int64, int64) error { return errorfs.ErrInjected }
+
+// TestPreallocatedRoomIsThere: what a file got of the disk before its content came needs
+// no room once more when the receive is resumed; and a disk that gives nothing in advance
+// does as well.
+func TestPreallocatedRoomIsThere(t *testing.T) {
+	big := content{"000001.sst": strings.Repeat("a large table ", 3*preallocateBytes/14)}
+	src := mustOpenStore(t, vfs.NewMem(), imageDir, testOptions())
+	r, err := src.Open(mustCreate(t, src, 12, big).ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for _, without := range []bool{false, true} {
+		room := uint64(r.Size())
+		s := mustOpenStore(t, scarceFS{vfs.Default, &room, without}, filepath.Join(t.TempDir(), "images"), testOptions())
+		w, err := s.Receive(r.Info().ID, r.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := send(r, w, preallocateBytes, 2); err != nil {
+			t.Fatal(err)
+		}
+		held := w.Offset()
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st, err := os.Stat(filepath.Join(s.partialDir(r.Info().ID), receivedImage, "000001.sst"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if room = uint64(r.Size() - held); st.Sys().(*syscall.Stat_t).Blocks*512 >= r.Info().Bytes {
+			room = 4096 // all of it was given
+		} else if !without {
+			t.Log("this file system preallocates nothing")
+		}
+		if w, err = s.Receive(r.Info().ID, r.Size()); err != nil {
+			t.Fatalf("resumed at %d of %d bytes with room for %d: %v", held, r.Size(), room, err)
+		}
+		if w.Offset() != held {
+			t.Errorf("resumed at %d, held %d", w.Offset(), held)
+		}
+		if err := send(r, w, preallocateBytes, -1); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		mustHold(t, s, r, big)
 	}
 }
 
@@ -373,15 +470,28 @@ func TestNothingIsWarmedBesideAReceive(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "000001.sst"), []byte("a table"), 0o640); err != nil {
 		t.Fatal(err)
 	}
+	known := t.TempDir()
+	if err := os.WriteFile(filepath.Join(known, "000002.sst"), []byte("known"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if read, err := s.Warm(t.Context(), known, nil); err != nil || read != 5 {
+		t.Fatalf("read %d bytes: %v", read, err)
+	}
 	w, err := s.Receive(r.Info().ID, r.Size())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if read, err := s.Warm(t.Context(), dir, nil); err != nil || read != 0 {
-		t.Fatalf("read %d bytes beside a receive: %v", read, err)
+	for range keepPasses + 1 {
+		if read, err := s.Warm(t.Context(), dir, nil); err != nil || read != 0 {
+			t.Fatalf("read %d bytes beside a receive: %v", read, err)
+		}
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
+	}
+	// However long that took, what was known before is not forgotten.
+	if read, err := s.Warm(t.Context(), known, nil); err != nil || read != 0 {
+		t.Fatalf("read %d bytes again, of a table that was known: %v", read, err)
 	}
 	if read, err := s.Warm(t.Context(), dir, nil); err != nil || read != 7 {
 		t.Fatalf("read %d bytes after it: %v", read, err)

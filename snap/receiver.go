@@ -246,8 +246,8 @@ func (r *Receiver) takeFileLocked(data []byte, crc uint32) error {
 }
 
 // preallocateBytes is the size from which on a file gets its place on the disk before its
-// content: to find it block by block takes longer than to copy what the blocks hold, and
-// what lies in one piece is written back in fewer.
+// content: then the file system need not reserve room block by block, and what lies in
+// one piece is written back in fewer.
 const preallocateBytes = 1 << 20
 
 // writeBackLocked is told of n more bytes in the current file, and begins to write

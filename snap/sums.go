@@ -12,8 +12,8 @@ import (
 )
 
 // SumCache remembers the checksums of tables, so that an image of a state whose
-// tables were written through Summing, warmed or imaged before reads none of
-// them. Stores that image the same state may share one. Its methods are safe for
+// tables were written through Summing, received, warmed or imaged before reads none
+// of them. Stores that image the same state may share one. Its methods are safe for
 // concurrent use.
 //
 // A table is known by its inode: every image links to the same one as the live
@@ -164,6 +164,11 @@ func (c *SumCache) sum(ctx context.Context, f vfs.File, name string, limit int64
 // Tables that vanish meanwhile are left out. While an image is received it reads
 // nothing, or no more: what comes takes the place of the tables, and is known then.
 func (s *Store) Warm(ctx context.Context, dir string, limit *RateLimit) (int64, error) {
+	if s.receiving() {
+		// Before the pass begins: one that looks at nothing would bring all that is
+		// known nearer to being forgotten.
+		return 0, nil
+	}
 	names, err := s.fs.List(dir)
 	if err != nil {
 		return 0, fmt.Errorf("snap: warm: list %s: %w", dir, err)

@@ -38,3 +38,25 @@ func FuzzEntryHead(f *testing.F) {
 		}
 	})
 }
+
+// Goal: a byte that is not zero is seen wherever it is: a log that goes on behind a gap
+// must not be taken for its end.
+func TestAllZero(t *testing.T) {
+	block := len(zeros)
+	for _, n := range []int{0, 1, block - 1, block, block + 1, 2 * block, 3*block + 1} {
+		b := make([]byte, n)
+		if !allZero(b) {
+			t.Errorf("%d zeroes are not", n)
+		}
+		for _, at := range []int{0, block - 1, block, block + 1, 2*block - 1, 2 * block, n - 1} {
+			if at < 0 || at >= n {
+				continue
+			}
+			b[at] = 1
+			if allZero(b) {
+				t.Errorf("byte %d of %d was not seen", at, n)
+			}
+			b[at] = 0
+		}
+	}
+}

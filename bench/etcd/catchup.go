@@ -77,7 +77,7 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 	during.to = time.Now()
 	writes.reach(ctx, during.to)
 	b, _ := writes.p99(during)
-	image, err := newestImage(filepath.Join(c.dir, fmt.Sprint(follower+1), "images"))
+	image, err := newestImage(filepath.Join(c.dir, fmt.Sprint(follower+1), "images"), during.from)
 	if err != nil {
 		return err
 	}
@@ -91,20 +91,23 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 }
 
 // newestImage returns the size in bytes of the newest image in a router's directory of
-// images, which is the one it was sent last: one that was made of the state before would
-// be smaller, since what was written since lies beside what it replaces.
-func newestImage(dir string) (float64, error) {
+// images, which is the one it was sent after since: one that was made of the state before
+// would be smaller, since what was written meanwhile lies beside what it replaces.
+func newestImage(dir string, since time.Time) (float64, error) {
 	images, err := os.ReadDir(dir)
 	if err != nil {
 		return 0, err
 	}
 	var newest string
-	var made time.Time
+	made := since
 	for _, image := range images {
 		st, err := os.Stat(filepath.Join(dir, image.Name(), "MANIFEST"))
 		if err == nil && st.ModTime().After(made) {
 			newest, made = filepath.Join(dir, image.Name()), st.ModTime()
 		}
+	}
+	if newest == "" {
+		return 0, fmt.Errorf("no image came to %s: the log reached back to it", dir)
 	}
 	files, err := os.ReadDir(newest)
 	if err != nil {
