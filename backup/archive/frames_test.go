@@ -1,6 +1,7 @@
 package archive
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -136,6 +137,31 @@ func TestFramesThatWereMovedAbout(t *testing.T) {
 		_, _, err := extract(bytes.Join(c, nil), Limits{})
 		if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotArchive) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Nothing is returned from behind a frame that is damaged, however far reading ahead has
+// come: not from one that is decompressed as a stream either.
+func TestNothingBehindDamage(t *testing.T) {
+	short := func(b byte) []byte { return []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 1, 1<<3 | 1, 0, 0, b} }
+	lie := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 2, 1<<3 | 1, 0, 0, 'x'} // two bytes, it says
+	stream := []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 0x38, 1<<3 | 1, 0, 0, 'y'}
+	for before := range 2 * mostWorkers {
+		var raw, want []byte
+		for i := range before {
+			want = append(want, 'a'+byte(i))
+			raw = append(raw, short('a'+byte(i))...)
+		}
+		for _, behind := range [][]byte{short('z'), stream, append(short('z'), stream...)} {
+			z, err := newZstdReader(bufio.NewReader(bytes.NewReader(slices.Concat(raw, lie, behind))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(z); err == nil || !bytes.Equal(got, want) {
+				t.Errorf("%q (%v) of frames whose one behind %q is damaged", got, err, want)
+			}
+			z.Close()
 		}
 	}
 }

@@ -53,8 +53,7 @@ func (r *zstdReader) Read(p []byte) (int, error) {
 		case len(r.working) == 0 && r.long != nil:
 			n, err := r.long.Read(p)
 			if err != nil {
-				r.long.Close()
-				r.long = nil
+				r.drop()
 			}
 			if err != nil && !errors.Is(err, io.EOF) {
 				r.err = err
@@ -94,7 +93,7 @@ func (r *zstdReader) take() {
 	<-b.done
 	if r.last, r.plain = b, b.plain; b.err != nil {
 		r.plain, r.err = nil, b.err
-		r.wait()
+		r.drop() // or Read would go on behind what is missing
 	}
 }
 
@@ -144,21 +143,22 @@ func (r *zstdReader) stream(f *zstdFrame, head []byte) error {
 	return nil
 }
 
-// wait waits until nothing is being decompressed.
-func (r *zstdReader) wait() {
+// drop gives up what was begun, and waits until nothing is being decompressed.
+func (r *zstdReader) drop() {
 	for _, b := range r.working {
 		<-b.done
 	}
 	r.working, r.queued = nil, 0
+	if r.long != nil {
+		r.long.Close()
+		r.long = nil
+	}
 }
 
 // Close frees the decoders.
 func (r *zstdReader) Close() {
-	r.wait() // the decoder must not be closed under those who use it
+	r.drop() // the decoder must not be closed under those who use it
 	r.dec.Close()
-	if r.long != nil {
-		r.long.Close()
-	}
 }
 
 // longFrame is a frame that is decompressed as a stream.
