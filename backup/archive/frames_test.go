@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -246,6 +247,28 @@ func TestFramesThatLie(t *testing.T) {
 		if _, _, err := extract(append(lie, plain...), Limits{}); !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotArchive) {
 			t.Errorf("%d bytes instead of %d: %v", n, len(plain), err)
 		}
+	}
+}
+
+// Many tiny frames do not each take a decoder of their own: a megabyte of them took
+// minutes and gigabytes.
+func TestManyTinyStreams(t *testing.T) {
+	const n = 1000
+	stream := []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 0x38, 1<<3 | 1, 0, 0, 'y'}
+	z, err := newZstdReader(bufio.NewReader(bytes.NewReader(bytes.Repeat(stream, n))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer z.Close()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	got, err := io.Copy(io.Discard, z)
+	runtime.ReadMemStats(&after)
+	if err != nil || got != n {
+		t.Fatalf("%d bytes, %v", got, err)
+	}
+	if each := (after.TotalAlloc - before.TotalAlloc) / n; each > 16<<10 {
+		t.Errorf("%d bytes of memory for each", each)
 	}
 }
 
