@@ -8,12 +8,17 @@ import (
 	"math/rand"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"conveyor.etl/router/backup/archive"
 	"conveyor.etl/router/datadir"
 	"conveyor.etl/router/server"
+	"conveyor.etl/router/snap"
 )
 
 // saved returns an archive of a node that committed 40 offsets and was killed,
@@ -198,6 +203,42 @@ func TestRestoreRefusals(t *testing.T) {
 			t.Error("the refused restore changed the directory")
 		}
 	})
+}
+
+// Goal: an archive that is whole but does not hold what it says is refused, though by then
+// all of the member is made. Method: one is made anew with another hash in its header, and
+// without any.
+func TestRestoreComparesTheContent(t *testing.T) {
+	raw, before := saved(t, archive.None)
+	dir := filepath.Join(t.TempDir(), "image")
+	h, _, err := archive.Extract(within(t), bytes.NewReader(raw), archive.Limits{}, vfs.Default, dir)
+	must(t, err)
+	image, err := snap.OpenDir(vfs.Default, dir)
+	must(t, err)
+	defer image.Close()
+	restore := func(hash string) (*Restored, string, []string, error) {
+		h.StateHash = hash
+		a, err := archive.NewArchive(within(t), image, h, archive.Zstd, 0)
+		must(t, err)
+		defer a.Close()
+		var steps []string
+		o := RestoreOptions{Settings: testSettings(), Dir: filepath.Join(t.TempDir(), "node"), ClusterName: "c", NodeID: 1, Members: []uint64{1}}
+		o.Point = func(step string) { steps = append(steps, step) }
+		res, err := Restore(within(t), a, o)
+		return res, o.Dir, steps, err
+	}
+	_, made, steps, err := restore(strings.Repeat("0", len(h.StateHash)))
+	if !errors.Is(err, ErrContent) || slices.Contains(steps, datadir.StepDecide) {
+		t.Errorf("with another hash: %v, after %v", err, steps)
+	}
+	if _, err := os.Lstat(made); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
+	}
+	res, _, _, err := restore("")
+	must(t, err)
+	if res.StateHash != before.Header.StateHash {
+		t.Errorf("without a hash, the content has %s, want %s", res.StateHash, before.Header.StateHash)
+	}
 }
 
 // Goal: a restore that dies leaves a directory in which it can be repeated, or

@@ -26,8 +26,8 @@
 //     are single path elements of harmless characters that the manifest lists.
 //  4. Extract leaves a whole image, durable on disk, or nothing at all, and so does
 //     Unpack once it is settled.
-//  5. Memory is bounded: three MiB for each of five frames at most, and little else,
-//     whatever the archive holds.
+//  5. Memory is bounded: three MiB for each of five frames at most, nine for one that is
+//     read as a stream, and little else, whatever the archive holds.
 //
 // Hashing, compressing, decompressing and storing go on beside the caller, in goroutines
 // that each end with one piece of that: none outlives its archive by more.

@@ -191,6 +191,9 @@ func (d *directory) await(left int) error {
 // abandon closes what is open.
 func (d *directory) abandon() {
 	for _, f := range d.before {
+		f.givenUp.Store(true) // all of them first: nobody waits for the disk in vain
+	}
+	for _, f := range d.before {
 		f.abandon()
 	}
 	if d.file != nil {

@@ -1,12 +1,14 @@
 package archive
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -140,6 +142,31 @@ func TestFramesThatWereMovedAbout(t *testing.T) {
 	}
 }
 
+// Nothing is returned from behind a frame that is damaged, however far reading ahead has
+// come: not from one that is decompressed as a stream either.
+func TestNothingBehindDamage(t *testing.T) {
+	short := func(b byte) []byte { return []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 1, 1<<3 | 1, 0, 0, b} }
+	lie := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x20, 2, 1<<3 | 1, 0, 0, 'x'} // two bytes, it says
+	stream := []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 0x38, 1<<3 | 1, 0, 0, 'y'}
+	for before := range 2 * mostWorkers {
+		var raw, want []byte
+		for i := range before {
+			want = append(want, 'a'+byte(i))
+			raw = append(raw, short('a'+byte(i))...)
+		}
+		for _, behind := range [][]byte{short('z'), stream, append(short('z'), stream...)} {
+			z, err := newZstdReader(bufio.NewReader(bytes.NewReader(slices.Concat(raw, lie, behind))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(z); err == nil || !bytes.Equal(got, want) {
+				t.Errorf("%q (%v) of frames whose one behind %q is damaged", got, err, want)
+			}
+			z.Close()
+		}
+	}
+}
+
 // Frames may be cut in any other way, and say how long they are or not, as other
 // programs and older versions of this one make them.
 func TestFramesOfOthers(t *testing.T) {
@@ -220,6 +247,28 @@ func TestFramesThatLie(t *testing.T) {
 		if _, _, err := extract(append(lie, plain...), Limits{}); !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotArchive) {
 			t.Errorf("%d bytes instead of %d: %v", n, len(plain), err)
 		}
+	}
+}
+
+// Many tiny frames do not each take a decoder of their own: a megabyte of them took
+// minutes and gigabytes.
+func TestManyTinyStreams(t *testing.T) {
+	const n = 1000
+	stream := []byte{0x28, 0xb5, 0x2f, 0xfd, 0, 0x38, 1<<3 | 1, 0, 0, 'y'}
+	z, err := newZstdReader(bufio.NewReader(bytes.NewReader(bytes.Repeat(stream, n))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer z.Close()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	got, err := io.Copy(io.Discard, z)
+	runtime.ReadMemStats(&after)
+	if err != nil || got != n {
+		t.Fatalf("%d bytes, %v", got, err)
+	}
+	if each := (after.TotalAlloc - before.TotalAlloc) / n; each > 16<<10 {
+		t.Errorf("%d bytes of memory for each", each)
 	}
 }
 

@@ -25,6 +25,9 @@ type zstdReader struct {
 	queued  int64
 	long    *longFrame
 	err     error
+	// streams decompresses long, one after the other: made anew for each of many tiny
+	// frames, it would take a thousand times as long as they take to send.
+	streams *zstd.Decoder
 	// plain is what is left of last.
 	plain []byte
 	last  *piece
@@ -53,8 +56,7 @@ func (r *zstdReader) Read(p []byte) (int, error) {
 		case len(r.working) == 0 && r.long != nil:
 			n, err := r.long.Read(p)
 			if err != nil {
-				r.long.Close()
-				r.long = nil
+				r.drop()
 			}
 			if err != nil && !errors.Is(err, io.EOF) {
 				r.err = err
@@ -94,7 +96,7 @@ func (r *zstdReader) take() {
 	<-b.done
 	if r.last, r.plain = b, b.plain; b.err != nil {
 		r.plain, r.err = nil, b.err
-		r.wait()
+		r.drop() // or Read would go on behind what is missing
 	}
 }
 
@@ -134,41 +136,47 @@ func (r *zstdReader) begin() error {
 }
 
 // stream has f read as a stream, of which head was read already.
-func (r *zstdReader) stream(f *zstdFrame, head []byte) error {
-	z, err := zstd.NewReader(io.MultiReader(bytes.NewReader(head), f), zstd.WithDecoderConcurrency(1),
-		zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindow))
+func (r *zstdReader) stream(f *zstdFrame, head []byte) (err error) {
+	in := io.MultiReader(bytes.NewReader(head), f)
+	if r.streams != nil {
+		err = r.streams.Reset(in)
+	} else {
+		// With one at a time nothing is read or decompressed beside the caller.
+		r.streams, err = zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(maxZstdWindow))
+	}
 	if err != nil {
 		return err
 	}
-	r.long = &longFrame{Decoder: z}
+	r.long = &longFrame{z: r.streams}
 	return nil
 }
 
-// wait waits until nothing is being decompressed.
-func (r *zstdReader) wait() {
+// drop gives up what was begun, and waits until nothing is being decompressed.
+func (r *zstdReader) drop() {
 	for _, b := range r.working {
 		<-b.done
 	}
-	r.working, r.queued = nil, 0
+	r.working, r.queued, r.long = nil, 0, nil
 }
 
 // Close frees the decoders.
 func (r *zstdReader) Close() {
-	r.wait() // the decoder must not be closed under those who use it
+	r.drop() // the decoder must not be closed under those who use it
 	r.dec.Close()
-	if r.long != nil {
-		r.long.Close()
+	if r.streams != nil {
+		r.streams.Close()
 	}
 }
 
 // longFrame is a frame that is decompressed as a stream.
 type longFrame struct {
-	*zstd.Decoder
+	z    *zstd.Decoder
 	some bool
 }
 
 func (f *longFrame) Read(p []byte) (int, error) {
-	n, err := f.Decoder.Read(p)
+	n, err := f.z.Read(p)
 	f.some = f.some || n > 0
 	if errors.Is(err, io.EOF) && !f.some {
 		err = errFrame

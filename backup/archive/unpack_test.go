@@ -5,9 +5,12 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"path"
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -51,6 +54,76 @@ func TestUnpackThenSettle(t *testing.T) {
 	if err := snap.Check(disk, "new"); err != nil {
 		t.Errorf("abandoned after it was settled: %v", err)
 	}
+}
+
+// The manifest is not even begun before every file is durable: after a power failure, what
+// has one is an image. Each file takes the disk an hour, so that whoever does not wait for
+// it is much too early.
+func TestManifestComesLast(t *testing.T) {
+	raw := pack(t, newImage(t, testContent), Zstd, 0)
+	ways := map[string]func(disk vfs.FS) error{
+		"extract": func(disk vfs.FS) error {
+			_, _, err := Extract(context.Background(), bytes.NewReader(raw), Limits{}, disk, "new")
+			return err
+		},
+		"unpack": func(disk vfs.FS) error {
+			u, err := Unpack(context.Background(), bytes.NewReader(raw), Limits{}, disk, "new")
+			if err == nil {
+				err = u.Settle()
+			}
+			return err
+		},
+	}
+	for name, way := range ways {
+		synctest.Test(t, func(t *testing.T) {
+			var mu sync.Mutex
+			durable, made := map[string]bool{}, false
+			disk := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+				file := path.Base(op.Path)
+				stores := op.Kind == errorfs.OpFileSync || op.Kind == errorfs.OpFileSyncData
+				if _, ok := testContent[file]; ok && stores {
+					<-time.NewTimer(time.Hour).C
+					mu.Lock()
+					durable[file] = true
+					mu.Unlock()
+				}
+				if file == snap.ManifestName && op.Kind == errorfs.OpCreate {
+					mu.Lock()
+					made = true
+					if len(durable) < len(testContent) {
+						t.Errorf("%s: the manifest is begun when only %v are durable", name, durable)
+					}
+					mu.Unlock()
+				}
+				return nil
+			}))
+			if err := way(disk); err != nil || !made {
+				t.Errorf("%s: manifest %t, %v", name, made, err)
+			}
+		})
+	}
+}
+
+// Given up, nobody waits for the disk but for what it does already.
+func TestAbandonDoesNotStore(t *testing.T) {
+	raw := pack(t, newImage(t, testContent), Zstd, 0)
+	synctest.Test(t, func(t *testing.T) {
+		disk := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+			if op.Kind == errorfs.OpFileSync {
+				<-time.NewTimer(time.Hour).C
+			}
+			return nil
+		}))
+		begun := time.Now()
+		u, err := Unpack(context.Background(), bytes.NewReader(raw), Limits{}, disk, "new")
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // as many as may are on their way to the disk
+		if err := u.Abandon(); err != nil || time.Since(begun) > time.Hour {
+			t.Errorf("after %v: %v", time.Since(begun), err)
+		}
+	})
 }
 
 // What is given up, or cannot be stored, leaves nothing: no error of the disk is lost,
