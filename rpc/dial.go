@@ -39,8 +39,8 @@ const (
 )
 
 // Buffers of a connection between nodes: what is read at once, and what is gathered to
-// be written at once where an image goes out. With gRPC's 32 KiB an image takes four times
-// as many packets and wake-ups of its receiver, and the writes of clients wait for them.
+// be written at once where an image goes out. With gRPC's 32 KiB an image comes in more and
+// smaller pieces, each of which wakes its receiver, and the writes of clients wait for that.
 // On plain TCP a read buffer is in use only while there is something to read. One for
 // writing always is, so only a connection that an image is pushed through has a large one.
 const (
