@@ -132,11 +132,13 @@ func (s *FSM) HashAt(ctx context.Context, index uint64) (StateHash, error) {
 		return StateHash{}, ErrHashBusy
 	}
 	defer s.hashing.Unlock()
-	look := func(ctx context.Context, _ uint64) (*View, error) { return s.SettledView(ctx) }
-	if index != 0 {
-		look = s.ViewAt
+	var v *View
+	var err error
+	if index == 0 {
+		v, err = s.SettledView(ctx)
+	} else {
+		v, err = s.ViewAt(ctx, index)
 	}
-	v, err := look(ctx, index)
 	if err != nil {
 		return StateHash{}, err
 	}

@@ -18,9 +18,9 @@ const keepImages = 2
 // imageRate bounds, in bytes a second, how fast a node sends images, all of them
 // together, and imageBurst how much goes out at once. Without a bound an image takes
 // all the processors and the disk there are for a moment, and the writes of clients
-// wait for it: their 99th percentile was four times what it is otherwise, and with 256
-// MiB, which three nodes on two processors reach, still a third more than with this. It
-// begins slowly, for imageStart: the receiver has just been started, or has a log to apply.
+// wait for it: their 99th percentile was four times what it is otherwise. With 256 MiB
+// three nodes on two processors still had none to spare (docs/performance.md). It begins
+// slowly, for imageStart: the receiver has just been started, or has a log to apply.
 const (
 	imageRate  = 192 << 20
 	imageBurst = 1 << 20

@@ -14,9 +14,10 @@
 //
 // # Invariants
 //
-//  1. The same image and header with the same compression give the same bytes,
-//     so a broken transfer goes on at the offset where it broke. How many processors
-//     there are makes no difference.
+//  1. The same image and header with the same compression give the same bytes in the
+//     same release, so a broken transfer goes on at the offset where it broke. How many
+//     processors there are makes no difference. One that goes on with another release
+//     is refused by whoever reads it, and begins anew.
 //  2. Reading accepts exactly what writing makes: every header is compared byte
 //     for byte with the one that would be written, padding must be zero, and
 //     nothing may follow the end, neither inside nor outside of the compression. The
