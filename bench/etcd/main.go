@@ -42,6 +42,7 @@ type options struct {
 	creates       int
 	missed        int
 	behind        int
+	catchups      int
 	patience      time.Duration
 	logLevel      string
 	debug         bool
@@ -73,6 +74,7 @@ func main() {
 	flag.IntVar(&o.creates, "creates", 10, "snapshots made by the snapshot row")
 	flag.IntVar(&o.missed, "missed", 100_000, "puts the follower of the missed row misses")
 	flag.IntVar(&o.behind, "behind", 250_000, "objects written while the follower of the catchup row is away: more than the log keeps")
+	flag.IntVar(&o.catchups, "catchups", 5, "catch-ups made by the catchup and image rows")
 	flag.DurationVar(&o.patience, "patience", 30*time.Second, "how long a member may take to report that it has caught up")
 	flag.StringVar(&o.logLevel, "log-level", "warn", "of the router's processes")
 	flag.BoolVar(&o.debug, "debug", false, "the router's processes serve profiles, on the ports from base-port + 35")

@@ -84,9 +84,8 @@ type span struct{ from, to time.Time }
 
 func (s span) took() time.Duration { return s.to.Sub(s.from) }
 
-// p99 returns the latency, in ms, that 99 % of the successful calls due within
-// spans did not exceed, and how many calls that were.
-func (p *probe) p99(spans ...span) (ms float64, calls int) {
+// took returns how long the successful calls due within spans took.
+func (p *probe) took(spans ...span) []time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var took []time.Duration
@@ -98,11 +97,16 @@ func (p *probe) p99(spans ...span) (ms float64, calls int) {
 			}
 		}
 	}
+	return took
+}
+
+// p99 returns the latency, in ms, that 99 % of took do not exceed; it sorts them.
+func p99(took []time.Duration) float64 {
 	if len(took) == 0 {
-		return 0, 0
+		return 0
 	}
 	slices.Sort(took)
-	return bench.Millis(took[(len(took)-1)*99/100]), len(took)
+	return bench.Millis(took[(len(took)-1)*99/100])
 }
 
 // failed returns how many calls due within s failed, and the last reason.

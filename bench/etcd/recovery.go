@@ -150,13 +150,13 @@ func snapshotRow(ctx context.Context, c *cluster, res *results) error {
 	}
 	writes.reach(ctx, during[len(during)-1].to)
 	stop()
-	calm, _ := writes.p99(before...)
-	busy, calls := writes.p99(during...)
+	beside := writes.took(during...)
+	calm, busy := p99(writes.took(before...)), p99(beside)
 	note(c, res, "snapshot", "create median ms", median(took))
 	note(c, res, "snapshot", "create max ms", slices.Max(took))
 	note(c, res, "snapshot", "write p99 before ms", calm)
 	note(c, res, "snapshot", "write p99 during ms", busy)
-	note(c, res, "snapshot", "writes during", float64(calls))
+	note(c, res, "snapshot", "writes during", float64(len(beside)))
 	note(c, res, "snapshot", "write p99 during / before", busy/calm)
 	return nil
 }
@@ -344,8 +344,7 @@ func restoreRow(ctx context.Context, c *cluster, res *results) error {
 	note(c, res, "restore", "longest write pause ms", bench.Millis(longest))
 	_, longest = writes.gaps(calm, ordinary)
 	note(c, res, "restore", "longest write pause before ms", bench.Millis(longest))
-	a, _ := writes.p99(calm)
-	b, _ := writes.p99(during)
+	a, b := p99(writes.took(calm)), p99(writes.took(during))
 	note(c, res, "restore", "write p99 before ms", a)
 	note(c, res, "restore", "write p99 during ms", b)
 	n, last := writes.failed(shown)

@@ -104,6 +104,8 @@ func allRows() []row {
 			goals: []goal{atMost("restart max s", 2, 0).own()}},
 		{name: "catchup", title: "a follower the log does not reach back to, beside writes", recovery: catchupRow, own: true,
 			goals: []goal{atLeast("image MB/s", 150, 0).own(), atMost("write p99 during / before", 1.5, 0).own()}},
+		{name: "image", title: "a follower the log does not reach back to, on an idle cluster", recovery: imageRow, own: true,
+			goals: []goal{atLeast("image MB/s", 150, 0).own()}},
 		{name: "save", title: "snapshot of a running cluster to a file", recovery: saveRow,
 			goals: []goal{atMost("save s", 0.5, 0)}},
 		{name: "missed", title: "a follower that missed puts, on a cluster that is idle since", recovery: missedRow,
