@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"path/filepath"
 
-	"github.com/cockroachdb/pebble/v2/vfs"
-
 	"conveyor.etl/router/backup"
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/recovery"
@@ -15,7 +13,7 @@ import (
 // openShelf opens the snapshots that people made of the state, or brought.
 func (s *storage) openShelf(o shelf.Options) error {
 	var err error
-	s.shelf, err = shelf.Open(s.points.FS(vfs.Default), filepath.Join(s.dir, "backups"), o)
+	s.shelf, err = shelf.Open(s.files(), filepath.Join(s.dir, "backups"), o)
 	if err != nil {
 		return fmt.Errorf("open the snapshots: %w", err)
 	}
@@ -41,7 +39,7 @@ func (s *Server) startRecovery() error {
 	s.recovery, err = recovery.New(recovery.Config{
 		Trusted: s.gate.Err, Compare: compare,
 		NodeID: s.c.NodeID, ClusterID: s.disk.id.ClusterID, ClusterName: s.disk.id.ClusterName, Version: ReadBuild().Version,
-		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Shelf: s.disk.shelf, FS: s.disk.points.FS(vfs.Default),
+		Node: s.node, State: s.disk.fsm, Submit: s.forwarder, Shelf: s.disk.shelf, FS: s.disk.files(),
 		Endpoint:       actual(s.c.AdvertiseAddr, s.clientLis),
 		Schedule:       s.schedule(),
 		Judge:          rpc.Judge,

@@ -78,12 +78,11 @@ func New(c config.Config, o Options) *Server {
 	o.ensureDefaults()
 	return &Server{
 		c: c, o: o, known: newAddresses(&c),
-		log:        o.Logger.With("node", c.NodeID),
-		gate:       rpc.NewStateGate(),
-		imageLimit: newImageLimit(),
-		rebuilds:   make(chan struct{}),
-		failed:     make(chan struct{}),
-		nodeDone:   make(chan struct{}),
+		log:      o.Logger.With("node", c.NodeID),
+		gate:     rpc.NewStateGate(),
+		rebuilds: make(chan struct{}),
+		failed:   make(chan struct{}),
+		nodeDone: make(chan struct{}),
 	}
 }
 
@@ -110,6 +109,10 @@ func (s *Server) start(ctx context.Context) error {
 	if s.disk, err = openStorage(&s.c, s.log, s.o.Now); err != nil {
 		return err
 	}
+	commands := &commandsUnderWay{
+		written: s.disk.fsm.Written, logBytes: s.disk.log.Bytes, maxLogBytes: raftnode.PinnedTails / 2 * s.c.Raft.TailBytes, now: time.Now,
+	}
+	s.imageLimit = newImageLimit(commands.busy)
 	// Listening comes early, so that an address in use is noticed before
 	// anything else happens; accepting comes when there is something to say.
 	if err := s.listen(); err != nil {

@@ -14,7 +14,9 @@ import (
 	"conveyor.etl/router/backup/shelf"
 	"conveyor.etl/router/config"
 	"conveyor.etl/router/datadir"
+	"conveyor.etl/router/internal/background"
 	"conveyor.etl/router/internal/crashpoint"
+	"conveyor.etl/router/internal/freeing"
 	"conveyor.etl/router/raftnode"
 	"conveyor.etl/router/router"
 	"conveyor.etl/router/rpc"
@@ -33,6 +35,7 @@ const (
 type storage struct {
 	dir       string
 	points    *crashpoint.Points
+	reaper    *freeing.Reaper
 	lock      *datadir.DirLock
 	id        datadir.Identity
 	log       *wal.Log
@@ -58,8 +61,11 @@ func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*sto
 	if err != nil {
 		return nil, err
 	}
-	s := &storage{dir: c.DataDir, points: points}
-	if err := s.open(c, log, now); err != nil {
+	s := &storage{dir: c.DataDir, points: points, reaper: freeing.New()}
+	// Others first: a node that is started reads its log and its state for some tenths of a
+	// second, beside clients of nodes on the same machine.
+	background.Do(func() { err = s.open(c, log, now) })
+	if err != nil {
 		// What was opened was not used: there is nothing a failing close could
 		// lose.
 		_ = s.close()
@@ -120,7 +126,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	conf := &raftpb.ConfState{Voters: s.id.Members}
 	s.log, s.recovered, err = wal.Open(walDir, wal.Identity{ClusterID: s.id.ClusterID, NodeID: s.id.NodeID},
 		wal.Start{Index: bootstrapIndex, Term: bootstrapTerm, ConfState: conf},
-		wal.Options{Logger: log.With("part", "wal"), SegmentBytes: c.Raft.SegmentBytes, FailPoint: s.points.WAL()})
+		wal.Options{Logger: log.With("part", "wal"), SegmentBytes: c.Raft.SegmentBytes, FailPoint: s.points.WAL(), Remove: s.reaper.Remove})
 	if err != nil {
 		return s.foreign(err)
 	}
@@ -133,7 +139,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	}
 	// One for all who image the state: what one has read no other reads again.
 	sums := snap.NewSumCache()
-	s.fsm, err = router.Open(sums.Summing(s.points.FS(vfs.Default)), filepath.Join(s.dir, datadir.StateName), router.Options{
+	s.fsm, err = router.Open(sums.Summing(s.files()), filepath.Join(s.dir, datadir.StateName), router.Options{
 		Bootstrap:     boot,
 		Logger:        log.With("part", "state"),
 		MemTableBytes: c.Store.MemTableBytes,
@@ -151,7 +157,7 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 		return err
 	}
 	s.machine = calmMachine{s.points.Machine(machine), s.fsm}
-	s.images, err = snap.OpenStore(s.points.FS(vfs.Default), filepath.Join(s.dir, datadir.ImagesName), snap.Options{
+	s.images, err = snap.OpenStore(s.files(), filepath.Join(s.dir, datadir.ImagesName), snap.Options{
 		Logger: log.With("part", "images"), Now: now, Sums: sums,
 	})
 	if err != nil {
@@ -180,6 +186,9 @@ func (s *storage) open(c *config.Config, log *slog.Logger, now func() time.Time)
 	}
 	return nil
 }
+
+// files is the file system of everything but the log.
+func (s *storage) files() vfs.FS { return s.points.FS(s.reaper.FS(vfs.Default)) }
 
 // foreign gives the refusals of the parts the sentinel of the whole.
 func (s *storage) foreign(err error) error {
@@ -215,6 +224,7 @@ func (s *storage) close() error {
 	if s.log != nil {
 		errs = append(errs, s.log.Close())
 	}
+	s.reaper.Close()
 	if s.lock != nil {
 		errs = append(errs, s.lock.Release())
 	}

@@ -24,6 +24,11 @@ type RateLimit struct {
 	full        rate.Limit
 	slow        time.Duration
 	begun, last time.Time
+
+	// beside is the rate while others are busy, and most for how long.
+	beside rate.Limit
+	most   time.Duration
+	busy   func() bool
 }
 
 // After restIdle without anything to send, a slow start begins again.
@@ -57,11 +62,20 @@ func (l *RateLimit) SetRate(bytesPerSecond int64) {
 // to do besides. To be called before the limit is used.
 func (l *RateLimit) SlowStart(d time.Duration) { l.slow = d }
 
-// eased brings the limit to what it is in a slow start at this time.
-func (l *RateLimit) eased() {
-	if l.slow <= 0 {
+// Beside makes the limit bytesPerSecond, if that is less, while busy returns true: it is
+// called before each burst, must not block and not use the limit. This ends after most of
+// sending without a rest of a second: who receives is to come to the end. To be called
+// before the limit is used.
+func (l *RateLimit) Beside(bytesPerSecond int64, most time.Duration, busy func() bool) {
+	l.beside, l.most, l.busy = asLimit(bytesPerSecond), most, busy
+}
+
+// adapt brings the limit to what it is at this time, beside others and in a slow start.
+func (l *RateLimit) adapt() {
+	if l.slow <= 0 && l.busy == nil {
 		return
 	}
+	busy := l.busy != nil && l.busy()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
@@ -69,7 +83,11 @@ func (l *RateLimit) eased() {
 		l.begun = now
 	}
 	l.last = now
-	if limit := easedLimit(l.full, now.Sub(l.begun), l.slow); limit != l.limiter.Limit() {
+	since, limit := now.Sub(l.begun), l.full
+	if busy && since < l.most {
+		limit = min(limit, l.beside)
+	}
+	if limit = easedLimit(limit, since, l.slow); limit != l.limiter.Limit() {
 		l.limiter.SetLimit(limit)
 	}
 }
@@ -84,7 +102,7 @@ func easedLimit(full rate.Limit, since, slow time.Duration) rate.Limit {
 
 // used notes that the limit has let something pass.
 func (l *RateLimit) used() {
-	if l.slow > 0 {
+	if l.slow > 0 || l.busy != nil {
 		l.mu.Lock()
 		l.last = time.Now()
 		l.mu.Unlock()
@@ -95,9 +113,9 @@ func (l *RateLimit) used() {
 // when the deadline of ctx comes before the turn of the n bytes.
 func (l *RateLimit) Wait(ctx context.Context, n int) error {
 	// The limiter refuses to wait for more than its burst at a time.
-	for n > 0 && l.limiter.Limit() != rate.Inf {
+	for n > 0 && (l.busy != nil || l.limiter.Limit() != rate.Inf) {
 		part := min(n, l.burst)
-		l.eased()
+		l.adapt()
 		if err := l.limiter.WaitN(ctx, part); err != nil {
 			if ctx.Err() != nil {
 				err = ctx.Err()

@@ -113,3 +113,52 @@ func TestSlowStart(t *testing.T) {
 		}
 	})
 }
+
+// TestBeside: a limit goes down while others are busy, comes back when they are not any
+// more, and does not go down for ever.
+func TestBeside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewRateLimit(1000, 10)
+		busy := true
+		l.Beside(100, 5*time.Second, func() bool { return busy })
+		passed := func(d time.Duration) (n int) {
+			for end := time.Now().Add(d); time.Now().Before(end); n += 10 {
+				if err := l.Wait(t.Context(), 10); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return n
+		}
+		want := func(when string, least, most int) {
+			t.Helper()
+			if n := passed(time.Second); n < least || n > most {
+				t.Errorf("%s %d bytes passed in a second, %d to %d should", when, n, least, most)
+			}
+		}
+		want("beside others", 90, 120)
+		busy = false
+		want("alone", 900, 1020)
+		busy = true
+		want("beside others again", 90, 120)
+		passed(2 * time.Second)
+		want("after some time beside others", 900, 1020)
+		<-time.After(restIdle)
+		want("after a rest", 90, 120)
+
+		l.SetRate(50)
+		want("with a lower rate than beside others", 45, 60)
+	})
+	synctest.Test(t, func(t *testing.T) {
+		l := NewRateLimit(0, 10)
+		busy := false
+		l.Beside(100, time.Minute, func() bool { return busy })
+		begun := time.Now()
+		if err := l.Wait(t.Context(), 1000); err != nil || time.Since(begun) > 0 {
+			t.Errorf("without a limit, alone: %v after %v", err, time.Since(begun))
+		}
+		busy = true
+		if err := l.Wait(t.Context(), 1000); err != nil || time.Since(begun) < 9*time.Second {
+			t.Errorf("beside others: %v after %v", err, time.Since(begun))
+		}
+	})
+}

@@ -99,7 +99,7 @@ func (l *Log) removeSegments(index uint64) error {
 		if err := l.removePoint(PointSegmentRemove); err != nil {
 			return err
 		}
-		if err := removeSegment(s); err != nil {
+		if err := l.removeSegment(s); err != nil {
 			return fmt.Errorf("wal: the log was compacted, but an old segment could not be removed: %w", err)
 		}
 		l.lg.Debug("removed an old segment of the log", "file", s.path)
@@ -119,11 +119,11 @@ func (l *Log) removePoint(p string) error {
 	return l.point(p)
 }
 
-func removeSegment(s segment) error {
+func (l *Log) removeSegment(s segment) error {
 	if err := os.Remove(s.path + tornSuffix); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return os.Remove(s.path)
+	return l.opts.Remove(s.path)
 }
 
 func syncDir(dir string) error {

@@ -227,7 +227,7 @@ func (l *Log) removeStray(s *scanResult) error {
 		if seg.seq >= s.segments[0].seq {
 			break
 		}
-		if err := removeSegment(seg); err != nil {
+		if err := l.removeSegment(seg); err != nil {
 			return fmt.Errorf("wal: remove a stray segment: %w", err)
 		}
 	}

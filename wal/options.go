@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -56,6 +57,9 @@ type Options struct {
 	// Sync is called after each durable write by the goroutine that wrote. It
 	// must not block and not call the Log.
 	Sync func(SyncInfo)
+	// Remove removes the file at path, an old segment. It may leave the freeing of what
+	// that took of the disk for later. Default: os.Remove.
+	Remove func(path string) error
 	// FailPoint is called with one of the Point constants; a returned error
 	// fails the Log as a failed write would. Nil in production; tests use it to
 	// stop the node at chosen points, or to copy the directory there.
@@ -72,6 +76,9 @@ func (o *Options) EnsureDefaults() {
 	}
 	if o.Sync == nil {
 		o.Sync = func(SyncInfo) {}
+	}
+	if o.Remove == nil {
+		o.Remove = os.Remove
 	}
 	if o.FailPoint == nil {
 		o.FailPoint = func(string) error { return nil }

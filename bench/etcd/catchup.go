@@ -42,10 +42,11 @@ func restartRow(ctx context.Context, c *cluster, res *results) error {
 // catchupRow stops a follower until the log does not reach back to it, and starts it
 // while clients write, several times: one catch-up has some two thousand writes beside it,
 // of which a single stall of the machine makes the p99, so the writes of all of them are
-// taken together.
+// taken together. They are compared with those before, and with those while the follower
+// is away: then no follower makes up for a slow moment of the other.
 func catchupRow(ctx context.Context, c *cluster, res *results) error {
-	var before, beside []time.Duration
-	var rates, took, ratios []float64
+	var before, without, beside []time.Duration
+	var rates, took []float64
 	for range c.o.catchups {
 		leader, err := c.s.leader(ctx, c)
 		if err != nil {
@@ -55,19 +56,14 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 			return ctx.Err()
 		}
 		writes, stop := writeProbe(ctx, c, leader)
-		settle(ctx, time.Second)
-		undisturbed := span{from: time.Now()}
-		settle(ctx, 5*time.Second)
-		undisturbed.to = time.Now()
-		writes.reach(ctx, undisturbed.to)
+		before = append(before, undisturbed(ctx, writes)...)
 		stop()
-		a := writes.took(undisturbed)
 		follower := (leader + 1) % members
 		if err := outrun(ctx, c, follower); err != nil {
 			return err
 		}
 		writes, stop = writeProbe(ctx, c, leader)
-		settle(ctx, time.Second)
+		without = append(without, undisturbed(ctx, writes)...)
 		// With writes going on, whoever is less than this behind keeps up.
 		during, image, err := catchUp(ctx, c, leader, follower, uint64(c.o.writeRate/10))
 		if err == nil {
@@ -78,21 +74,31 @@ func catchupRow(ctx context.Context, c *cluster, res *results) error {
 			return err
 		}
 		b := writes.took(during)
-		fmt.Printf("%-10s %-8s %.2f s, %.0f MB/s, write p99 %.1f ms before, %.1f ms during it\n", "catchup", c.s.name(),
-			during.took().Seconds(), image/during.took().Seconds(), p99(a), p99(b))
-		before, beside = append(before, a...), append(beside, b...)
+		fmt.Printf("%-10s %-8s %.2f s, %.0f MB/s, write p99 %.1f ms during it\n", "catchup", c.s.name(),
+			during.took().Seconds(), image/during.took().Seconds(), p99(b))
+		beside = append(beside, b...)
 		took = append(took, during.took().Seconds())
 		rates = append(rates, image/during.took().Seconds())
-		ratios = append(ratios, p99(b)/p99(a))
 	}
 	note(c, res, "catchup", "caught up s", median(took))
 	note(c, res, "catchup", "image MB/s", median(rates))
 	note(c, res, "catchup", "writes during", float64(len(beside)))
 	note(c, res, "catchup", "write p99 before ms", p99(before))
+	note(c, res, "catchup", "write p99 without it ms", p99(without))
 	note(c, res, "catchup", "write p99 during ms", p99(beside))
 	note(c, res, "catchup", "write p99 during / before", p99(beside)/p99(before))
-	note(c, res, "catchup", "the same, median of each", median(ratios))
+	note(c, res, "catchup", "write p99 during / without it", p99(beside)/p99(without))
 	return nil
+}
+
+// undisturbed returns how long writes take when nothing else goes on, for five seconds.
+func undisturbed(ctx context.Context, writes *probe) []time.Duration {
+	settle(ctx, time.Second)
+	s := span{from: time.Now()}
+	settle(ctx, 5*time.Second)
+	s.to = time.Now()
+	writes.reach(ctx, s.to)
+	return writes.took(s)
 }
 
 // imageRow is catchupRow while nobody writes.
@@ -102,6 +108,10 @@ func imageRow(ctx context.Context, c *cluster, res *results) error {
 		leader, err := c.s.leader(ctx, c)
 		if err != nil {
 			return err
+		}
+		// For some seconds after an image the log is kept, whatever is written.
+		if !settle(ctx, quiet) || !calm(ctx, c) {
+			return ctx.Err()
 		}
 		follower := (leader + 1) % members
 		if err := outrun(ctx, c, follower); err != nil {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -18,9 +19,10 @@ import (
 )
 
 // A cluster is left alone before something is measured on it, for at least quiet
-// and until its members together use less than calmCPU of a processor, so that
-// what a load left to do (compactions, mostly) is not measured with it. It is not
-// waited for longer than patient.
+// and until its members together use less than calmCPU of a processor, and the disk has
+// what was written, so that what a load left to do (compactions, mostly, and hundreds of
+// megabytes that the kernel begins to write some seconds later) is not measured with it.
+// It is not waited for longer than patient.
 const (
 	quiet   = 3 * time.Second
 	calmCPU = 0.25
@@ -35,6 +37,7 @@ func calm(ctx context.Context, c *cluster) bool {
 			return false
 		}
 		if used() < calmCPU*quiet.Seconds() || time.Now().After(end) {
+			syscall.Sync()
 			return true
 		}
 	}

@@ -101,6 +101,11 @@ var importRules = []importRule{{
 	tests:     true,
 	reason:    "the log format is replicated for ever; it must not change because the API does",
 }, {
+	from:      "./internal/freeing",
+	forbidden: []string{"./...", pebblePkg},
+	except:    []string{vfsPkg},
+	reason:    "how a file is removed does not depend on what it is",
+}, {
 	from:      "./internal/pace",
 	forbidden: []string{"./...", pebblePkg},
 	except:    []string{vfsPkg},
