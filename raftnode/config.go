@@ -14,9 +14,6 @@ const (
 	mib = 1 << 20
 )
 
-// PinnedTails is Config.PinnedTailBytes in times of TailBytes, unless it is set.
-const PinnedTails = 8
-
 // Config holds every limit and interval of a Node. Zero values are filled by
 // EnsureDefaults; Validate reports all faults at once.
 type Config struct {
@@ -149,7 +146,7 @@ func (c *Config) EnsureDefaults() *Config {
 	setDefault(&c.TrailingBytes, c.TailBytes/2)
 	setDefault(&c.MaxTailEntries, 200_000)
 	setDefault(&c.FollowerTailBytes, 2*c.TailBytes)
-	setDefault(&c.PinnedTailBytes, PinnedTails*c.TailBytes)
+	setDefault(&c.PinnedTailBytes, 8*c.TailBytes)
 	setDefault(&c.MaxImageSenders, 2)
 	setDefault(&c.ImageTimeout, 10*time.Minute)
 	setDefault(&c.ImageRetry, 5*time.Second)

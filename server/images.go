@@ -30,6 +30,16 @@ const (
 	besideMost = 3 * time.Minute
 )
 
+// fetchRate is the same of images that other nodes ask for: nothing keeps the log for them,
+// and a node that has lost its state serves nobody until it has one.
+const fetchRate = 192 << 20
+
+func newFetchLimit() *snap.RateLimit {
+	l := snap.NewRateLimit(fetchRate, imageBurst)
+	l.SlowStart(imageStart)
+	return l
+}
+
 func newImageLimit(busy func() bool) *snap.RateLimit {
 	l := snap.NewRateLimit(imageRate, imageBurst)
 	l.SlowStart(imageStart)
@@ -42,8 +52,8 @@ type commandsUnderWay struct {
 	// written counts what commands write.
 	written func() (all, unflushed int64)
 	// logBytes is how long the log is, and maxLogBytes how long it may be for commands to
-	// count: a log that grows beyond what is kept for the receiver of an image makes that
-	// image useless, so the image comes first then.
+	// count: a log that grows beyond what is kept for a follower makes the image on its way to
+	// it useless, so the image comes first then.
 	logBytes    func() int64
 	maxLogBytes int64
 	now         func() time.Time
@@ -52,6 +62,11 @@ type commandsUnderWay struct {
 	before int64
 	at     time.Time
 }
+
+// maxLogBytes is that of a log that is cut at tailBytes. Beyond that only what came after
+// the image is still there, and twice as much is kept for who has installed it
+// (raftnode.Config.FollowerTailBytes).
+func maxLogBytes(tailBytes int64) int64 { return tailBytes + tailBytes/4 }
 
 // busyFor is how long commands count as being under way after the last one was applied: a
 // batch of them spends most of its time on its way to other nodes and back.
@@ -62,9 +77,10 @@ func (u *commandsUnderWay) busy() bool {
 		return false
 	}
 	now := u.now()
+	all, _ := u.written()
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if all, _ := u.written(); all != u.before {
+	if all != u.before {
 		u.before, u.at = all, now
 	}
 	return now.Sub(u.at) < busyFor

@@ -110,7 +110,7 @@ func (s *Server) start(ctx context.Context) error {
 		return err
 	}
 	commands := &commandsUnderWay{
-		written: s.disk.fsm.Written, logBytes: s.disk.log.Bytes, maxLogBytes: raftnode.PinnedTails / 2 * s.c.Raft.TailBytes, now: time.Now,
+		written: s.disk.fsm.Written, logBytes: s.disk.log.Bytes, maxLogBytes: maxLogBytes(s.c.Raft.TailBytes), now: time.Now,
 	}
 	s.imageLimit = newImageLimit(commands.busy)
 	// Listening comes early, so that an address in use is noticed before
@@ -239,7 +239,7 @@ func (s *Server) startPeers() error {
 		Node: s.node, Transport: s.transport, Image: maker.image, Guard: s.guard,
 		Gate: s.gate, State: s.disk.fsm, Agreed: s.agreed, Suspect: s.suspect,
 		Beats: s.control.liveness.TouchAll, Leases: s.takeLeases, Logger: s.log.With("part", "peers"), Transfers: imageTransfers{s},
-		ImageLimit: s.imageLimit,
+		ImageLimit: newFetchLimit(),
 		Preflight:  rpc.PreflightInfo{Applied: s.node.Applied, FreeBytes: s.guard.FreeBytes, StateBytes: s.stateBytes, Now: s.o.Now},
 	})
 	if err != nil {

@@ -29,7 +29,13 @@ type RateLimit struct {
 	beside rate.Limit
 	most   time.Duration
 	busy   func() bool
+	// sending is since when there has been something to send again and again.
+	sending time.Time
 }
+
+// After longIdle without anything to send, it may be beside others for as long as before.
+// It is longer than a receiver whose disk stalls, or that is connected to again, needs.
+const longIdle = 10 * time.Second
 
 // After restIdle without anything to send, a slow start begins again.
 const restIdle = time.Second
@@ -64,7 +70,7 @@ func (l *RateLimit) SlowStart(d time.Duration) { l.slow = d }
 
 // Beside makes the limit bytesPerSecond, if that is less, while busy returns true: it is
 // called before each burst, must not block and not use the limit. This ends after most of
-// sending without a rest of a second: who receives is to come to the end. To be called
+// sending without a rest of ten seconds: who receives is to come to the end. To be called
 // before the limit is used.
 func (l *RateLimit) Beside(bytesPerSecond int64, most time.Duration, busy func() bool) {
 	l.beside, l.most, l.busy = asLimit(bytesPerSecond), most, busy
@@ -79,15 +85,19 @@ func (l *RateLimit) adapt() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	if now.Sub(l.last) >= restIdle {
+	idle := now.Sub(l.last)
+	if idle >= restIdle {
 		l.begun = now
 	}
+	if idle >= longIdle {
+		l.sending = now
+	}
 	l.last = now
-	since, limit := now.Sub(l.begun), l.full
-	if busy && since < l.most {
+	limit := l.full
+	if busy && now.Sub(l.sending) < l.most {
 		limit = min(limit, l.beside)
 	}
-	if limit = easedLimit(limit, since, l.slow); limit != l.limiter.Limit() {
+	if limit = easedLimit(limit, now.Sub(l.begun), l.slow); limit != l.limiter.Limit() {
 		l.limiter.SetLimit(limit)
 	}
 }

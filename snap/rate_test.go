@@ -142,8 +142,10 @@ func TestBeside(t *testing.T) {
 		want("beside others again", 90, 120)
 		passed(2 * time.Second)
 		want("after some time beside others", 900, 1020)
-		<-time.After(restIdle)
-		want("after a rest", 90, 120)
+		<-time.After(longIdle - 100*time.Millisecond)
+		want("after a short rest", 900, 1020)
+		<-time.After(longIdle)
+		want("after a long one", 90, 120)
 
 		l.SetRate(50)
 		want("with a lower rate than beside others", 45, 60)

@@ -71,7 +71,7 @@ func main() {
 	flag.Float64Var(&o.readRate, "read-rate", 50, "linearizable reads a second through each member, beside a restore")
 	flag.Float64Var(&o.restoreWrites, "restore-writes", 100, "writes a second beside a restore")
 	flag.Float64Var(&o.writeRate, "write-rate", 1000, "writes a second beside what the recovery rows measure")
-	flag.IntVar(&o.creates, "creates", 10, "snapshots made by the snapshot row")
+	flag.IntVar(&o.creates, "creates", 30, "snapshots made by the snapshot row")
 	flag.IntVar(&o.missed, "missed", 100_000, "puts the follower of the missed row misses")
 	flag.IntVar(&o.behind, "behind", 250_000, "objects written while the follower of the catchup row is away: more than the log keeps")
 	flag.IntVar(&o.catchups, "catchups", 5, "catch-ups made by the catchup and image rows")

@@ -31,7 +31,7 @@ func lower() {
 	// Relative, and never the other way: a process may be nice as a whole.
 	lowered := min(20-was+niceness, mostNice)
 	err = unix.SchedSetAttr(0, &unix.SchedAttr{
-		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Nice: int32(lowered), Runtime: uint64(slice),
+		Size: unix.SizeofSchedAttr, Flags: unix.SCHED_FLAG_KEEP_POLICY, Nice: int32(lowered), Runtime: uint64(slice),
 	}, 0)
 	if err != nil {
 		_ = unix.Setpriority(unix.PRIO_PROCESS, 0, lowered)

@@ -19,16 +19,32 @@ func open(path string) (*claim, int64) {
 	if err != nil {
 		return nil, 0
 	}
-	var disk unix.Statfs_t
-	if unix.Fstat(int(f.Fd()), &st) != nil || !large(&st) || unix.Fstatfs(int(f.Fd()), &disk) != nil {
+	n, ok := spare(f)
+	if !ok || unix.Fstat(int(f.Fd()), &st) != nil || !large(&st) {
 		f.Close()
 		return nil, 0
 	}
-	spare := uint64(math.MaxInt64)
-	if n := disk.Bavail; n < spare/uint64(disk.Bsize) {
-		spare = n * uint64(disk.Bsize)
+	return &claim{f, st.Size}, n
+}
+
+// spare returns how many bytes of the disk of f are free; false where a removed file that
+// is open is not what it is here. Network file systems give it another name in its
+// directory, which cannot be removed then, and one that lies over another does not see who
+// uses the file below.
+func spare(f *os.File) (int64, bool) {
+	var disk unix.Statfs_t
+	if unix.Fstatfs(int(f.Fd()), &disk) != nil {
+		return 0, false
 	}
-	return &claim{f, st.Size}, int64(spare)
+	switch disk.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+	default:
+		return 0, false
+	}
+	if block := uint64(disk.Frsize); disk.Frsize > 0 && disk.Bavail < math.MaxInt64/block {
+		return int64(disk.Bavail * block), true
+	}
+	return 0, false
 }
 
 func large(st *unix.Stat_t) bool {
@@ -46,4 +62,11 @@ func nameless(f *os.File) bool {
 func alone(f *os.File) bool {
 	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
 	return err == nil
+}
+
+// stillAlone reports whether nobody has opened it since, who had found its name before it
+// was removed.
+func stillAlone(f *os.File) bool {
+	lease, err := unix.FcntlInt(f.Fd(), unix.F_GETLEASE, 0)
+	return err == nil && lease == unix.F_WRLCK
 }

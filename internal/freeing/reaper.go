@@ -136,6 +136,9 @@ func (r *Reaper) shrink(c *claim) (left int64) {
 		return left
 	}
 	for left > 0 {
+		if !stillAlone(c.f) {
+			return left
+		}
 		next := max(0, left-stepBytes)
 		began := time.Now()
 		// The sync makes the file system tell the disk now, and not of all steps of some
@@ -147,19 +150,25 @@ func (r *Reaper) shrink(c *claim) (left int64) {
 		r.mu.Lock()
 		r.bytes -= left - next
 		r.mu.Unlock()
-		if left = next; !r.rest(took) {
+		if left = next; !r.rest(c.f, took) {
 			return left
 		}
 	}
 	return left
 }
 
-// rest waits after a step that took so long; false when the Reaper is being closed.
-func (r *Reaper) rest(took time.Duration) bool {
+// rest waits after a step of f that took so long; false when the Reaper is being closed. It
+// waits the less the more there is to do, and not while the disk is nearly full.
+func (r *Reaper) rest(f *os.File, took time.Duration) bool {
 	r.mu.Lock()
-	room := 1 - float64(r.bytes)/maxBytes
+	bytes := r.bytes
+	room := 1 - max(float64(bytes)/maxBytes, float64(r.files)/maxFiles)
 	r.mu.Unlock()
-	t := time.NewTimer(min(time.Duration(restTimes*room*room*float64(took)), maxRest))
+	rest := min(time.Duration(restTimes*room*room*float64(took)), maxRest)
+	if n, ok := spare(f); !ok || n < spareTimes*bytes {
+		rest = 0
+	}
+	t := time.NewTimer(rest)
 	defer t.Stop()
 	select {
 	case <-r.stop:
