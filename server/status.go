@@ -38,8 +38,10 @@ func (s *Server) stateBytes() uint64 {
 func (s *Server) metrics() map[string]float64 {
 	out := map[string]float64{
 		"disk_free_bytes": float64(s.guard.FreeBytes()),
-		"images":          float64(len(s.disk.images.List())),
-		"beats_lost":      float64(s.beats.Lost()),
+		// Of files that are removed, and take their place for some minutes more.
+		"disk_freeing_bytes": float64(s.disk.reaper.Waiting()),
+		"images":             float64(len(s.disk.images.List())),
+		"beats_lost":         float64(s.beats.Lost()),
 	}
 	rounds, compared, differing := s.control.checker.Stats()
 	out["state_checks_total"], out["state_compared_index"] = float64(rounds), float64(compared)
