@@ -30,6 +30,9 @@ const (
 // Reaper removes files. It is safe for concurrent use. Close it when it is no longer needed.
 type Reaper struct {
 	stop chan struct{}
+	// restTimes and maxRest are the constants, but in tests.
+	restTimes float64
+	maxRest   time.Duration
 
 	mu      sync.Mutex
 	closed  bool
@@ -41,7 +44,9 @@ type Reaper struct {
 }
 
 // New returns a Reaper that has nothing to do.
-func New() *Reaper { return &Reaper{stop: make(chan struct{})} }
+func New() *Reaper {
+	return &Reaper{stop: make(chan struct{}), restTimes: restTimes, maxRest: maxRest}
+}
 
 // Remove removes the file at path as os.Remove does, without waiting until its place on
 // the disk is free. Who still has the file open keeps all of it.
@@ -164,7 +169,7 @@ func (r *Reaper) rest(f *os.File, took time.Duration) bool {
 	bytes := r.bytes
 	room := 1 - max(float64(bytes)/maxBytes, float64(r.files)/maxFiles)
 	r.mu.Unlock()
-	rest := min(time.Duration(restTimes*room*room*float64(took)), maxRest)
+	rest := min(time.Duration(r.restTimes*room*room*float64(took)), r.maxRest)
 	if n, ok := spare(f); !ok || n < spareTimes*bytes {
 		rest = 0
 	}

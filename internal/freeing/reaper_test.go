@@ -17,6 +17,20 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// hasty returns a Reaper that does not rest.
+func hasty() *Reaper {
+	r := New()
+	r.restTimes = 0
+	return r
+}
+
+// lazy returns a Reaper that rests until it is closed, once it has made a step.
+func lazy() *Reaper {
+	r := New()
+	r.restTimes, r.maxRest = 1e9, time.Hour
+	return r
+}
+
 // file makes a file of size bytes that are not zero.
 func file(t *testing.T, dir, name string, size int) string {
 	t.Helper()
@@ -55,7 +69,7 @@ func await(t *testing.T, r *Reaper, most int64) {
 
 // A removed file has no name at once, and its place on the disk is free by and by.
 func TestRemove(t *testing.T) {
-	r := New()
+	r := hasty()
 	defer r.Close()
 	dir := t.TempDir()
 	const size = 3*stepBytes + 5
@@ -64,9 +78,6 @@ func TestRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone(t, path)
-	if r.Waiting() == 0 {
-		t.Error("it was freed in one go")
-	}
 	await(t, r, 0)
 
 	small := file(t, dir, "small", least-1)
@@ -85,9 +96,31 @@ func TestRemove(t *testing.T) {
 	}
 }
 
+// It makes a step at a time, and Close leaves the rest to the system.
+func TestSteps(t *testing.T) {
+	r := lazy()
+	defer r.Close()
+	dir := t.TempDir()
+	const size = 3*stepBytes + 5
+	one, two := file(t, dir, "one", size), file(t, dir, "two", size)
+	if err := r.FS(vfs.Default).RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, one)
+	gone(t, two)
+	await(t, r, 2*size-stepBytes)
+	if n := r.Waiting(); n != 2*size-stepBytes {
+		t.Errorf("%d bytes wait after a step, not %d", n, 2*size-stepBytes)
+	}
+	r.Close()
+	if n := r.Waiting(); n != 0 {
+		t.Errorf("%d bytes wait after Close", n)
+	}
+}
+
 // Who has a removed file open, or another name of it, keeps all of it.
 func TestOthersKeepTheirFile(t *testing.T) {
-	r := New()
+	r := hasty()
 	defer r.Close()
 	dir := t.TempDir()
 	const size = 2 * stepBytes
@@ -135,7 +168,7 @@ func TestOthersKeepTheirFile(t *testing.T) {
 
 // A name that was given to a file while its first one was removed keeps it, too.
 func TestLinkedMeanwhile(t *testing.T) {
-	r := New()
+	r := hasty()
 	defer r.Close()
 	dir := t.TempDir()
 	path, second := file(t, dir, "first", 2*stepBytes), filepath.Join(dir, "second")
@@ -151,7 +184,7 @@ func TestLinkedMeanwhile(t *testing.T) {
 
 // A removal that fails leaves the file as it was.
 func TestFailedRemoval(t *testing.T) {
-	r := New()
+	r := hasty()
 	defer r.Close()
 	path := file(t, t.TempDir(), "kept", 2*stepBytes)
 	broken := errors.New("broken")
@@ -168,7 +201,7 @@ func TestFailedRemoval(t *testing.T) {
 
 // A link to a file that is removed is no file to be cut.
 func TestSymbolicLink(t *testing.T) {
-	r := New()
+	r := hasty()
 	defer r.Close()
 	dir := t.TempDir()
 	path, link := file(t, dir, "file", 2*stepBytes), filepath.Join(dir, "link")
@@ -187,7 +220,7 @@ func TestSymbolicLink(t *testing.T) {
 
 // Of a directory all files go, and of a database those that it has no use for.
 func TestFS(t *testing.T) {
-	r := New()
+	r := hasty()
 	defer r.Close()
 	fsys := r.FS(vfs.Default)
 	if vfs.Root(fsys) != vfs.Default {
@@ -205,9 +238,6 @@ func TestFS(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone(t, filepath.Dir(dir))
-	if r.Waiting() == 0 {
-		t.Error("the directory was freed in one go")
-	}
 	if err := fsys.RemoveAll(filepath.Dir(dir)); err != nil {
 		t.Errorf("removing what is gone: %v", err)
 	}
@@ -224,7 +254,7 @@ func TestFS(t *testing.T) {
 
 // The bounds hold, and what is beyond them is removed as usual.
 func TestBounds(t *testing.T) {
-	r := New()
+	r := lazy()
 	dir := t.TempDir()
 	for range maxFiles + 10 {
 		if err := r.Remove(file(t, dir, "f", least)); err != nil {
