@@ -51,9 +51,6 @@ type storage struct {
 	quarantine *datadir.Quarantine
 }
 
-// errNotOpened is what is known of a storage until opening it has come to an end.
-var errNotOpened = errors.New("the data directory was not opened")
-
 // openStorage opens the data directory of a node, creating it when it is
 // absent. On an error everything opened so far is closed again.
 func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*storage, error) {
@@ -67,7 +64,6 @@ func openStorage(c *config.Config, log *slog.Logger, now func() time.Time) (*sto
 	s := &storage{dir: c.DataDir, points: points, reaper: freeing.New()}
 	// Others first: a node that is started reads its log and its state for some tenths of a
 	// second, beside clients of nodes on the same machine.
-	err = errNotOpened
 	background.Do(func() { err = s.open(c, log, now) })
 	if err != nil {
 		// What was opened was not used: there is nothing a failing close could

@@ -40,8 +40,8 @@ func restartRow(ctx context.Context, c *cluster, res *results) error {
 }
 
 // catchupRow stops a follower until the log does not reach back to it, and starts it
-// while clients write, several times: one catch-up has some two thousand writes beside it,
-// of which a single stall of the machine makes the p99, so the writes of all of them are
+// while clients write, several times: one catch-up has some thousands of writes beside
+// it, of which a few stalls of the machine make the p99, so the writes of all of them are
 // taken together. They are compared with those before, and with those while the follower
 // is away: then no follower makes up for a slow moment of the other.
 func catchupRow(ctx context.Context, c *cluster, res *results) error {

@@ -7,8 +7,8 @@
 // milliseconds, and a write is passed on by several threads, of several processes where
 // nodes share a machine.
 //
-// It is for who receives: that node's state is behind what clients ask it for anyway. In
-// the node that sends, which leads for the most part, a thread that waits for its turn
+// It is for who receives, and for who starts: that node's state is behind what clients ask
+// it for anyway. In the node that sends, which leads for the most part, a thread that waits for its turn
 // keeps one of Go's processors from its other goroutines, and holds up each garbage
 // collection: there it makes the slowest writes slower.
 package background

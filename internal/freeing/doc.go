@@ -2,10 +2,10 @@
 //
 // On a file system that is mounted with discard, as those of clouds often are, the disk is
 // told of the blocks of a removed file, and no sync of any other file ends before it has
-// taken note. On a disk of the kind this was measured on, that is 14 ms for a table of 8 MiB
-// and 50 ms for 32 MiB, for each one removed; removing a replaced state or an image, some
-// forty of them, keeps every write of every client waiting for half a second. A removal in
-// steps of a mebibyte takes more time in all, and holds up nobody for more than 5 ms.
+// taken note. Where a log is synced a thousand times a second, removing sixteen tables of
+// 8 MiB made ten syncs take more than 5 ms, the longest 28 ms; in steps of a mebibyte, which
+// take more time in all, none did (BenchmarkRemoval; docs/performance.md). A replaced state
+// or an old image is some forty of them.
 //
 // So a Reaper removes the name of a file at once, and frees what it takes of the disk by and
 // by: for a two-hundredth of the time, as long as what waits to be freed is little.
